@@ -1,0 +1,17 @@
+"""Fused kernels for Cache-to-Cache communication between language models (arXiv 2510.03215)."""
+
+from ._version import __version__
+from .backends import Backend, backends
+from .ops import merge_states, merged_attention, project_kv
+from .segment import Rope, SharerSegment
+
+__all__ = [
+    "Backend",
+    "Rope",
+    "SharerSegment",
+    "__version__",
+    "backends",
+    "merge_states",
+    "merged_attention",
+    "project_kv",
+]

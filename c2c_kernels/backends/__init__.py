@@ -1,0 +1,106 @@
+"""The backends as records, and the choice among them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger("c2c_kernels")
+
+ENVIRONMENT_VARIABLE = "C2C_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators.
+
+    Attributes:
+        name: "reference", "cpu", "triton" or "cuda".
+        available: whether it can run on this machine.
+        reason: why not, "" where it is available.
+        devices: torch device types that it runs on.
+        dtypes: dtypes of queries and caches that it takes, as torch names them.
+        isa: instruction set or architecture in use, "" where there is none.
+    """
+
+    name: str
+    available: bool
+    reason: str
+    devices: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    isa: str = ""
+
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Why this backend cannot take tensors of this device and dtype; "" where it can."""
+        if not self.available:
+            return self.reason
+        if device.type not in self.devices and "any" not in self.devices:
+            return f"runs on {', '.join(self.devices)}, got {device.type}"
+        if str(dtype).removeprefix("torch.") not in self.dtypes:
+            return f"supports {', '.join(self.dtypes)}; got {str(dtype).removeprefix('torch.')}"
+        return ""
+
+
+_REFERENCE = Backend("reference", True, "", ("any",), ("float32", "float64", "bfloat16", "float16"))
+_records: tuple[Backend, ...] | None = None
+_choices: dict[tuple, Backend] = {}
+_said: set[tuple] = set()
+
+
+def backends() -> tuple[Backend, ...]:
+    """The records of all backends, fastest first."""
+    global _records
+    if _records is None:
+        from . import native
+
+        not_built = "not part of this version"
+        low = ("bfloat16", "float16", "float32")
+        _records = (
+            Backend("cuda", False, not_built, ("cuda",), low),
+            Backend("triton", False, not_built, ("cuda",), low),
+            native.cpu_record(),
+            _REFERENCE,
+        )
+    return _records
+
+
+def choose(
+    operator: str, name: str | None, device: torch.device, dtype: torch.dtype, native_refusal: str = ""
+) -> Backend:
+    """The backend for a call: the one asked for by argument or environment, else the fastest that can run it.
+
+    `native_refusal` says why backends other than the reference cannot serve this call ("" where they can).
+    Raises ValueError for an unknown name, or for a named backend that cannot run the call.
+    """
+    if name is None:
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    request = (operator, name, device.type, dtype)
+    if not native_refusal and request in _choices:
+        return _choices[request]
+    refusals = []
+    for record in backends():
+        if name is not None and record.name != name:
+            continue
+        refusal = record.refusal(device, dtype) or (native_refusal if record.name != "reference" else "")
+        if not refusal:
+            if not native_refusal and not torch.compiler.is_compiling():
+                _choices[request] = record
+            _say_once(operator, record.name, device, dtype, refusals)
+            return record
+        refusals.append(f"{record.name}: {refusal}")
+    if name is not None and not refusals:
+        raise ValueError(f"backend must be one of {', '.join(r.name for r in backends())}; got {name!r}")
+    raise ValueError(f"{operator} cannot run on the backend asked for. {'; '.join(refusals)}")
+
+
+def _say_once(operator: str, name: str, device: torch.device, dtype: torch.dtype, refusals: list[str]) -> None:
+    if torch.compiler.is_compiling() or not logger.isEnabledFor(logging.DEBUG):
+        return
+    said = (operator, name, device.type, dtype)
+    if said not in _said:
+        _said.add(said)
+        passed = f" (passed over: {'; '.join(refusals)})" if refusals else ""
+        logger.debug("%s runs on %s for %s tensors on %s%s", operator, name, dtype, device, passed)

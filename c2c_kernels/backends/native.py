@@ -1,0 +1,391 @@
+"""The compiled backends: hands pointers, strides and sizes to the kernels of `csrc` and turns statuses into errors.
+
+Kernels read rows whose last dimension is contiguous; tensors that are laid out otherwise are copied first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..segment import SLOTS, Rope, SegmentTensors
+from . import Backend, cost, reference
+
+try:
+    from .. import _cpu
+except ImportError as error:
+    _cpu, _why_not = None, f"the compiled extension c2c_kernels._cpu cannot be imported: {error}"
+else:
+    _why_not = ""
+
+_DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+    torch.int32: 5,
+    torch.int64: 6,
+    torch.bool: 7,
+}
+_ABSENT = (0, 0, 0, 0, 0, 0)
+_PADDING = ((0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
+
+
+def cpu_record() -> Backend:
+    """The record of the `cpu` backend."""
+    isa = _cpu.isa() if _cpu is not None else ""
+    return Backend("cpu", _cpu is not None, _why_not, ("cpu",), ("float32", "bfloat16", "float16"), isa)
+
+
+def _numbers(tensor: Tensor | None) -> tuple[int, ...]:
+    if tensor is None:
+        return _ABSENT
+    stride = tensor.stride()
+    return (tensor.data_ptr(), _DTYPES[tensor.dtype], *stride, *_PADDING[len(stride)])
+
+
+def _row_numbers(tensor: Tensor | None) -> tuple[int, ...]:
+    return _ABSENT if tensor is None else _numbers(tensor)
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with a contiguous last dimension."""
+    if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _supported(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in a dtype that kernels read: float64 weights, gates and masks become float32."""
+    return tensor.float() if tensor is not None and tensor.dtype == torch.float64 else tensor
+
+
+def _expanded(tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    return None if tensor is None else _supported(tensor).expand(shape)
+
+
+def _raise(status: int, operator: str) -> None:
+    code, where = status & 0xFF, (status >> 8) - 1
+    name = f"segments[{where}]." if where >= 0 and operator == "merged_attention" else ("segment." if where >= 0 else "")
+    texts = {
+        1: "lengths has values outside 0..len",
+        2: f"{name}lengths has values outside 0..len",
+        3: f"{name}gate must be finite and >= 0 everywhere; it has negative, infinite or NaN values",
+        4: f"{name}index has values outside 0..len - 1",
+    }
+    if code in texts:
+        raise ValueError(texts[code])
+    if code == 7:
+        raise MemoryError(f"{operator}: no memory for scratch")
+    raise ValueError(f"{operator}: {_cpu.status_text(code)}")
+
+
+def _segment_numbers(segment: SegmentTensors, batch: int, q_heads: int, keep: list[Tensor]) -> list[int]:
+    """One c2c_segment; tensors made on the way are put into `keep`, which must outlive the kernel."""
+    length, raw_length = segment.length, segment.key.shape[2]
+    heads = segment.key.shape[1]
+    if segment.plain and segment.gate is None and segment.lengths is None and segment.positions is None:
+        key, value = _rows(segment.key), _rows(segment.value)
+        keep += (key, value)
+        numbers = [*_numbers(key), *_numbers(value), *_ABSENT * 12]
+    else:
+        rows = [_rows(_supported(t)) for t in segment[:8]]
+        rest = [
+            _expanded(segment.gate, (batch, q_heads, length)),
+            segment.lengths,
+            _expanded(segment.positions, (batch, length)),
+            _expanded(segment.key_scale, (batch, heads, raw_length)),
+            _expanded(segment.value_scale, (batch, heads, raw_length)),
+            _expanded(segment.index, (batch, length)),
+        ]
+        keep += [t for t in (*rows, *rest) if t is not None]
+        numbers = [n for t in (*rows, *rest) for n in _row_numbers(t)]
+    numbers += (
+        heads,
+        segment.key.shape[3],
+        segment.value.shape[3],
+        length,
+        raw_length,
+        0 if segment.key_proj_in is None else segment.key_proj_in.shape[0],
+        0 if segment.value_proj_in is None else segment.value_proj_in.shape[0],
+        int(segment.causal),
+    )
+    return numbers
+
+
+def _can_absorb(segment: SegmentTensors) -> bool:
+    return segment.key_proj is not None and segment.value_proj is not None
+
+
+def _needs_preparing(segment: SegmentTensors) -> bool:
+    return segment.index is not None or segment.key_scale is not None or segment.value_scale is not None
+
+
+def _materialized(backend: str, segment: SegmentTensors, dtype: torch.dtype) -> SegmentTensors:
+    """The segment in receiver space, projected by the kernel."""
+
+    def target(raw: Tensor, proj: Tensor | None) -> Tensor:
+        heads, dim = (raw.shape[1], raw.shape[3]) if proj is None else (proj.shape[0], proj.shape[1])
+        return raw.new_empty((raw.shape[0], heads, segment.length, dim), dtype=dtype)
+
+    key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
+    project_kv(backend, segment, None, key, value)
+    return _plain(segment, key, value)
+
+
+def _plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensors:
+    kept = {name: getattr(segment, name) for name in ("gate", "lengths", "positions", "causal")}
+    return SegmentTensors(*(None,) * len(SLOTS), False)._replace(key=key, value=value, **kept)
+
+
+def _prepared(segment: SegmentTensors) -> SegmentTensors:
+    """The segment with scales and index applied, so that it can be absorbed."""
+    dtype = segment.key_proj.dtype
+    key = reference.prepare_raw(segment.key, segment.key_scale, segment.index, None, None, dtype)
+    value = reference.prepare_raw(segment.value, segment.value_scale, segment.index, None, None, dtype)
+    return segment._replace(key=key, value=value, key_scale=None, value_scale=None, index=None)
+
+
+def _by_strategy(
+    backend: str, segment: SegmentTensors, strategy: str, query: Tensor, value_dim: int
+) -> SegmentTensors:
+    """The segment as the attention kernel reads it: with its projectors (absorb) or in receiver space."""
+    if segment.plain:
+        return segment
+    if _can_absorb(segment) and segment.length:
+        if strategy == "auto":
+            _, q_heads, q_len, head_dim = query.shape
+            chosen = cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, query.element_size()).strategy
+            if chosen == "absorb" and not _needs_preparing(segment):
+                return segment
+        elif strategy == "absorb":
+            return _prepared(segment) if _needs_preparing(segment) else segment
+    return _materialized(backend, segment, query.dtype)
+
+
+def _attention_numbers(
+    query, key, value, segments, attn_mask, is_causal, query_positions, lengths, window, segment_window, sinks,
+    out, lse, mass, keep: list[Tensor],
+) -> list[int]:  # fmt: skip
+    batch, q_heads, q_len, head_dim = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    attn_mask = _expanded(attn_mask, (batch, q_heads, q_len, length))
+    query_positions = _expanded(query_positions, (batch, q_len))
+    sinks = _supported(sinks)
+    keep += [t for t in (query, key, value, attn_mask, query_positions, sinks) if t is not None]
+    return [
+        *_numbers(query), *_numbers(key), *_numbers(value), *_row_numbers(attn_mask), *_row_numbers(lengths),
+        *_row_numbers(query_positions), *_row_numbers(sinks), *_numbers(out), *_row_numbers(lse), *_row_numbers(mass),
+        batch, q_heads, kv_heads, q_len, length, head_dim, value.shape[3], window or 0, segment_window or 0,
+        len(segments), int(is_causal), torch.get_num_threads(),
+        *(n for segment in segments for n in _segment_numbers(segment, batch, q_heads, keep)),
+    ]  # fmt: skip
+
+
+def merged_attention(
+    backend: str, query, key, value, segments, attn_mask, is_causal, query_positions, lengths, scale, window,
+    segment_window, softcap, sinks, strategy, return_mass, return_lse,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Forward kernel; lse and mass are computed where asked for (an empty mass otherwise)."""
+    batch, q_heads, q_len, _ = query.shape
+    value_dim = value.shape[3]
+    segments = [_by_strategy(backend, segment, strategy, query, value_dim) for segment in segments]
+    out = query.new_empty((batch, q_heads, q_len, value_dim))
+    lse = query.new_empty((batch, q_heads, q_len), dtype=torch.float32) if return_lse else None
+    mass_shape = (batch, q_heads, q_len, 1 + len(segments)) if return_mass else (0,)
+    mass = query.new_empty(mass_shape, dtype=torch.float32) if return_mass or return_lse else None
+    keep: list[Tensor] = []
+    numbers = _attention_numbers(
+        query, key, value, segments, attn_mask, is_causal, query_positions, lengths, window, segment_window, sinks,
+        out, lse, mass if return_mass else None, keep,
+    )  # fmt: skip
+    status = _cpu.merged_attention(numbers, scale, softcap or 0.0)
+    if status:
+        _raise(status, "merged_attention")
+    return out, lse, mass
+
+
+def _score_delta(grad_out, grad_lse, grad_mass, out, mass, runs: int) -> Tensor:
+    """(batch, q_heads, q_len, runs) float32: what every score's gradient loses before it is multiplied by its weight."""
+    delta = (grad_out.float() * out.float()).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    if grad_mass is None:
+        return delta.unsqueeze(-1).expand(*delta.shape, runs).contiguous()
+    delta = delta + (mass * grad_mass).sum(-1)
+    return (delta.unsqueeze(-1) - grad_mass).contiguous()
+
+
+def merged_attention_backward(
+    backend: str, grad_out, grad_lse, grad_mass, out, lse, mass, query, key, value, segments, attn_mask, is_causal,
+    query_positions, lengths, scale, window, segment_window, softcap, sinks, needs,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the inputs that `needs` marks: query, key, value, sinks, then the segments' tensors in order.
+
+    Projected segments are materialised in float32, differentiated in receiver space, and their gradients taken back
+    through the projector: memory stays linear in length.
+    """
+    batch, q_heads, q_len, _ = query.shape
+    direct = [s if s.plain else _materialized(backend, s, torch.float32) for s in segments]
+    keep: list[Tensor] = []
+    numbers = _attention_numbers(
+        query, key, value, direct, attn_mask, is_causal, query_positions, lengths, window, segment_window, sinks,
+        out, lse, None, keep,
+    )  # fmt: skip
+    delta = _score_delta(grad_out, grad_lse, grad_mass, out, mass, 1 + len(segments))
+    grad_rows = _rows(grad_out)
+    grads = [query.new_empty(t.shape, dtype=torch.float32) for t in (query, key, value)]
+    segment_grads = []
+    for segment in direct:
+        gate_shape = (batch, q_heads, segment.length)
+        gate = None if segment.gate is None else query.new_empty(gate_shape, dtype=torch.float32)
+        pair = [t.new_empty(t.shape, dtype=torch.float32) for t in (segment.key, segment.value)]
+        segment_grads.append((*pair, gate))
+    pointers = [0 if t is None else t.data_ptr() for t in (*grads, *(t for group in segment_grads for t in group))]
+    status = _cpu.merged_attention_backward(
+        numbers, [*_numbers(grad_rows), *_numbers(delta), *pointers], scale, softcap or 0.0
+    )
+    if status:
+        _raise(status, "merged_attention")
+    grad_sinks = None
+    if sinks is not None:
+        weight = torch.exp(sinks.float()[None, :, None] - lse)
+        grad_sinks = -(weight * _sink_delta(delta, grad_mass)).sum((0, 2))
+    found = [*grads, grad_sinks]
+    inputs = [query, key, value, sinks]
+    for segment, (grad_key, grad_value, grad_gate) in zip(segments, segment_grads, strict=True):
+        flat = _segment_grads(segment, grad_key, grad_value, grad_gate)
+        for tensor, grad in zip(segment[: len(SLOTS)], flat, strict=True):
+            if tensor is not None:
+                inputs.append(tensor)
+                found.append(grad)
+    return [
+        torch.zeros(t.shape, dtype=t.dtype, device=t.device) if grad is None else grad.to(t.dtype).contiguous()
+        for t, grad, need in zip(inputs, found, needs, strict=True)
+        if need
+    ]
+
+
+def _sink_delta(delta: Tensor, grad_mass: Tensor | None) -> Tensor:
+    """delta without the term of a run of its own: a sink holds mass that no output reports."""
+    return delta[..., 0] if grad_mass is None else delta[..., 0] + grad_mass[..., 0]
+
+
+def _segment_grads(
+    segment: SegmentTensors, grad_key: Tensor, grad_value: Tensor, grad_gate: Tensor | None
+) -> list[Tensor | None]:
+    if segment.plain:
+        flat: list[Tensor | None] = [None] * len(SLOTS)
+        flat[0], flat[1] = grad_key, grad_value
+    else:
+        flat = project_kv_backward("cpu", grad_key, grad_value, segment, None)
+    if grad_gate is not None:
+        flat[SLOTS.index("gate")] = grad_gate.sum_to_size(segment.gate.shape)
+    return flat
+
+
+def project_kv(backend: str, segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor) -> None:
+    """Forward kernel, written to key_out and value_out."""
+    targets = []
+    for name, tensor in (("key", key_out), ("value", value_out)):
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"out {name} has stride {tensor.stride(-1)} in its last dimension, wanted 1")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"out {name} has dtype {tensor.dtype}, wanted float32, bfloat16 or float16")
+        targets.append(tensor)
+    batch, kv_heads, length, head_dim = key_out.shape
+    keep: list[Tensor] = []
+    segment = segment._replace(gate=None, positions=None, causal=False)
+    tables: list[Tensor | None] = [None] * 4
+    if rope is not None:
+        removed = (None, None) if rope.remove is None else rope.remove
+        applied = (None, None) if rope.apply is None else rope.apply
+        tables = [
+            *(_rope_table(t, batch, segment.key.shape[2]) for t in removed),
+            *(_rope_table(t, batch, length) for t in applied),
+        ]
+    numbers = [
+        *(n for t in (*tables, *targets) for n in _row_numbers(t)),
+        batch, kv_heads, head_dim, value_out.shape[3],
+        0 if tables[0] is None else tables[0].shape[2],
+        0 if tables[2] is None else tables[2].shape[2],
+        torch.get_num_threads(),
+        *_segment_numbers(segment, batch, kv_heads, keep),
+    ]  # fmt: skip
+    status = _cpu.project_kv(numbers)
+    if status:
+        _raise(status, "project_kv")
+
+
+def _rope_table(table: Tensor | None, batch: int, length: int) -> Tensor | None:
+    return None if table is None else _rows(_supported(table)).expand(batch, length, table.shape[2])
+
+
+def project_kv_backward(
+    backend: str, grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, rope: Rope | None
+) -> list[Tensor | None]:
+    """Gradients by slot in float32: plain matrix products over tokens, memory linear in length."""
+    flat: list[Tensor | None] = [None] * len(SLOTS)
+    removed = rope.remove if rope is not None else None
+    applied = rope.apply if rope is not None else None
+    for first, grad, remove, apply in ((0, grad_key, removed, applied), (1, grad_value, None, None)):
+        name = SLOTS[first]
+        raw, proj, proj_in, scale = (getattr(segment, f"{name}{end}") for end in ("", "_proj", "_proj_in", "_scale"))
+        grad = reference.zero_beyond(grad.float(), segment.lengths)
+        if apply is not None:
+            grad = reference.rotate_backward(grad, *apply)
+        x = reference.prepare_raw(raw, scale, segment.index, remove, segment.lengths, torch.float32)
+        grad_raw, grad_proj, grad_proj_in = _projector_grads(grad, x, proj, proj_in)
+        flat[SLOTS.index(f"{name}_proj")], flat[SLOTS.index(f"{name}_proj_in")] = grad_proj, grad_proj_in
+        flat[SLOTS.index(f"{name}_bias")] = grad.sum((0, 2))
+        grad_raw = reference.zero_beyond(grad_raw, segment.lengths)
+        if segment.index is not None:
+            index = segment.index.expand(raw.shape[0], segment.length).long()[:, None, :, None]
+            spread = torch.zeros(raw.shape, dtype=torch.float32, device=raw.device)
+            grad_raw = spread.scatter_add_(2, index.expand_as(grad_raw), grad_raw)
+        if remove is not None:
+            grad_raw = reference.unrotate_backward(grad_raw, *remove)
+        if scale is not None:
+            expanded = scale.float().expand(raw.shape[:3])
+            # Where a quantised or padded token is not finite it has no gradient either.
+            grad_scale = (grad_raw * raw.float().masked_fill(grad_raw == 0, 0)).sum(-1)
+            flat[SLOTS.index(f"{name}_scale")] = grad_scale.sum_to_size(scale.shape)
+            grad_raw = grad_raw * expanded.unsqueeze(-1)
+        flat[first] = grad_raw
+    return flat
+
+
+def _projector_grads(grad, x, proj, proj_in) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of raw tokens x (batch, heads, n, dim), of the projector and of its inner factor."""
+    if proj is None:
+        return grad, None, None
+    batch, heads, length, dim = x.shape
+    tokens = x.transpose(1, 2).reshape(batch * length, heads * dim)
+    rows = grad.permute(0, 2, 1, 3).reshape(batch * length, -1)
+    weight = proj.float().flatten(0, 1)
+    inner = tokens if proj_in is None else tokens @ proj_in.float().T
+    grad_proj = (rows.T @ inner).reshape(proj.shape)
+    grad_inner = rows @ weight
+    grad_proj_in = None
+    if proj_in is not None:
+        grad_proj_in = grad_inner.T @ tokens
+        grad_inner = grad_inner @ proj_in.float()
+    return grad_inner.reshape(batch, length, heads, dim).transpose(1, 2), grad_proj, grad_proj_in
+
+
+def merge_states(backend: str, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Forward kernel."""
+    outs = [_rows(out) for out in outs]
+    lses = [_supported(lse) for lse in lses]
+    out = outs[0].new_empty(outs[0].shape)
+    lse = out.new_empty(out.shape[:3], dtype=torch.float32)
+    numbers = [
+        *_numbers(out), *_numbers(lse), *out.shape, len(outs), torch.get_num_threads(),
+        *(n for t in (*outs, *lses) for n in _numbers(t)),
+    ]  # fmt: skip
+    status = _cpu.merge_states(numbers)
+    if status:
+        _raise(status, "merge_states")
+    return out, lse

@@ -1,0 +1,62 @@
+"""The cache folder: where it is, and files in it that are checked by SHA-256 and put in place at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ENVIRONMENT_VARIABLE = "C2C_CACHE_DIR"
+
+
+def cache_dir() -> Path:
+    """$C2C_CACHE_DIR, else c2c-kernels under the user's cache folder."""
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "c2c-kernels"
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def staging(prefix: str) -> Iterator[Path]:
+    """A new folder inside the cache folder, so that a rename out of it is atomic; removed at the end."""
+    root = cache_dir()
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{prefix}-", dir=root))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Holds the lock `name` of the cache folder: a second process waits and then finds the work done."""
+    from filelock import FileLock
+
+    root = cache_dir()
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{name}.lock"):
+        yield
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Puts the folder `new` where `target` is, or was. Call it under the lock that guards `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(new, target)

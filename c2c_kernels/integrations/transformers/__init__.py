@@ -1,0 +1,23 @@
+"""Merged attention in Hugging Face models: a receiver reads sharers' caches in every attention layer.
+
+    from c2c_kernels.integrations import transformers as c2c_hf
+
+    sharer_cache = DynamicCache()                    # without a config, or sliding layers come truncated
+    sharer(document_ids, past_key_values=sharer_cache)
+    context = c2c_hf.SharedContext.from_caches(sharer_cache)
+    c2c_hf.enable(receiver)
+    with c2c_hf.session(receiver, context):
+        receiver.generate(question_ids)
+
+A context reaches a forward pass in one of three ways, the first of which wins: `receiver(..., c2c=context)`
+(`c2c=None` means none), a cache that carries one (`context.attach(cache)`), the innermost open `session`. A forward
+pre-hook on the enabled model picks it up, so it acts on `receiver(...)` and `receiver.generate(...)`; calling
+`receiver.forward(...)` or an inner module directly bypasses it, which raises while a session is open.
+
+Checked against Transformers 5.23 (DESIGN.md 2.4).
+"""
+
+from c2c_kernels.integrations.transformers.context import SharedContext
+from c2c_kernels.integrations.transformers.patch import MassRecord, disable, enable, record_mass, session
+
+__all__ = ["MassRecord", "SharedContext", "disable", "enable", "record_mass", "session"]

@@ -1,0 +1,7 @@
+"""One file per operator: documented function, schema, fake, autograd. What they refuse is in `_checks`."""
+
+from .merge_states import merge_states
+from .merged_attention import merged_attention
+from .project_kv import project_kv
+
+__all__ = ["merge_states", "merged_attention", "project_kv"]

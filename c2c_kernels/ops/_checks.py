@@ -1,0 +1,319 @@
+"""What operators refuse, written once for all backends. Every error names the argument, what came and what is wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..segment import Rope, SegmentTensors
+
+STRATEGIES = ("auto", "absorb", "materialize")
+_INTEGERS = (torch.int32, torch.int64)
+_QUANTISED = (torch.int8, torch.float8_e4m3fn)
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _expect(name: str, tensor: Tensor, wanted: tuple, words: str) -> None:
+    if tensor.shape != wanted:
+        raise ValueError(f"{name} has shape {shape_of(tensor)}, wanted {words} = {tuple(wanted)}")
+
+
+def _expect_broadcastable(name: str, tensor: Tensor, wanted: tuple, words: str) -> None:
+    shape = tensor.shape
+    bad = len(shape) > len(wanted)
+    if not bad:
+        for size, full in zip(reversed(shape), reversed(wanted), strict=False):
+            if size != full and size != 1:
+                bad = True
+    if bad:
+        raise ValueError(f"{name} has shape {shape_of(tensor)}, wanted broadcastable to {words} = {tuple(wanted)}")
+
+
+def _expect_integers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, wanted int32 or int64")
+
+
+def _expect_float(name: str, tensor: Tensor) -> None:
+    if not tensor.dtype.is_floating_point or tensor.dtype in _QUANTISED:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, wanted a floating-point dtype")
+
+
+def _expect_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, wanted {device} like the query")
+
+
+def _check_low_rank(name: str, proj: Tensor, proj_in: Tensor | None, kv_heads: int, dim: int, width: int) -> None:
+    _expect_float(name, proj)
+    if proj_in is None:
+        _expect(name, proj, (kv_heads, dim, width), "(kv_heads, head_dim, sharer_width)")
+        return
+    _expect_float(f"{name}[1]", proj_in)
+    if proj_in.dim() != 2 or proj_in.shape[1] != width:
+        raise ValueError(f"{name}[1] has shape {shape_of(proj_in)}, wanted (rank, sharer_width) = (rank, {width})")
+    _expect(f"{name}[0]", proj, (kv_heads, dim, proj_in.shape[0]), "(kv_heads, head_dim, rank)")
+
+
+def check_raw(name: str, segment: SegmentTensors) -> None:
+    """The part of a segment that does not depend on the receiver."""
+    key, value = segment.key, segment.value
+    for slot, tensor in (("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name}.{slot} has shape {shape_of(tensor)}, wanted (batch, sharer_heads, len, sharer_head_dim)"
+            )
+        scale = segment.key_scale if slot == "key" else segment.value_scale
+        if tensor.dtype in _QUANTISED:
+            if scale is None:
+                raise ValueError(f"{name}.{slot} is stored as {tensor.dtype}: {name}.{slot}_scale is needed")
+        else:
+            _expect_float(f"{name}.{slot}", tensor)
+        if scale is not None:
+            _expect_float(f"{name}.{slot}_scale", scale)
+            _expect_broadcastable(
+                f"{name}.{slot}_scale", scale, tuple(tensor.shape[:3]), "(batch, sharer_heads, len)"
+            )
+    if key.shape[0] != value.shape[0] or key.shape[1] != value.shape[1] or key.shape[2] != value.shape[2]:
+        raise ValueError(
+            f"{name}.value has shape {shape_of(value)}, wanted batch, heads and len of {name}.key {shape_of(key)}"
+        )
+    batch = key.shape[0]
+    if segment.index is not None:
+        _expect_integers(f"{name}.index", segment.index)
+        if segment.index.dim() not in (1, 2) or (segment.index.dim() == 2 and segment.index.shape[0] != batch):
+            raise ValueError(
+                f"{name}.index has shape {shape_of(segment.index)}, wanted (batch, n) or (n,) with batch = {batch}"
+            )
+    if segment.lengths is not None:
+        _expect_integers(f"{name}.lengths", segment.lengths)
+        _expect(f"{name}.lengths", segment.lengths, (batch,), "(batch,)")
+    if segment.positions is not None:
+        _expect_integers(f"{name}.positions", segment.positions)
+        if segment.positions.dim() == 1:
+            _expect(f"{name}.positions", segment.positions, (segment.length,), "(len,)")
+        else:
+            _expect(f"{name}.positions", segment.positions, (batch, segment.length), "(batch, len)")
+    elif segment.causal:
+        raise ValueError(f'{name}.visibility is "causal": {name}.positions is needed')
+
+
+def check_segment(
+    name: str, segment: SegmentTensors, batch: int, q_heads: int, kv_heads: int, head_dim: int, value_dim: int, device
+) -> None:
+    """A segment against the receiver that reads it."""
+    if not (segment.plain and segment.lengths is None and segment.positions is None and segment.gate is None):
+        for slot, tensor in zip(segment._fields[:-1], segment, strict=False):
+            if tensor is not None:
+                _expect_device(f"{name}.{slot}", tensor, device)
+    else:
+        _expect_device(f"{name}.key", segment.key, device)
+        _expect_device(f"{name}.value", segment.value, device)
+    check_raw(name, segment)
+    key, value = segment.key, segment.value
+    if key.shape[0] != batch:
+        raise ValueError(f"{name}.key has batch {key.shape[0]}, wanted {batch} like the query")
+    for slot, raw, proj, proj_in, bias, dim in (
+        ("key", key, segment.key_proj, segment.key_proj_in, segment.key_bias, head_dim),
+        ("value", value, segment.value_proj, segment.value_proj_in, segment.value_bias, value_dim),
+    ):
+        if proj is None:
+            if raw.shape[1] != kv_heads or raw.shape[3] != dim:
+                raise ValueError(
+                    f"{name}.{slot} has shape {shape_of(raw)} and no {name}.{slot}_proj: wanted the receiver's "
+                    f"{kv_heads} heads x {dim}"
+                )
+        else:
+            _check_low_rank(f"{name}.{slot}_proj", proj, proj_in, kv_heads, dim, raw.shape[1] * raw.shape[3])
+        if bias is not None:
+            _expect_float(f"{name}.{slot}_bias", bias)
+            _expect(f"{name}.{slot}_bias", bias, (kv_heads, dim), "(kv_heads, head_dim)")
+    if segment.gate is not None:
+        _expect_float(f"{name}.gate", segment.gate)
+        _expect_broadcastable(
+            f"{name}.gate", segment.gate, (batch, q_heads, segment.length), "(batch, q_heads, len)"
+        )
+
+
+def check_merged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: list[SegmentTensors],
+    attn_mask: Tensor | None,
+    query_positions: Tensor | None,
+    lengths: Tensor | None,
+    window: int | None,
+    segment_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    strategy: str,
+) -> None:
+    """Shapes, dtypes and devices of a `merged_attention` call; values are checked by the backends."""
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        for name, tensor, words in (
+            ("query", query, "(batch, q_heads, q_len, head_dim)"),
+            ("key", key, "(batch, kv_heads, len, head_dim)"),
+            ("value", value, "(batch, kv_heads, len, value_dim)"),
+        ):
+            if tensor.dim() != 4:
+                raise ValueError(f"{name} has shape {shape_of(tensor)}, wanted {words}")
+    batch, q_heads, q_len, head_dim = query.shape
+    key_batch, kv_heads, length, key_dim = key.shape
+    if key_batch != batch or key_dim != head_dim:
+        raise ValueError(
+            f"key has shape {shape_of(key)}, wanted (batch, kv_heads, len, head_dim) with batch {batch} and "
+            f"head_dim {head_dim} of query {shape_of(query)}"
+        )
+    if value.shape[0] != batch or value.shape[1] != kv_heads or value.shape[2] != length:
+        raise ValueError(f"value has shape {shape_of(value)}, wanted batch, kv_heads and len of key {shape_of(key)}")
+    if kv_heads == 0 or q_heads == 0 or q_heads % kv_heads:
+        raise ValueError(f"query has {q_heads} heads, wanted a positive multiple of the {kv_heads} heads of key")
+    if head_dim == 0 or value.shape[3] == 0:
+        raise ValueError(f"head_dim must be positive, got key {shape_of(key)} and value {shape_of(value)}")
+    _expect_float("query", query)
+    device = query.device
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, wanted {query.dtype} like the query")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, wanted {device} like the query")
+    if attn_mask is not None:
+        if attn_mask.dtype != torch.bool:
+            _expect_float("attn_mask", attn_mask)
+        _expect_device("attn_mask", attn_mask, device)
+        _expect_broadcastable(
+            "attn_mask", attn_mask, (batch, q_heads, q_len, length), "(batch, q_heads, q_len, len)"
+        )
+    if query_positions is not None:
+        _expect_integers("query_positions", query_positions)
+        _expect_device("query_positions", query_positions, device)
+        _expect_broadcastable("query_positions", query_positions, (batch, q_len), "(batch, q_len)")
+    if lengths is not None:
+        _expect_integers("lengths", lengths)
+        _expect_device("lengths", lengths, device)
+        _expect("lengths", lengths, (batch,), "(batch,)")
+    if sinks is not None:
+        _expect_float("sinks", sinks)
+        _expect_device("sinks", sinks, device)
+        _expect("sinks", sinks, (q_heads,), "(q_heads,)")
+    for name, size in (("window", window), ("segment_window", segment_window)):
+        if size is not None and size <= 0:
+            raise ValueError(f"{name} must be positive or None, got {size}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+    for number, segment in enumerate(segments):
+        check_segment(
+            f"segments[{number}]", segment, batch, q_heads, kv_heads, head_dim, value.shape[3], device
+        )
+
+
+def check_lengths(name: str, lengths: Tensor | None, limit: int) -> None:
+    """Values of a lengths tensor: 0 <= lengths <= limit."""
+    if lengths is not None and lengths.numel() and not bool(((lengths >= 0) & (lengths <= limit)).all()):
+        raise ValueError(f"{name} has values outside 0..{limit}: {lengths.tolist()}")
+
+
+def check_gate(name: str, gate: Tensor | None) -> None:
+    """Values of a gate: >= 0, finite, no NaN."""
+    if gate is not None and gate.numel() and not bool(((gate >= 0) & (gate < torch.inf)).all()):
+        raise ValueError(f"{name} must be finite and >= 0 everywhere; it has negative, infinite or NaN values")
+
+
+def check_index(name: str, index: Tensor | None, length: int) -> None:
+    """Values of an index: 0 <= index < length."""
+    if index is not None and index.numel() and not bool(((index >= 0) & (index < length)).all()):
+        raise ValueError(f"{name} has values outside 0..{length - 1}")
+
+
+def check_segment_values(name: str, segment: SegmentTensors) -> None:
+    check_lengths(f"{name}.lengths", segment.lengths, segment.length)
+    check_gate(f"{name}.gate", segment.gate)
+    check_index(f"{name}.index", segment.index, segment.key.shape[2])
+
+
+def _check_rope(name: str, tables: tuple[Tensor, Tensor] | None, batch: int, length: int, dim: int, device) -> None:
+    if tables is None:
+        return
+    if not isinstance(tables, (tuple, list)) or len(tables) != 2:
+        raise TypeError(f"{name} must be a pair (cos, sin) of tensors, got {type(tables).__name__}")
+    for part, table in zip(("cos", "sin"), tables, strict=True):
+        _expect_float(f"{name} {part}", table)
+        _expect_device(f"{name} {part}", table, device)
+        if table.dim() != 3 or table.shape[0] not in (1, batch) or table.shape[1] != length:
+            raise ValueError(
+                f"{name} {part} has shape {shape_of(table)}, wanted (batch or 1, len, rotary_dim) = "
+                f"({batch} or 1, {length}, rotary_dim)"
+            )
+        if table.shape[2] == 0 or table.shape[2] % 2 or table.shape[2] > dim:
+            raise ValueError(f"{name} {part} has rotary_dim {table.shape[2]}, wanted even, in 2..{dim}")
+    if tables[0].shape != tables[1].shape:
+        raise ValueError(f"{name} cos and sin differ in shape: {shape_of(tables[0])} and {shape_of(tables[1])}")
+
+
+def check_project_kv(
+    segment: SegmentTensors, rope: Rope | None, out: tuple[Tensor, Tensor] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes, dtypes and devices of a `project_kv` call; returns the shapes of the projected key and value."""
+    check_raw("segment", segment)
+    batch, heads, raw_length, raw_dim = segment.key.shape
+    device = segment.key.device
+    for slot, tensor in zip(segment._fields[:-1], segment, strict=False):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"segment.{slot} is on {tensor.device}, wanted {device} like segment.key")
+    shapes = []
+    for slot, raw, proj, proj_in, bias in (
+        ("key", segment.key, segment.key_proj, segment.key_proj_in, segment.key_bias),
+        ("value", segment.value, segment.value_proj, segment.value_proj_in, segment.value_bias),
+    ):
+        if proj is None:
+            kv_heads, dim = raw.shape[1], raw.shape[3]
+        else:
+            if proj.dim() != 3:
+                raise ValueError(
+                    f"segment.{slot}_proj has shape {shape_of(proj)}, wanted (kv_heads, head_dim, sharer_width)"
+                )
+            kv_heads, dim = proj.shape[0], proj.shape[1]
+            _check_low_rank(f"segment.{slot}_proj", proj, proj_in, kv_heads, dim, raw.shape[1] * raw.shape[3])
+        if bias is not None:
+            _expect_float(f"segment.{slot}_bias", bias)
+            _expect(f"segment.{slot}_bias", bias, (kv_heads, dim), "(kv_heads, head_dim)")
+        shapes.append((batch, kv_heads, segment.length, dim))
+    if shapes[0][1] != shapes[1][1]:
+        raise ValueError(f"segment.value_proj gives {shapes[1][1]} heads, segment.key_proj gives {shapes[0][1]}")
+    if rope is not None:
+        if not isinstance(rope, Rope):
+            raise TypeError(f"rope must be a Rope or None, got {type(rope).__name__}")
+        _check_rope("rope.remove", rope.remove, batch, raw_length, raw_dim, device)
+        _check_rope("rope.apply", rope.apply, batch, segment.length, shapes[0][3], device)
+    if out is not None:
+        if not isinstance(out, (tuple, list)) or len(out) != 2:
+            raise TypeError(f"out must be a pair (key, value) of tensors, got {type(out).__name__}")
+        for slot, tensor, wanted in zip(("key", "value"), out, shapes, strict=True):
+            _expect_float(f"out {slot}", tensor)
+            _expect_device(f"out {slot}", tensor, device)
+            _expect(f"out {slot}", tensor, wanted, "(batch, kv_heads, len, head_dim)")
+    return shapes[0], shapes[1]
+
+
+def check_merge_states(outs: list[Tensor], lses: list[Tensor]) -> None:
+    """Shapes, dtypes and devices of a `merge_states` call."""
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"outs and lses must be equally many, at least one; got {len(outs)} and {len(lses)}")
+    first = outs[0]
+    if first.dim() != 4:
+        raise ValueError(f"outs[0] has shape {shape_of(first)}, wanted (batch, q_heads, q_len, head_dim)")
+    for number, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        _expect_float(f"outs[{number}]", out)
+        _expect_float(f"lses[{number}]", lse)
+        _expect(f"outs[{number}]", out, tuple(first.shape), "the shape of outs[0]")
+        _expect(f"lses[{number}]", lse, tuple(first.shape[:3]), "(batch, q_heads, q_len)")
+        if out.dtype != first.dtype:
+            raise TypeError(f"outs[{number}] has dtype {out.dtype}, wanted {first.dtype} like outs[0]")
+        _expect_device(f"outs[{number}]", out, first.device)
+        _expect_device(f"lses[{number}]", lse, first.device)

@@ -1,0 +1,207 @@
+"""`merged_attention`: one softmax over the receiver's own cache and any number of sharer segments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import choose, native, reference
+from ..segment import SegmentTensors, SharerSegment, pack, to_tensors, unpack
+from ._checks import check_lengths, check_merged_attention, check_segment_values
+from ._library import LIBRARY, implement, needs_dispatcher, wants_grad
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor[] segments, int[] layout, Tensor? attn_mask, bool is_causal, "
+    "Tensor? query_positions, Tensor? lengths, float scale, int? window, int? segment_window, float? softcap, "
+    "Tensor? sinks, str strategy"
+)
+LIBRARY.define(
+    f"merged_attention({_ARGUMENTS}, bool return_mass, str backend) -> (Tensor out, Tensor lse, Tensor mass)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "merged_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_mass, Tensor out, Tensor lse, "
+    f"Tensor mass, {_ARGUMENTS}, bool[] needs, str backend) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def merged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[SharerSegment] = (),
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    query_positions: Tensor | None = None,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    segment_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    strategy: str = "auto",
+    return_lse: bool = False,
+    return_mass: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """out_i = (sum_j exp(z_ij) v_j + sum_s sum_j g^s_j exp(z^s_ij) (Wv y_j + bv)) / Z_i.
+
+    z is cap(scale * q . k) plus the mask; k is an own key or, in a segment, Wk x + bk. Query head h reads KV head
+    h // (q_heads / kv_heads). Where nothing is visible, out = 0 and lse = -inf.
+
+    Args:
+        query: (batch, q_heads, q_len, head_dim) float32, bfloat16 or float16 (float64: backend "reference").
+        key: (batch, kv_heads, len, head_dim), rotary embedding applied, dtype of query.
+        value: (batch, kv_heads, len, value_dim), dtype of query. value_dim may differ from head_dim.
+        segments: what sharers have read; each adds its tokens to the softmax.
+        attn_mask: broadcastable to (batch, q_heads, q_len, len), boolean (True: visible) or additive; own tokens.
+        is_causal: own token j is visible to query i when j <= len - q_len + i (lower-right aligned).
+        query_positions: broadcastable to (batch, q_len) integers in the receiver's sequence, compared with the
+            `positions` of segments. Default: len - q_len + i.
+        lengths: (batch,) integers, valid own tokens of each row; replaces len above, row by row.
+        scale: factor of q . k. Default: head_dim ** -0.5.
+        window: own tokens are visible when their index > len - q_len + i - window, sharer tokens that have
+            positions when their position > query position - window.
+        segment_window: the window for segments, where it differs from the own one (for example when `attn_mask`
+            holds the own one already). Default: `window`.
+        softcap: z = softcap * tanh(z / softcap) before gates and masks.
+        sinks: (q_heads,), a logit per head that joins the normalisation and has no value.
+        strategy: "absorb" folds a segment's projector into query and output, "materialize" projects the segment
+            first, "auto" takes the cheaper by the cost model of `backends.cost`. Same result within rounding.
+        return_lse: also return lse (batch, q_heads, q_len) float32, ln of the normaliser Z.
+        return_mass: also return mass (batch, q_heads, q_len, 1 + len(segments)) float32, the share of Z that each
+            segment holds, own cache first. The shares sum to 1, less what the sink takes.
+        backend: name of a backend, None for the fastest that can run the call.
+
+    Returns:
+        out (batch, q_heads, q_len, value_dim) like query; then lse and mass where asked for.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is wanted, before anything is computed.
+
+    Source: arXiv 2510.03215 for the setting; softmax merging as in FlashAttention (arXiv 2205.14135).
+    """
+    packed = [to_tensors(segment, f"segments[{number}]") for number, segment in enumerate(segments)]
+    if scale is None:
+        scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
+    if segment_window is None:
+        segment_window = window
+    check_merged_attention(
+        query, key, value, packed, attn_mask, query_positions, lengths, window, segment_window, softcap, sinks, strategy
+    )  # fmt: skip
+    refusal = ""
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        refusal = "has no gradient for attn_mask"
+    record = choose("merged_attention", backend, query.device, query.dtype, refusal)
+    arguments = (attn_mask, is_causal, query_positions, lengths, scale, window, segment_window, softcap, sinks)
+    if record.name == "reference":
+        out, lse, mass = _reference(query, key, value, packed, *arguments)
+    else:
+        everything = (query, key, value, sinks, *(tensor for segment in packed for tensor in segment[:-1]))
+        if needs_dispatcher(everything):
+            tensors, layout = pack(packed)
+            # A result that nobody asked for cannot get a gradient; mass is computed for those who want it.
+            out, lse, mass = torch.ops.c2c.merged_attention(
+                query, key, value, tensors, layout, *arguments, strategy, return_mass, record.name
+            )
+        else:
+            out, lse, mass = native.merged_attention(
+                record.name, query, key, value, packed, *arguments, strategy, return_mass, return_lse
+            )
+    if return_mass:
+        return (out, lse, mass) if return_lse else (out, mass)
+    return (out, lse) if return_lse else out
+
+
+def _reference(query, key, value, segments: list[SegmentTensors], *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    if not torch.compiler.is_compiling():
+        check_lengths("lengths", arguments[3], key.shape[2])
+        for number, segment in enumerate(segments):
+            check_segment_values(f"segments[{number}]", segment)
+    out, lse, mass, _ = reference.merged_attention(query, key, value, segments, *arguments)
+    return out.to(query.dtype), lse, mass
+
+
+def _forward(
+    query, key, value, segments, layout, attn_mask, is_causal, query_positions, lengths, scale, window,
+    segment_window, softcap, sinks, strategy, return_mass, backend,
+):  # fmt: skip
+    return native.merged_attention(
+        backend, query, key, value, unpack(segments, layout), attn_mask, is_causal, query_positions, lengths, scale,
+        window, segment_window, softcap, sinks, strategy, return_mass, True,
+    )  # fmt: skip
+
+
+def _backward(
+    grad_out, grad_lse, grad_mass, out, lse, mass, query, key, value, segments, layout, attn_mask, is_causal,
+    query_positions, lengths, scale, window, segment_window, softcap, sinks, strategy, needs, backend,
+):  # fmt: skip
+    return native.merged_attention_backward(
+        backend, grad_out, grad_lse, grad_mass, out, lse, mass, query, key, value, unpack(segments, layout),
+        attn_mask, is_causal, query_positions, lengths, scale, window, segment_window, softcap, sinks, needs,
+    )  # fmt: skip
+
+
+def _fake_forward(query, key, value, segments, layout, *arguments):
+    batch, q_heads, q_len, _ = query.shape
+    return_mass = arguments[-2]
+    out = query.new_empty((batch, q_heads, q_len, value.shape[3]))
+    lse = query.new_empty((batch, q_heads, q_len), dtype=torch.float32)
+    shape = (batch, q_heads, q_len, 1 + len(layout)) if return_mass else (0,)
+    return out, lse, query.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_backward(grad_out, grad_lse, grad_mass, out, lse, mass, query, key, value, segments, layout, *arguments):
+    sinks, needs = arguments[-4], arguments[-2]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _wanted(query, key, value, sinks, segments, needs)]  # fmt: skip
+
+
+def _wanted(query, key, value, sinks, segments, needs) -> list[Tensor]:
+    return [t for t, need in zip((query, key, value, sinks, *segments), needs, strict=True) if need]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, key, value, segments, layout, *arguments, return_mass, backend = inputs
+    attn_mask, is_causal, query_positions, lengths, scale, window, segment_window, softcap, sinks, strategy = arguments
+    optional = (attn_mask, query_positions, lengths, sinks)
+    ctx.save_for_backward(query, key, value, *output, *(t for t in optional if t is not None), *segments)
+    ctx.present = [t is not None for t in optional]
+    ctx.call = (layout, is_causal, scale, window, segment_window, softcap, strategy, return_mass, backend)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx, grad_out, grad_lse, grad_mass):
+    layout, is_causal, scale, window, segment_window, softcap, strategy, return_mass, backend = ctx.call
+    query, key, value, out, lse, mass, *rest = ctx.saved_tensors
+    rest = iter(rest)
+    attn_mask, query_positions, lengths, sinks = (next(rest) if present else None for present in ctx.present)
+    segments = list(rest)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if not return_mass:
+        grad_mass = None
+    segment_needs = ctx.needs_input_grad[3]
+    segment_needs = list(segment_needs) if segments else []
+    needs = [*ctx.needs_input_grad[:3], sinks is not None and ctx.needs_input_grad[13], *segment_needs]
+    grads = iter(
+        torch.ops.c2c.merged_attention_backward(
+            grad_out, grad_lse, grad_mass, out, lse, mass, query, key, value, segments, layout, attn_mask, is_causal,
+            query_positions, lengths, scale, window, segment_window, softcap, sinks, strategy, needs, backend,
+        )
+    )  # fmt: skip
+    found = [next(grads) if need else None for need in needs]
+    empty_list = [] if not layout else None  # an empty int[] is taken for an empty tensor list by autograd
+    return (*found[:3], found[4:], empty_list, *(None,) * 8, found[3], None, None, None)
+
+
+implement("merged_attention", _forward)
+implement("merged_attention_backward", _backward)
+torch.library.register_fake("c2c::merged_attention", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("c2c::merged_attention_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd(
+    "c2c::merged_attention", _autograd_backward, setup_context=_setup_context, lib=LIBRARY
+)
