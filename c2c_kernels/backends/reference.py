@@ -147,7 +147,7 @@ def _segment_visible(segment: SegmentTensors, query_positions: Tensor, window: i
     if segment.lengths is not None:
         visible = (torch.arange(length, device=device) < segment.lengths[:, None])[:, None, :]
     if segment.positions is not None:
-        positions = segment.positions.reshape(-1, 1, length).long()
+        positions = torch.atleast_2d(segment.positions)[:, None, :].long()
         if window is not None:
             visible = visible & (positions > query_positions[..., None] - window)
         if segment.causal:
@@ -199,13 +199,14 @@ def merged_attention(
     segment_window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """DESIGN.md 2.1 as written. Returns out, lse, mass in the arithmetic dtype, and the normalised weights of every segment.
+    """DESIGN.md 2.1 as written. Returns out, lse, mass in the arithmetic dtype, and the normalised weights of every run.
 
-    The maximum is taken over tokens with a weight, and segments are summed one after another: a segment that is
+    `dtype` is the dtype of the arithmetic, float32 or float64 by default. The maximum is taken over tokens with a weight, and segments are summed one after another: a segment that is
     empty or gated to 0 leaves every bit of the result as it was.
     """
-    dtype, device = arithmetic_dtype(query.dtype), query.device
+    dtype, device = dtype or arithmetic_dtype(query.dtype), query.device
     batch, q_heads, q_len, _ = query.shape
     query = query.to(dtype)
     own_key, own_value = key.to(dtype), value.to(dtype)
@@ -219,7 +220,7 @@ def merged_attention(
     runs = [(scores.masked_fill(~visible, -torch.inf), None, own_value)]
     if query_positions is None:
         query_positions = default_query_positions(batch, q_len, key.shape[2], lengths, device)
-    query_positions = query_positions.reshape(-1, q_len).long()
+    query_positions = torch.atleast_2d(query_positions).long()
     for segment in segments:
         segment_key, segment_value = project_kv(segment, None, dtype)
         scores = _scores(query, segment_key, scale, softcap)

@@ -19,7 +19,7 @@ _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Every key of the file's metadata; arrays as lists. CommandError where `path` is no GGUF file of version 2 or 3."""
+    """Every key of the file's metadata, arrays as lists. CommandError where `path` is no GGUF file, or damaged."""
     if not path.is_file() or path.stat().st_size < 24:
         raise CommandError(f"{path} is not a GGUF file")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -68,15 +68,13 @@ def _gemma(metadata: dict[str, Any]) -> Any:
 
 
 def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to cut a token into two tokens, earlier tokens first, then by length of the left and right part.
-
-    Ties within a token keep the vocabulary's order of the parts, reversed as Transformers has it.
-    """
-    merges: list[tuple[str, str]] = []
-    for token in vocab:
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab]
-        merges += sorted(cuts, key=lambda cut: (len(cut[0]), len(cut[1])), reverse=True)
-    return merges
+    """Every way to cut a token into two tokens: earlier tokens first, then the longer left part first."""
+    return [
+        (token[:cut], token[cut:])
+        for token in vocab
+        for cut in range(len(token) - 1, 0, -1)
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
 
 
 def _wrapped(tokenizer: Any, metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -86,10 +84,11 @@ def _wrapped(tokenizer: Any, metadata: dict[str, Any]) -> PreTrainedTokenizerBas
     from transformers import PreTrainedTokenizerFast
 
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
-    of_type = {kind: [t for t, k in zip(tokens, types, strict=False) if k == kind] for kind in (_CONTROL, _USER_DEFINED)}
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in of_type[_CONTROL]])
-    plain = [t for t in of_type[_USER_DEFINED] if tokenizer.token_to_id(t) is not None]
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in plain])
+    control = [token for token, kind in zip(tokens, types, strict=False) if kind == _CONTROL]
+    plain = [token for token, kind in zip(tokens, types, strict=False) if kind == _USER_DEFINED]
+    plain = [token for token in plain if tokenizer.token_to_id(token) is not None]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
     roles = {role: metadata.get(f"tokenizer.ggml.{key}") for role, key in _SPECIAL.items()}
     if metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.model"] == "llama"):
         bos = tokens[roles["bos_token"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,27 +12,35 @@ from contextlib import contextmanager
 def stage(label: str, total: int | None = None, *, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
     """Shows `label` while the block runs and how long it took; yields `update(completed)`.
 
-    Without rich, or where standard error is no terminal, the label alone is printed.
+    Without rich, or where standard error is no terminal, it is one line: the label, at the end the seconds.
     """
     try:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeElapsedColumn
+        from rich import console, progress
     except ImportError:
-        print(f"{label} ...", file=sys.stderr, flush=True)
-        yield lambda completed: None
+        terminal = None
+    else:
+        # sys.stderr as it is now: what the block prints there may be turned away
+        terminal = console.Console(file=sys.stderr)
+    if terminal is None or not terminal.is_terminal:
+        with _line(label):
+            yield lambda completed: None
         return
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        print(f"{label} ...", file=sys.stderr, flush=True)
-        yield lambda completed: None
-        return
-    amount = [] if total is None else [DownloadColumn() if in_bytes else MofNCompleteColumn()]
-    columns = [TextColumn("{task.description:<34}"), BarColumn(bar_width=30), *amount, TimeElapsedColumn()]
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda completed: progress.update(task, completed=completed)
-        progress.update(task, total=total or 1, completed=total or 1)
+    amount = [progress.DownloadColumn() if in_bytes else progress.MofNCompleteColumn()] if total else []
+    columns = [progress.TextColumn("{task.description:<36}"), progress.BarColumn(30), *amount]
+    with progress.Progress(*columns, progress.TimeElapsedColumn(), console=terminal) as bars:
+        task = bars.add_task(label, total=total)
+        yield lambda completed: bars.update(task, completed=completed)
+        bars.update(task, total=total or 1, completed=total or 1)
+
+
+@contextmanager
+def _line(label: str) -> Iterator[None]:
+    began, file = time.perf_counter(), sys.stderr
+    print(f"{label} ...", end="", file=file, flush=True)
+    try:
+        yield
+    finally:
+        print(f" {time.perf_counter() - began:.1f} s", file=file, flush=True)
 
 
 def note(text: str) -> None:

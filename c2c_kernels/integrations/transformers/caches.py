@@ -32,13 +32,17 @@ def _layer_tensors(layer: object, name: str) -> tuple[Tensor, Tensor]:
     # Exact types: quantised and hybrid layers are subclasses of these, with other contents.
     kind = type(layer)
     if kind not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer):
-        raise ValueError(f"{name} is a {kind.__name__}, whose keys and values cannot be read as they are; {_RECAPTURE}")
+        raise ValueError(
+            f"{name} is a {kind.__name__}, whose keys and values cannot be read as they are; {_RECAPTURE}"
+        )
     if not layer.is_initialized:
         raise ValueError(f"{name} is empty: run the sharer on its text first")
     held = layer.keys.shape[2]
     seen = int(layer.get_seq_length())
     if seen > held or (kind is DynamicSlidingWindowLayer and seen != held):
-        raise ValueError(f"{name} is a sliding window that has dropped {seen - held} of {seen} tokens; {_RECAPTURE}")
+        raise ValueError(
+            f"{name} is a sliding window that has dropped {seen - held} of {seen} tokens; {_RECAPTURE}"
+        )
     return layer.keys[:, :, :seen], layer.values[:, :, :seen]
 
 
@@ -52,12 +56,20 @@ def read_cache(cache: Cache | Sequence[tuple[Tensor, Tensor]], name: str) -> lis
     if isinstance(cache, Cache):
         if cache.offloading:
             raise ValueError(f"{name} is offloaded to the CPU; {_RECAPTURE}")
-        layers = [_layer_tensors(layer, f"{name}.layers[{index}]") for index, layer in enumerate(cache.layers)]
+        layers = [
+            _layer_tensors(layer, f"{name}.layers[{index}]") for index, layer in enumerate(cache.layers)
+        ]
     elif isinstance(cache, Sequence):
         layers = []
         for index, pair in enumerate(cache):
-            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
-                raise TypeError(f"{name}[{index}] must be a (key, value) pair of tensors, got {type(pair).__name__}")
+            if not (
+                isinstance(pair, (tuple, list))
+                and len(pair) == 2
+                and all(isinstance(x, Tensor) for x in pair)
+            ):
+                raise TypeError(
+                    f"{name}[{index}] must be a (key, value) pair of tensors, got {type(pair).__name__}"
+                )
             layers.append((pair[0], pair[1]))
     else:
         raise TypeError(
@@ -89,8 +101,14 @@ def valid_tokens(attention_mask: Tensor | None, batch: int, length: int, name: s
     if attention_mask is None:
         return Tokens()
     if not isinstance(attention_mask, Tensor) or tuple(attention_mask.shape) != (batch, length):
-        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(f"{name} must be a tensor (batch, len) = ({batch}, {length}) like its cache, got {got}")
+        got = (
+            tuple(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
+        raise ValueError(
+            f"{name} must be a tensor (batch, len) = ({batch}, {length}) like its cache, got {got}"
+        )
     mask = attention_mask != 0
     if bool(mask.all()):
         return Tokens()
@@ -230,14 +248,21 @@ def _projector(projectors: Any, layer: int, where: str) -> tuple[Any, Any, Any, 
         raise TypeError(
             f"projectors of {where}, layer {layer}: {type(entry).__name__} has no key_proj and value_proj"
         )
-    return entry.key_proj, entry.value_proj, getattr(entry, "key_bias", None), getattr(entry, "value_bias", None)
+    return (
+        entry.key_proj,
+        entry.value_proj,
+        getattr(entry, "key_bias", None),
+        getattr(entry, "value_bias", None),
+    )
 
 
 def _gates(gates: Any, tokens: Tokens, layers: int, device: torch.device, where: str) -> list[Tensor | None]:
     """A gate per receiver layer; tokens that an attention mask hides get the gate 0, which removes them exactly."""
     if isinstance(gates, (list, tuple)):
         if len(gates) != layers:
-            raise ValueError(f"gates of {where} must have one entry per receiver layer ({layers}), got {len(gates)}")
+            raise ValueError(
+                f"gates of {where} must have one entry per receiver layer ({layers}), got {len(gates)}"
+            )
         made = [_gate(gate, device, f"gates of {where}, layer {layer}") for layer, gate in enumerate(gates)]
     else:
         made = [_gate(gates, device, f"gates of {where}")] * layers
@@ -247,7 +272,9 @@ def _gates(gates: Any, tokens: Tokens, layers: int, device: torch.device, where:
     masked: dict[int, Tensor] = {}
     for gate in made:
         if id(gate) not in masked:
-            masked[id(gate)] = hidden.float() if gate is None else torch.where(hidden, gate, gate.new_zeros(()))
+            masked[id(gate)] = (
+                hidden.float() if gate is None else torch.where(hidden, gate, gate.new_zeros(()))
+            )
     return [masked[id(gate)] for gate in made]
 
 

@@ -149,7 +149,9 @@ class SharedContext:
         """
 
         def project(segment: c2c.SharerSegment) -> c2c.SharerSegment:
-            plain = (segment.key_proj, segment.value_proj, segment.key_bias, segment.value_bias) == (None,) * 4
+            plain = (segment.key_proj, segment.value_proj, segment.key_bias, segment.value_bias) == (
+                None,
+            ) * 4
             if plain and segment.key_scale is None and segment.value_scale is None and segment.index is None:
                 return segment
             key, value = c2c.project_kv(segment, backend=backend)
@@ -162,7 +164,9 @@ class SharedContext:
                 visibility=segment.visibility,
             )
 
-        return SharedContext([[project(s) for s in segments] for segments in self.layers], self.position_offset)
+        return SharedContext(
+            [[project(s) for s in segments] for segments in self.layers], self.position_offset
+        )
 
     def shard(self, rank: int, world_size: int) -> SharedContext:
         """The part of rank `rank` of `world_size` under tensor parallelism: its slice of the receiver's heads.
@@ -183,8 +187,10 @@ class SharedContext:
             return tensor.narrow(dim, rank * size, size)
 
         def cut_projector(projector: Any, name: str) -> Any:
-            return (cut(projector[0], 0, name), projector[1]) if isinstance(projector, (tuple, list)) else (
-                cut(projector, 0, name)
+            return (
+                (cut(projector[0], 0, name), projector[1])
+                if isinstance(projector, (tuple, list))
+                else (cut(projector, 0, name))
             )
 
         def part(segment: c2c.SharerSegment) -> c2c.SharerSegment:
@@ -194,7 +200,9 @@ class SharedContext:
                 if projector is None:
                     changes[kind] = cut(getattr(segment, kind), 1, kind)
                     if getattr(segment, f"{kind}_scale") is not None:
-                        changes[f"{kind}_scale"] = _cut_shared(getattr(segment, f"{kind}_scale"), cut, f"{kind}_scale")
+                        changes[f"{kind}_scale"] = _cut_shared(
+                            getattr(segment, f"{kind}_scale"), cut, f"{kind}_scale"
+                        )
                 else:
                     changes[f"{kind}_proj"] = cut_projector(projector, f"{kind}_proj")
                 changes[f"{kind}_bias"] = cut(getattr(segment, f"{kind}_bias"), 0, f"{kind}_bias")
@@ -229,7 +237,9 @@ class SharedContext:
         if self.position_offset is None:
             return None
         offset = self.position_offset
-        return (offset if self.batch in (1, batch) else offset.repeat_interleave(batch // self.batch))[:, None]
+        return (offset if self.batch in (1, batch) else offset.repeat_interleave(batch // self.batch))[
+            :, None
+        ]
 
     def with_leaves(self) -> SharedContext:
         """The same context with every computed tensor that needs a gradient replaced by a leaf that hands it on.

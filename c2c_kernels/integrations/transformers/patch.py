@@ -57,7 +57,9 @@ class Patch:
                 )
             return args, kwargs
         if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
-            raise ValueError("packed sequences (cu_seq_lens_q, cu_seq_lens_k) are not supported: pad the batch instead")
+            raise ValueError(
+                "packed sequences (cu_seq_lens_q, cu_seq_lens_k) are not supported: pad the batch instead"
+            )
         weights = kwargs.get("output_attentions")
         if weights is None:
             weights = getattr(model.config, "output_attentions", False)
@@ -68,7 +70,12 @@ class Patch:
         return args, kwargs
 
     def _share(
-        self, call: Call, context: SharedContext, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        call: Call,
+        context: SharedContext,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         inputs = args[0] if args else kwargs.get("input_ids")
         if inputs is None:
@@ -77,13 +84,17 @@ class Patch:
             raise ValueError("c2c: the forward pass has neither input_ids nor inputs_embeds")
         batch, q_len = inputs.shape[:2]
         if getattr(model, "_is_replica", False):
-            raise RuntimeError("nn.DataParallel splits the batch but not the context: use DistributedDataParallel")
+            raise RuntimeError(
+                "nn.DataParallel splits the batch but not the context: use DistributedDataParallel"
+            )
         if len(context.layers) != len(self.attention):
             raise ValueError(
                 f"c2c: the context is made for {len(context.layers)} layers, the model has {len(self.attention)}"
             )
         if batch % context.batch:
-            raise ValueError(f"c2c: a batch of {batch} rows does not divide by the context's {context.batch} rows")
+            raise ValueError(
+                f"c2c: a batch of {batch} rows does not divide by the context's {context.batch} rows"
+            )
         if context.trainable and model.training and torch.is_grad_enabled() and self._reentrant():
             context = context.with_leaves()
         call.layers = context.rows(batch)
@@ -227,7 +238,9 @@ def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     if config.is_encoder_decoder:
         raise ValueError(f"{kind} is an encoder-decoder: cross attention is not supported")
     if config.get_text_config() is not config:
-        raise ValueError(f"{kind} has encoders beside its language model: enable the language model inside it")
+        raise ValueError(
+            f"{kind} has encoders beside its language model: enable the language model inside it"
+        )
     if not (model._can_set_attn_implementation() and model._supports_attention_backend):
         raise ValueError(f"{kind} does not call its attention through Transformers' AttentionInterface")
     parameters = inspect.signature(model.forward).parameters

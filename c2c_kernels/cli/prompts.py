@@ -1,0 +1,56 @@
+"""The token sequences of the three ways to answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from c2c_kernels.cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A small model answers best in this form: the text, then the question, then how long an answer is wanted.
+_QUESTION = "Question: {question} Answer in one short sentence."
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids. `prefix + rest` is the prompt with the text in it; the cache stands for `prefix`.
+
+    Attributes:
+        prefix: the chat template's head and the text, as far as no question shows.
+        rest: the question and the chat template's tail.
+        bare: the prompt of the question alone.
+    """
+
+    prefix: list[int]
+    rest: list[int]
+    bare: list[int]
+
+
+def build_prompt(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> Prompt:
+    """The prompt that asks `question` about `text`."""
+    asked = _QUESTION.format(question=question)
+    whole = _render(tokenizer, f"{text}\n\n{asked}")
+    start = whole.find(text)
+    if start < 0:
+        raise CommandError("the receiver's chat template does not hand the text through as it is")
+    cut = start + len(text)
+    return Prompt(
+        prefix=_encode(tokenizer, whole[:cut]),
+        rest=tokenizer(whole[cut:], add_special_tokens=False).input_ids,
+        bare=_encode(tokenizer, _render(tokenizer, asked)),
+    )
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
+    if not tokenizer.chat_template:
+        return f"{content}\nAnswer:"
+    message = {"role": "user", "content": content}
+    return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # A chat template writes the start token itself.
+    return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids)

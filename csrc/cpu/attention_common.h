@@ -1,0 +1,247 @@
+// What forward and backward attention share: runs of tokens, which queries see which tokens, and one block's masks.
+// Included inside an instruction set's namespace.
+
+constexpr int64_t BLOCK = 64;        // tokens handled between two softmax updates
+constexpr int64_t TARGET_ROWS = 128;  // query rows of a register-blocked tile
+
+// A run as the kernels see it: the own cache or a segment.
+struct Run {
+  const c2c_tensor *key = nullptr, *value = nullptr;
+  const c2c_segment *segment = nullptr;  // null: own cache
+  bool absorbed = false;  // raw sharer tokens, read by all query heads at once at their own width
+  int64_t parts = 1;      // a stored token is parts x dim elements (sharer heads side by side where absorbed)
+  int64_t key_dim = 0, value_dim = 0;
+  int64_t key_width = 0, value_width = 0;  // parts * dim
+  int64_t key_ld = 0, value_ld = 0;        // widths padded to a panel
+  int64_t len = 0, window = 0;
+  bool causal = false, positioned = false;
+  int64_t groups = 0, group_heads = 0;  // heads that share a stored token, and how many such groups there are
+  int64_t tile_queries = 0, tiles = 0;  // queries per tile; tile rows = group_heads * tile_queries
+  int64_t splits = 1;                   // independent parts of the token range, at most
+  int64_t first_job = 0;
+  float *folded = nullptr;       // absorbed: Wk^T q, [batch][q_heads][q_len][key_ld]
+  float *folded_bias = nullptr;  // absorbed: q . bk, [batch][q_heads][q_len]
+  SoftmaxState *states = nullptr;  // [batch][q_heads][q_len][splits]
+  float *sums = nullptr;           // weighted value sums of these states, [..][value_ld]
+};
+
+static void describe_run(Run &run, const c2c_attention_params &p, const c2c_segment *segment) {
+  run.segment = segment;
+  run.key = segment ? &segment->key : &p.key;
+  run.value = segment ? &segment->value : &p.value;
+  run.len = segment ? segment->len : p.len;
+  run.positioned = segment && segment->positions.data;
+  run.absorbed = segment && segment->key_proj.data;
+  run.causal = segment ? segment->causal : p.is_causal;
+  run.window = segment ? (run.positioned ? p.segment_window : 0) : p.window;
+  run.key_dim = segment ? segment->key_dim : p.head_dim;
+  run.value_dim = segment ? segment->value_dim : p.value_dim;
+  run.parts = run.absorbed ? segment->heads : 1;
+  run.key_width = run.parts * run.key_dim;
+  run.value_width = run.parts * run.value_dim;
+  run.key_ld = round_up(run.key_width, PANEL);
+  run.value_ld = round_up(run.value_width, PANEL);
+  run.groups = run.absorbed ? 1 : p.kv_heads;
+  run.group_heads = p.q_heads / run.groups;
+  // A wide raw token takes fewer rows, so that a tile's queries and sums stay in the second-level cache.
+  int64_t rows = most<int64_t>(16, least<int64_t>(TARGET_ROWS, 48 * 1024 / most(run.key_ld, run.value_ld)));
+  run.tile_queries = least(p.q_len, most<int64_t>(1, rows / run.group_heads));
+  run.tiles = p.q_len ? div_up(p.q_len, run.tile_queries) : 0;
+}
+
+static ALWAYS_INLINE int64_t run_length(const Run &run, const c2c_attention_params &p, int64_t b) {
+  const c2c_tensor &lengths = run.segment ? run.segment->lengths : p.lengths;
+  return lengths.data ? integer_at(lengths, b * lengths.stride[0]) : run.len;
+}
+
+// How many parts a row's tokens are split into. Depends on the row's own length and the heads alone, so that neither
+// the batch nor the number of threads changes a result.
+static ALWAYS_INLINE int64_t split_count(const Run &run, int64_t length) {
+  int64_t wanted = div_up(64, run.groups * run.tiles);
+  return most<int64_t>(1, least(wanted, length / (4 * BLOCK)));
+}
+
+static ALWAYS_INLINE int32_t clamp32(int64_t x) {
+  return (int32_t)most<int64_t>(-2147483647, least<int64_t>(2147483646, x));
+}
+
+// Tokens that the queries i0 .. i0 + n see: those with lo < coordinate <= hi. The coordinate is a token's index, or
+// its position where the segment has positions.
+struct Limits {
+  int32_t *lo, *hi;  // [queries]
+  int32_t lo_least, lo_most, hi_least, hi_most;
+
+  void fill(const Run &run, const c2c_attention_params &p, int64_t b, int64_t i0, int64_t n, int64_t length) {
+    lo_least = hi_least = 2147483647;
+    lo_most = hi_most = -2147483647 - 1;
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t low = -2147483648LL, high = 2147483647;
+      if (!run.segment || run.positioned) {
+        int64_t at_query = run_query(run, p, b, i0 + i, length);
+        if (run.causal) high = clamp32(at_query);
+        if (run.window > 0) low = clamp32(at_query - run.window);
+      }
+      if (!run.positioned) high = least(high, length - 1);
+      lo[i] = (int32_t)low;
+      hi[i] = (int32_t)high;
+      lo_least = least(lo_least, lo[i]);
+      lo_most = most(lo_most, lo[i]);
+      hi_least = least(hi_least, hi[i]);
+      hi_most = most(hi_most, hi[i]);
+    }
+  }
+
+  // Own tokens count by index from the lower-right corner; positions of segments meet query_positions.
+  static int64_t run_query(const Run &run, const c2c_attention_params &p, int64_t b, int64_t i, int64_t length) {
+    if (run.segment && p.query_positions.data)
+      return integer_at(p.query_positions, b * p.query_positions.stride[0] + i * p.query_positions.stride[1]);
+    int64_t own = !run.segment ? length : p.lengths.data ? integer_at(p.lengths, b * p.lengths.stride[0]) : p.len;
+    return own - p.q_len + i;
+  }
+};
+
+// One tile of query rows (row = head in group * queries + query) against one part of a run.
+struct Tile {
+  const c2c_attention_params &p;
+  const Run &run;
+  int64_t b, group, i0, queries, rows;
+  int64_t begin, end;  // tokens
+  Limits limits;
+  int32_t *coordinate;  // [BLOCK] of the current block
+  float *gates;         // [group_heads][BLOCK] of the current block: ln g, or g itself for the backward pass
+  bool backward, keep_closed;  // the backward pass also wants tokens whose gate is 0, where the gate has a gradient
+  bool gated, limited;
+
+  int64_t head(int64_t g) const { return group * run.group_heads + g; }
+
+  // Narrows the token range to what some query can see, where coordinates are indices; keeps blocks aligned.
+  void narrow_range() {
+    if (run.positioned) return;
+    end = least<int64_t>(end, (int64_t)limits.hi_most + 1);
+    int64_t first = (int64_t)limits.lo_least + 1;
+    if (first > begin) begin += (first - begin) / BLOCK * BLOCK;
+  }
+
+  // Looks at tokens j .. j + n; false where no row sees any of them.
+  bool enter_block(int64_t j, int64_t n) {
+    int32_t first = (int32_t)j, last = (int32_t)(j + n - 1);
+    if (run.positioned) {
+      const c2c_tensor &positions = run.segment->positions;
+      first = 2147483647;
+      last = -2147483647 - 1;
+      for (int64_t t = 0; t < n; ++t) {
+        int64_t offset = b * positions.stride[0] + (j + t) * positions.stride[1];
+        coordinate[t] = clamp32(integer_at(positions, offset));
+        first = least(first, coordinate[t]);
+        last = most(last, coordinate[t]);
+      }
+    } else {
+      for (int64_t t = 0; t < n; ++t) coordinate[t] = first + (int32_t)t;
+    }
+    if (last <= limits.lo_least || first > limits.hi_most) return false;
+    limited = first <= limits.lo_most || last > limits.hi_least;
+    gated = run.segment && run.segment->gate.data;
+    return !gated || load_gates(j, n) || keep_closed;
+  }
+
+  // Gates of the block; false where every one is 0.
+  bool load_gates(int64_t j, int64_t n) {
+    const c2c_tensor &gate = run.segment->gate;
+    bool open = false;
+    for (int64_t g = 0; g < run.group_heads; ++g) {
+      float *to = gates + g * BLOCK;
+      if (g > 0 && gate.stride[1] == 0) {
+        memcpy(to, gates, BLOCK * sizeof(float));
+        continue;
+      }
+      int64_t offset = b * gate.stride[0] + head(g) * gate.stride[1] + j * gate.stride[2];
+      for (int64_t t = 0; t < n; ++t) {
+        float value = number_at(gate, offset + t * gate.stride[2]);
+        open = open || value > 0.0f;
+        to[t] = backward ? value : value == 1.0f ? 0.0f : value > 0.0f ? logf(value) : -INF;
+      }
+    }
+    return open;
+  }
+};
+
+// Attention mask of head h, query i, token j as something to add.
+static ALWAYS_INLINE float mask_at(const c2c_tensor &mask, int64_t offset) {
+  return mask.dtype == C2C_BOOL ? (((const uint8_t *)mask.data)[offset] ? 0.0f : -INF) : number_at(mask, offset);
+}
+
+// The mask of a block with tokens outside and queries inside, [heads or 1][BLOCK][queries]; false where it hides
+// everything. A mask that is the same for all heads is stored once.
+static bool load_mask(const Tile &tile, int64_t j, int64_t n, float *to) {
+  const c2c_tensor &mask = tile.p.mask;
+  int64_t heads = mask.stride[1] == 0 ? 1 : tile.run.group_heads;
+  bool any = false;
+  for (int64_t g = 0; g < heads; ++g, to += BLOCK * tile.queries)
+    for (int64_t i = 0; i < tile.queries; ++i) {
+      int64_t offset = tile.b * mask.stride[0] + tile.head(g) * mask.stride[1] + (tile.i0 + i) * mask.stride[2] +
+                       j * mask.stride[3];
+      for (int64_t t = 0; t < n; ++t) {
+        float value = mask_at(mask, offset + t * mask.stride[3]);
+        any = any || value != -INF;
+        to[t * tile.queries + i] = value;
+      }
+    }
+  return any;
+}
+
+static ALWAYS_INLINE float *add_to(float *p, int64_t n) { return p ? p + n : nullptr; }
+
+// Scores of a block with tokens outside and rows inside, s[BLOCK][ld]: bias of absorbed rows, soft cap, gates, mask,
+// limits. `cap_slope` (nullable, same shape) receives the derivative of the cap; the backward pass wants weights
+// without gates.
+static void adjust_columns(const Tile &tile, int64_t n, float *s, int64_t ld, const float *row_bias, const float *mask,
+                           float *cap_slope) {
+  const int64_t queries = tile.queries;
+  const float cap = tile.p.softcap;
+  const bool mask_shared = mask && tile.p.mask.stride[1] == 0;
+  for (int64_t t = 0; t < n; ++t) {
+    float *column = s + t * ld;
+    if (row_bias)
+      for (int64_t r = 0; r < tile.rows; ++r) column[r] += row_bias[r];
+    if (cap > 0.0f)
+      for (int64_t r = 0; r < tile.rows; r += LANES) {
+        V bent = vtanh(load(column + r) * (1.0f / cap));
+        store(column + r, bent * cap);
+        if (cap_slope) store(cap_slope + t * ld + r, 1.0f - bent * bent);
+      }
+    const int32_t x = tile.coordinate[t];
+    for (int64_t g = 0; g < tile.run.group_heads; ++g) {
+      float *part = column + g * queries;
+      if (tile.gated && !tile.backward) {
+        const float gate = tile.gates[g * BLOCK + t];
+        for (int64_t i = 0; i < queries; ++i) part[i] += gate;
+      }
+      if (mask) {
+        const float *add = mask + ((mask_shared ? 0 : g * BLOCK) + t) * queries;
+        for (int64_t i = 0; i < queries; ++i) part[i] += add[i];
+      }
+      if (tile.limited)
+        for (int64_t i = 0; i < queries; ++i)
+          part[i] = (x > tile.limits.lo[i]) & (x <= tile.limits.hi[i]) ? part[i] : -INF;
+    }
+  }
+}
+
+// Tokens j .. j + n of a run in float32, one row of `width` after another.
+static void widen_tokens(const Run &run, const c2c_tensor &t, int64_t dim, int64_t b, int64_t group, int64_t j,
+                         int64_t n, float *to, int64_t ld) {
+  for (int64_t token = 0; token < n; ++token)
+    for (int64_t part = 0; part < run.parts; ++part)
+      widen_row(to + token * ld + part * dim, t.dtype, at(t, b, run.absorbed ? part : group, j + token), dim);
+}
+
+// Query rows of a tile in float32, scaled, [rows][ld]; padding is zero.
+static void load_queries(const Tile &tile, float *to, int64_t ld) {
+  const c2c_attention_params &p = tile.p;
+  for (int64_t g = 0; g < tile.run.group_heads; ++g)
+    for (int64_t i = 0; i < tile.queries; ++i, to += ld) {
+      widen_row(to, p.query.dtype, at(p.query, tile.b, tile.head(g), tile.i0 + i), p.head_dim);
+      for (int64_t d = 0; d < p.head_dim; ++d) to[d] *= p.scale;
+      for (int64_t d = p.head_dim; d < ld; ++d) to[d] = 0.0f;
+    }
+}

@@ -1,0 +1,430 @@
+// Merged attention, forward. Included inside an instruction set's namespace.
+//
+// Three phases over threads: fold (absorbed segments: q~ = Wk^T q), attend (each job is one run, one tile of query
+// rows, one part of the tokens, and leaves a softmax state), combine (states of a row merged in a fixed order,
+// absorbed sums taken through Wv, result rounded once). Few rows stream the cache once through registers; more rows
+// go through register-blocked products on transposed scores, s[token][row], which need no horizontal sums.
+
+constexpr int64_t STREAM_ROWS = 12;  // up to here a tile streams tokens instead of packing them
+constexpr int64_t QUERY_BLOCK = 16;  // queries of one head that are folded or combined together
+
+struct Forward {
+  const c2c_attention_params &p;
+  Run *runs;
+  int64_t run_count, job_count;
+  int64_t scratch;  // floats per thread
+};
+
+// Scratch of one thread, carved out of one block of floats.
+struct Carver {
+  float *next;
+  int64_t used = 0;
+  float *take(int64_t n) {
+    n = round_up(n, 16);
+    float *taken = add_to(next, used);
+    used += n;
+    return taken;
+  }
+};
+
+struct TileScratch {
+  float *q, *panels, *s, *acc, *k, *v, *mask, *gates, *row_bias, *row_max, *row_sum, *factor;
+  int32_t *lo, *hi, *coordinate;
+  SoftmaxState *state;
+
+  TileScratch(Carver &carver, const Run &run, const c2c_attention_params &p) {
+    int64_t rows = round_up(run.group_heads * run.tile_queries, PANEL);
+    q = carver.take(rows * run.key_ld);
+    panels = carver.take(rows * run.key_ld);
+    s = carver.take(BLOCK * (rows + 16));
+    acc = carver.take(rows * run.value_ld);
+    k = carver.take(BLOCK * run.key_ld);
+    v = carver.take(2 * BLOCK * run.value_ld);
+    mask = carver.take(!run.segment && p.mask.data ? BLOCK * rows : 0);
+    gates = carver.take(BLOCK * run.group_heads);
+    row_bias = carver.take(rows);
+    row_max = carver.take(rows);
+    row_sum = carver.take(rows);
+    factor = carver.take(rows);
+    lo = (int32_t *)carver.take(rows);
+    hi = (int32_t *)carver.take(rows);
+    coordinate = (int32_t *)carver.take(BLOCK);
+    state = (SoftmaxState *)carver.take(2 * rows);
+  }
+};
+
+static int64_t attention_scratch(const Run &run, const c2c_attention_params &p) {
+  Carver carver{nullptr};
+  TileScratch sized(carver, run, p);
+  return carver.used;
+}
+
+// ---- few rows: tokens are streamed ----
+
+// Bias, cap, gates, mask and limits of one row of scores, s[n].
+static void adjust_row(const Tile &tile, int64_t j, int64_t n, int64_t g, int64_t i, float *s, float row_bias) {
+  const c2c_attention_params &p = tile.p;
+  if (tile.run.absorbed)
+    for (int64_t t = 0; t < n; ++t) s[t] += row_bias;
+  for (int64_t t = n; t < BLOCK; ++t) s[t] = -INF;
+  if (p.softcap > 0.0f)
+    for (int64_t t = 0; t < BLOCK; t += LANES) store(s + t, vtanh(load(s + t) * (1.0f / p.softcap)) * p.softcap);
+  for (int64_t t = n; t < BLOCK; ++t) s[t] = -INF;
+  if (tile.gated)
+    for (int64_t t = 0; t < n; ++t) s[t] += tile.gates[g * BLOCK + t];
+  if (!tile.run.segment && p.mask.data) {
+    const c2c_tensor &mask = p.mask;
+    int64_t offset = tile.b * mask.stride[0] + tile.head(g) * mask.stride[1] + (tile.i0 + i) * mask.stride[2] +
+                     j * mask.stride[3];
+    for (int64_t t = 0; t < n; ++t) s[t] += mask_at(mask, offset + t * mask.stride[3]);
+  }
+  if (tile.limited) {
+    const int32_t lo = tile.limits.lo[i], hi = tile.limits.hi[i];
+    for (int64_t t = 0; t < n; ++t)
+      s[t] = (tile.coordinate[t] > lo) & (tile.coordinate[t] <= hi) ? s[t] : -INF;
+  }
+}
+
+// Scores of a row become weights relative to its state's new maximum; returns the factor for its sums so far.
+static float softmax_row(float *s, SoftmaxState &state) {
+  V largest = set1(-INF);
+  VI broken = {};
+  for (int64_t t = 0; t < BLOCK; t += LANES) {
+    V x = load(s + t);
+    largest = vmax(x, largest);
+    broken |= x != x;
+  }
+  float tile_max = -INF;
+  bool nan = false;
+  for (int l = 0; l < LANES; ++l) {
+    tile_max = most(tile_max, largest[l]);
+    nan = nan || broken[l];
+  }
+  float factor = state.update(nan ? __builtin_nanf("") : tile_max);
+  const V base = set1(state.max == -INF ? 0.0f : state.max);
+  V total = {};
+  for (int64_t t = 0; t < BLOCK; t += LANES) {
+    V weight = vexp(load(s + t) - base);
+    store(s + t, weight);
+    total += weight;
+  }
+  state.sum += sum(total);
+  return factor;
+}
+
+static void stream_tile(Tile &tile, TileScratch &x) {
+  const Run &run = tile.run;
+  for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
+    int64_t n = least(BLOCK, tile.end - j);
+    if (!tile.enter_block(j, n)) continue;
+    for (int64_t part = 0; part < run.parts; ++part) {
+      const void *keys = at(*run.key, tile.b, run.absorbed ? part : tile.group, j);
+      dot_tokens(x.q + part * run.key_dim, run.key_ld, tile.rows, run.key->dtype, keys, run.key->stride[2], n,
+                 run.key_dim, x.s, BLOCK, part > 0);
+    }
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      adjust_row(tile, j, n, r / tile.queries, r % tile.queries, x.s + r * BLOCK, x.row_bias[r]);
+      float factor = softmax_row(x.s + r * BLOCK, x.state[r]);
+      if (factor != 1.0f) {
+        float *acc = x.acc + r * run.value_ld;
+        for (int64_t d = 0; d < run.value_ld; ++d) acc[d] *= factor;
+      }
+    }
+    for (int64_t part = 0; part < run.parts; ++part) {
+      const void *values = at(*run.value, tile.b, run.absorbed ? part : tile.group, j);
+      weigh_tokens(x.s, BLOCK, tile.rows, run.value->dtype, values, run.value->stride[2], n, run.value_dim,
+                   x.acc + part * run.value_dim, run.value_ld);
+    }
+  }
+}
+
+// ---- many rows: register-blocked products ----
+
+// Column softmax of s[n][ld] over tokens for all rows; leaves the factor of every row's sums so far.
+static bool softmax_columns(float *s, int64_t ld, int64_t n, int64_t rows, TileScratch &x) {
+  bool rescale = false;
+  for (int64_t r = 0; r < rows; r += LANES) {
+    V old = load(x.row_max + r), largest = old;
+    VI broken = {};
+    for (int64_t t = 0; t < n; ++t) {
+      V score = load(s + t * ld + r);
+      largest = vmax(score, largest);
+      broken |= score != score;
+    }
+    largest = select(broken, largest + __builtin_nanf(""), largest);
+    V base = select(largest == set1(-INF), V{}, largest);
+    V factor = select(old == largest, set1(1.0f), vexp(old - base));
+    V total = load(x.row_sum + r) * factor;
+    for (int64_t t = 0; t < n; ++t) {
+      V weight = vexp(load(s + t * ld + r) - base);
+      store(s + t * ld + r, weight);
+      total += weight;
+    }
+    store(x.row_max + r, largest);
+    store(x.row_sum + r, total);
+    store(x.factor + r, factor);
+    for (int l = 0; l < LANES; ++l) rescale = rescale || factor[l] != 1.0f;
+  }
+  return rescale;
+}
+
+static void block_tile(Tile &tile, TileScratch &x) {
+  const Run &run = tile.run;
+  const int64_t padded = round_up(tile.rows, PANEL), ld = padded + 16;
+  const bool masked = !run.segment && tile.p.mask.data;
+  pack_panels_transposed(x.panels, x.q, run.key_ld, run.key_width, tile.rows);
+  for (int64_t r = 0; r < padded; ++r) x.row_max[r] = -INF, x.row_sum[r] = 0.0f;
+  for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
+    int64_t n = least(BLOCK, tile.end - j);
+    if (!tile.enter_block(j, n) || (masked && !load_mask(tile, j, n, x.mask))) continue;
+    const float *keys = x.k;
+    int64_t key_ld = run.key_ld;
+    if (run.key->dtype == C2C_F32 && run.parts == 1) {
+      keys = (const float *)at(*run.key, tile.b, run.absorbed ? 0 : tile.group, j);
+      key_ld = run.key->stride[2];
+    } else {
+      widen_tokens(run, *run.key, run.key_dim, tile.b, tile.group, j, n, x.k, key_ld);
+    }
+    gemm(n, tile.rows, run.key_width, keys, key_ld, 1, x.panels, x.s, ld, false);
+    adjust_columns(tile, n, x.s, ld, run.absorbed ? x.row_bias : nullptr, masked ? x.mask : nullptr, nullptr);
+    if (softmax_columns(x.s, ld, n, padded, x))
+      for (int64_t r = 0; r < tile.rows; ++r)
+        if (x.factor[r] != 1.0f)
+          for (int64_t d = 0; d < run.value_ld; d += LANES)
+            store(x.acc + r * run.value_ld + d, load(x.acc + r * run.value_ld + d) * x.factor[r]);
+    float *rows = x.v + BLOCK * run.value_ld;
+    widen_tokens(run, *run.value, run.value_dim, tile.b, tile.group, j, n, rows, run.value_ld);
+    pack_panels(x.v, rows, run.value_ld, n, run.value_width);
+    gemm(tile.rows, run.value_width, n, x.s, 1, ld, x.v, x.acc, run.value_ld, true);
+  }
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    x.state[r].max = x.row_max[r];
+    x.state[r].sum = x.row_sum[r];
+  }
+}
+
+// ---- phases ----
+
+static void load_folded(const Tile &tile, TileScratch &x) {
+  const Run &run = tile.run;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    int64_t row = (tile.b * tile.p.q_heads + r / tile.queries) * tile.p.q_len + tile.i0 + r % tile.queries;
+    memcpy(x.q + r * run.key_ld, run.folded + row * run.key_ld, run.key_ld * sizeof(float));
+    x.row_bias[r] = run.folded_bias[row];
+  }
+}
+
+// q~ = scale * Wk[h']^T q and the bias term scale * q . bk, for a block of queries of one head.
+static void fold_queries(const c2c_attention_params &p, const Run &run, int64_t b, int64_t h, int64_t i0, int64_t n,
+                         float *scratch) {
+  const c2c_segment &segment = *run.segment;
+  const int64_t kv_head = h / (p.q_heads / p.kv_heads), ldq = round_up(p.head_dim, PANEL);
+  float *q = scratch, *bias_row = q + QUERY_BLOCK * ldq, *inner = bias_row + ldq;
+  const int64_t row0 = (b * p.q_heads + h) * p.q_len + i0;
+  float *folded = run.folded + row0 * run.key_ld;
+  for (int64_t i = 0; i < n; ++i) {
+    widen_row(q + i * ldq, p.query.dtype, at(p.query, b, h, i0 + i), p.head_dim);
+    for (int64_t d = 0; d < p.head_dim; ++d) q[i * ldq + d] *= p.scale;
+  }
+  memset(folded, 0, n * run.key_ld * sizeof(float));
+  const c2c_tensor &proj = segment.key_proj, &proj_in = segment.key_proj_in;
+  const void *weights = at(proj, kv_head);
+  if (proj_in.data) {
+    const int64_t ld = round_up(segment.key_rank, PANEL);
+    memset(inner, 0, n * ld * sizeof(float));
+    weigh_tokens(q, ldq, n, proj.dtype, weights, proj.stride[1], p.head_dim, segment.key_rank, inner, ld);
+    weigh_tokens(inner, ld, n, proj_in.dtype, proj_in.data, proj_in.stride[0], segment.key_rank, run.key_width, folded,
+                 run.key_ld);
+  } else {
+    weigh_tokens(q, ldq, n, proj.dtype, weights, proj.stride[1], p.head_dim, run.key_width, folded, run.key_ld);
+  }
+  if (segment.key_bias.data) widen_row(bias_row, segment.key_bias.dtype, at(segment.key_bias, kv_head), p.head_dim);
+  for (int64_t i = 0; i < n; ++i) {
+    float dot = 0.0f;
+    if (segment.key_bias.data)
+      for (int64_t d = 0; d < p.head_dim; ++d) dot += q[i * ldq + d] * bias_row[d];
+    run.folded_bias[row0 + i] = dot;
+  }
+}
+
+static void attend(const Forward &forward, int64_t job, float *scratch) {
+  const c2c_attention_params &p = forward.p;
+  int64_t which = forward.run_count - 1;
+  while (job < forward.runs[which].first_job) --which;
+  const Run &run = forward.runs[which];
+  job -= run.first_job;
+  const int64_t split = job % run.splits, tile_index = job / run.splits % run.tiles;
+  const int64_t group = job / run.splits / run.tiles % run.groups, b = job / run.splits / run.tiles / run.groups;
+  const int64_t length = run_length(run, p, b), parts = split_count(run, length);
+  const int64_t chunk = round_up(div_up(length, parts), BLOCK);
+
+  Carver carver{scratch};
+  TileScratch x(carver, run, p);
+  const int64_t i0 = tile_index * run.tile_queries, queries = least(run.tile_queries, p.q_len - i0);
+  Tile tile{p, run, b, group, i0, queries, run.group_heads * queries, least(length, split * chunk),
+            least(length, (split + 1) * chunk), {x.lo, x.hi, 0, 0, 0, 0}, x.coordinate, x.gates, false, false, false, false};
+  tile.limits.fill(run, p, b, i0, queries, length);
+  tile.narrow_range();
+
+  for (int64_t r = 0; r < tile.rows; ++r) x.state[r] = SoftmaxState{};
+  if (tile.begin < tile.end) {
+    memset(x.acc, 0, tile.rows * run.value_ld * sizeof(float));
+    if (run.absorbed)
+      load_folded(tile, x);
+    else
+      load_queries(tile, x.q, run.key_ld);
+    if (tile.rows <= STREAM_ROWS)
+      stream_tile(tile, x);
+    else
+      block_tile(tile, x);
+  }
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    int64_t row = (b * p.q_heads + tile.head(r / queries)) * p.q_len + i0 + r % queries;
+    run.states[row * run.splits + split] = x.state[r];
+    if (x.state[r].max != -INF)
+      memcpy(run.sums + (row * run.splits + split) * run.value_ld, x.acc + r * run.value_ld,
+             run.value_ld * sizeof(float));
+  }
+}
+
+// sums (+)= the states of one run for one row, weighted; returns the share of the normaliser that the run holds.
+static float collect(const Run &run, int64_t row, const SoftmaxState &total, float *sums) {
+  float mass = 0.0f;
+  for (int64_t split = 0; split < run.splits; ++split) {
+    const SoftmaxState &state = run.states[row * run.splits + split];
+    const float weight = total.weight(state.max);
+    if (state.max == -INF) continue;
+    mass += weight * state.sum;
+    const float *from = run.sums + (row * run.splits + split) * run.value_ld;
+    for (int64_t d = 0; d < run.value_ld; d += LANES) store(sums + d, load(from + d) * weight + load(sums + d));
+  }
+  return mass;
+}
+
+// out (+)= Wv[h'] sums + bv mass for n rows of one head.
+static void unfold_values(const c2c_attention_params &p, const Run &run, int64_t kv_head, int64_t n, const float *sums,
+                          const float *mass, float *inner, float *out, int64_t ldo) {
+  const c2c_segment &segment = *run.segment;
+  const c2c_tensor &proj = segment.value_proj, &proj_in = segment.value_proj_in;
+  const float *x = sums;
+  int64_t ldx = run.value_ld, width = run.value_width;
+  if (proj_in.data) {
+    const int64_t ld = round_up(segment.value_rank, PANEL);
+    memset(inner, 0, n * ld * sizeof(float));
+    dot_tokens(sums, run.value_ld, n, proj_in.dtype, proj_in.data, proj_in.stride[0], segment.value_rank,
+               run.value_width, inner, ld, false);
+    x = inner, ldx = ld, width = segment.value_rank;
+  }
+  dot_tokens(x, ldx, n, proj.dtype, at(proj, kv_head), proj.stride[1], p.value_dim, width, out, ldo, true);
+  if (!segment.value_bias.data) return;
+  float *bias = inner + QUERY_BLOCK * round_up(most<int64_t>(segment.value_rank, 1), PANEL);
+  widen_row(bias, segment.value_bias.dtype, at(segment.value_bias, kv_head), p.value_dim);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t d = 0; d < p.value_dim; ++d) out[i * ldo + d] += mass[i] * bias[d];
+}
+
+// States of a block of queries of one head merged, finished and written.
+static void combine(const Forward &forward, int64_t b, int64_t h, int64_t i0, int64_t n, float *scratch) {
+  const c2c_attention_params &p = forward.p;
+  const int64_t row0 = (b * p.q_heads + h) * p.q_len + i0, ldo = round_up(p.value_dim, PANEL);
+  float *out = scratch, *mass = out + QUERY_BLOCK * ldo, *rest = mass + QUERY_BLOCK;
+  SoftmaxState total[QUERY_BLOCK];
+  for (int64_t i = 0; i < n; ++i) {
+    if (p.sinks.data) {
+      float sink = number_at(p.sinks, h * p.sinks.stride[0]);
+      if (sink != -INF) total[i].merge(SoftmaxState{sink, 1.0f});
+    }
+    for (int64_t which = 0; which < forward.run_count; ++which)
+      for (int64_t split = 0; split < forward.runs[which].splits; ++split)
+        total[i].merge(forward.runs[which].states[(row0 + i) * forward.runs[which].splits + split]);
+    if (p.lse.data)
+      ((float *)p.lse.data)[b * p.lse.stride[0] + h * p.lse.stride[1] + (i0 + i) * p.lse.stride[2]] = total[i].finish();
+  }
+  memset(out, 0, n * ldo * sizeof(float));
+  for (int64_t which = 0; which < forward.run_count; ++which) {
+    const Run &run = forward.runs[which];
+    const int64_t lds = run.absorbed ? run.value_ld : ldo;
+    float *sums = run.absorbed ? rest : out;
+    if (run.absorbed) memset(sums, 0, n * lds * sizeof(float));
+    bool any = false;
+    for (int64_t i = 0; i < n; ++i) {
+      mass[i] = collect(run, row0 + i, total[i], sums + i * lds);
+      any = any || mass[i] != 0.0f;
+      if (p.mass.data)
+        ((float *)p.mass.data)[b * p.mass.stride[0] + h * p.mass.stride[1] + (i0 + i) * p.mass.stride[2] +
+                               which * p.mass.stride[3]] = mass[i];
+    }
+    if (run.absorbed && any)
+      unfold_values(p, run, h / (p.q_heads / p.kv_heads), n, sums, mass, sums + QUERY_BLOCK * run.value_ld, out, ldo);
+  }
+  for (int64_t i = 0; i < n; ++i)
+    narrow_row(p.out.dtype, const_cast<void *>(at(p.out, b, h, i0 + i)), out + i * ldo, p.value_dim);
+}
+
+static int64_t phase_scratch(const Run &run, const c2c_attention_params &p) {
+  if (!run.absorbed) return QUERY_BLOCK * (round_up(p.value_dim, PANEL) + 1);
+  int64_t rank = round_up(most(run.segment->key_rank, most<int64_t>(run.segment->value_rank, 1)), PANEL);
+  int64_t width = most(run.value_ld, round_up(most(p.head_dim, p.value_dim), PANEL));
+  return (QUERY_BLOCK + 1) * (2 * width + rank) + QUERY_BLOCK * (round_up(p.value_dim, PANEL) + 1);
+}
+
+// Memory for states and folded queries, which threads share.
+static int64_t shared_size(const c2c_attention_params &p, Run &run, Carver &carver) {
+  const int64_t rows = p.batch * p.q_heads * p.q_len;
+  run.states = (SoftmaxState *)carver.take(2 * rows * run.splits);
+  run.sums = carver.take(rows * run.splits * run.value_ld);
+  if (run.absorbed) {
+    run.folded = carver.take(rows * run.key_ld);
+    run.folded_bias = carver.take(rows);
+  }
+  return carver.used;
+}
+
+static c2c_status_code merged_attention(const c2c_attention_params &p) {
+  if (p.batch * p.q_heads * p.q_len == 0) return C2C_OK;
+  Block runs_memory((1 + p.segment_count) * (int64_t)sizeof(Run) / 4 + 16);
+  if (!runs_memory.data) return C2C_NO_MEMORY;
+  Forward forward{p, (Run *)runs_memory.data, 0, 0, 0};
+  double work = 0;
+  for (int32_t s = -1; s < p.segment_count; ++s) {
+    Run &run = forward.runs[forward.run_count++];
+    run = Run{};
+    describe_run(run, p, s < 0 ? nullptr : &p.segments[s]);
+    run.splits = split_count(run, run.len);
+    run.first_job = forward.job_count;
+    forward.job_count += p.batch * run.groups * run.tiles * run.splits;
+    forward.scratch = most(forward.scratch, most(attention_scratch(run, p), phase_scratch(run, p)));
+    work += (double)p.batch * p.q_heads * p.q_len * run.len * (run.key_width + run.value_width);
+  }
+  Carver sizing{nullptr};
+  for (int64_t which = 0; which < forward.run_count; ++which) shared_size(p, forward.runs[which], sizing);
+  const int threads = thread_count(p.threads, work);
+  forward.scratch = round_up(forward.scratch, 1024) + 16;  // threads do not share a page
+  Block memory(sizing.used + threads * forward.scratch);
+  if (!memory.data) return C2C_NO_MEMORY;
+  Carver shared{memory.data};
+  for (int64_t which = 0; which < forward.run_count; ++which) shared_size(p, forward.runs[which], shared);
+  const int64_t blocks = div_up(p.q_len, QUERY_BLOCK), heads = p.batch * p.q_heads;
+
+#pragma omp parallel num_threads(threads)
+  {
+    float *scratch = memory.data + sizing.used + thread_number() * forward.scratch;
+    for (int64_t which = 0; which < forward.run_count; ++which) {
+      if (!forward.runs[which].absorbed) continue;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t unit = 0; unit < heads * blocks; ++unit) {
+        int64_t row = unit / blocks, i0 = unit % blocks * QUERY_BLOCK;
+        fold_queries(p, forward.runs[which], row / p.q_heads, row % p.q_heads, i0, least(QUERY_BLOCK, p.q_len - i0),
+                     scratch);
+      }
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t job = 0; job < forward.job_count; ++job) attend(forward, job, scratch);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < heads * blocks; ++unit) {
+      int64_t row = unit / blocks, i0 = unit % blocks * QUERY_BLOCK;
+      combine(forward, row / p.q_heads, row % p.q_heads, i0, least(QUERY_BLOCK, p.q_len - i0), scratch);
+    }
+  }
+  return C2C_OK;
+}

@@ -1,0 +1,113 @@
+// C[M x N] (+)= A[M x K] B[K x N] in float32, register-blocked. Included inside an instruction set's namespace.
+// A has any strides (each element is broadcast). B is packed in panels of PANEL columns: [N / PANEL][K][PANEL], the
+// last one padded. C is row-major; only its N columns are touched.
+
+constexpr int PANEL = 2 * LANES;
+#if LANES == 16
+constexpr int TILE_ROWS = 8;  // 8 x 2 accumulators, 2 of B, broadcasts from memory: 18 of 32 registers
+#else
+constexpr int TILE_ROWS = 6;  // 6 x 2 accumulators, 2 of B, 1 broadcast: 15 of 16 registers
+#endif
+
+// Every element of C is one chain of multiply-adds over k, whatever the blocking: results do not depend on M or N.
+template <int ROWS, int VECTORS, bool UNIT>
+static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_stride, int64_t k_stride, const float *b,
+                                    float *c, int64_t ldc, bool accumulate) {
+  V sum[ROWS][VECTORS];
+  for (int i = 0; i < ROWS; ++i)
+    for (int v = 0; v < VECTORS; ++v) sum[i][v] = accumulate ? load(c + i * ldc + v * LANES) : V{};
+  if (UNIT) row_stride = 1;
+  for (int64_t k = 0; k < K; ++k) {
+    V column[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) column[v] = load(b + v * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      V x = set1(a[i * row_stride]);
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sum[i][v] = x * column[v] + sum[i][v];
+    }
+    a += k_stride;
+    b += PANEL;
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int v = 0; v < VECTORS; ++v) store(c + i * ldc + v * LANES, sum[i][v]);
+}
+
+template <int VECTORS, bool UNIT>
+static inline void gemm_rows(int64_t rows, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
+                             const float *b, float *c, int64_t ldc, bool accumulate) {
+  switch (rows) {
+#define CASE(R) \
+  case R: return gemm_tile<R, VECTORS, UNIT>(K, a, row_stride, k_stride, b, c, ldc, accumulate);
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if LANES == 16
+    CASE(7) CASE(8)
+#endif
+#undef CASE
+  }
+}
+
+// The last columns of C, where they are no whole vectors: by way of a buffer, so that nothing beyond them is touched.
+template <bool UNIT>
+static inline void gemm_edge(int64_t rows, int64_t columns, int64_t K, const float *a, int64_t row_stride,
+                             int64_t k_stride, const float *b, float *c, int64_t ldc, bool accumulate) {
+  float edge[TILE_ROWS * PANEL];
+  for (int64_t i = 0; accumulate && i < rows; ++i)
+    for (int64_t n = 0; n < PANEL; ++n) edge[i * PANEL + n] = n < columns ? c[i * ldc + n] : 0.0f;
+  gemm_rows<2, UNIT>(rows, K, a, row_stride, k_stride, b, edge, PANEL, accumulate);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t n = 0; n < columns; ++n) c[i * ldc + n] = edge[i * PANEL + n];
+}
+
+template <bool UNIT>
+static inline void gemm_strided(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
+                                const float *b, float *c, int64_t ldc, bool accumulate) {
+  for (int64_t n = 0; n < N; n += PANEL, b += K * PANEL) {
+    for (int64_t m = 0; m < M; m += TILE_ROWS) {
+      int64_t rows = least<int64_t>(TILE_ROWS, M - m);
+      const float *from = a + m * row_stride;
+      float *to = c + m * ldc + n;
+      if (N - n < PANEL && N - n != LANES)
+        gemm_edge<UNIT>(rows, N - n, K, from, row_stride, k_stride, b, to, ldc, accumulate);
+      else if (N - n > LANES)
+        gemm_rows<2, UNIT>(rows, K, from, row_stride, k_stride, b, to, ldc, accumulate);
+      else
+        gemm_rows<1, UNIT>(rows, K, from, row_stride, k_stride, b, to, ldc, accumulate);
+    }
+  }
+}
+
+static void gemm(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride, const float *b,
+                 float *c, int64_t ldc, bool accumulate) {
+  if (row_stride == 1)
+    gemm_strided<true>(M, N, K, a, 1, k_stride, b, c, ldc, accumulate);
+  else
+    gemm_strided<false>(M, N, K, a, row_stride, k_stride, b, c, ldc, accumulate);
+}
+
+static ALWAYS_INLINE int64_t panels_size(int64_t K, int64_t N) { return round_up(N, PANEL) * K; }
+
+// Panels of B[K x N] from row-major rows; columns beyond N are zero.
+static void pack_panels(float *panels, const float *b, int64_t ldb, int64_t K, int64_t N) {
+  for (int64_t n = 0; n < N; n += PANEL) {
+    int64_t columns = least<int64_t>(PANEL, N - n);
+    for (int64_t k = 0; k < K; ++k, panels += PANEL) {
+      const float *row = b + k * ldb + n;
+      if (columns == PANEL) {
+        store(panels, load(row));
+        store(panels + LANES, load(row + LANES));
+      } else {
+        for (int64_t i = 0; i < PANEL; ++i) panels[i] = i < columns ? row[i] : 0.0f;
+      }
+    }
+  }
+}
+
+// Panels of B = R^T from rows R[N x K].
+static void pack_panels_transposed(float *panels, const float *rows, int64_t ld, int64_t K, int64_t N) {
+  for (int64_t n = 0; n < N; n += PANEL, panels += K * PANEL) {
+    int64_t columns = least<int64_t>(PANEL, N - n);
+    for (int64_t i = 0; i < PANEL; ++i)
+      for (int64_t k = 0; k < K; ++k) panels[k * PANEL + i] = i < columns ? rows[(n + i) * ld + k] : 0.0f;
+  }
+}

@@ -1,0 +1,32 @@
+// The table of kernels that every instruction set provides, and the system headers they use.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "c2c.h"
+#include "threads.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+struct Kernels {
+  const char *isa;
+  c2c_status_code (*merged_attention)(const c2c_attention_params &);
+  c2c_status_code (*merged_attention_backward)(const c2c_attention_backward_params &);
+  c2c_status_code (*project_kv)(const c2c_project_params &);
+  c2c_status_code (*merge_states)(const c2c_merge_params &);
+};
+
+#if defined(__x86_64__)
+namespace c2c_baseline { extern const Kernels kernels; }
+namespace c2c_avx2 { extern const Kernels kernels; }
+namespace c2c_avx512 { extern const Kernels kernels; }
+#elif defined(__aarch64__)
+namespace c2c_neon { extern const Kernels kernels; }
+#else
+namespace c2c_baseline { extern const Kernels kernels; }
+#endif

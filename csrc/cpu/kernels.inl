@@ -1,0 +1,25 @@
+// The body of every operator, compiled once per instruction set. The including file sets C2C_NAMESPACE, LANES and the
+// target, and has included the system headers before it: nothing but these kernels may be compiled for that target.
+namespace C2C_NAMESPACE {
+
+#include "vec.h"
+
+#include "gemm.h"
+
+#include "rows.h"
+
+#include "softmax.h"
+
+#include "attention_common.h"
+
+#include "attention_forward.h"
+
+#include "attention_backward.h"
+
+#include "project.h"
+
+#include "merge.h"
+
+extern const Kernels kernels = {C2C_ISA_NAME, merged_attention, merged_attention_backward, project_kv, merge_states};
+
+}  // namespace C2C_NAMESPACE

@@ -1,0 +1,215 @@
+// project_kv and merge_states, forward. Included inside an instruction set's namespace.
+//
+// A job is one tile of tokens of one half (keys or values): gather, scale and un-rotate into float32 rows, multiply by
+// every row of the projector, add the bias, rotate, round once into the destination. Few tokens stream the weights
+// through dot products; more tokens are the packed side of register-blocked products, so weights are never re-laid.
+
+constexpr int64_t TOKEN_TILE = 128;
+constexpr int64_t WEIGHT_ROWS = 64;      // projector rows widened and multiplied at a time
+constexpr int64_t STREAM_TOKENS = 8;     // up to here weights are streamed once by dot products
+
+struct Half {
+  const c2c_tensor *raw, *proj, *proj_in, *bias, *scale, *out;
+  int64_t dim, width, rank, out_dim;
+  bool key;
+};
+
+static Half half_of(const c2c_project_params &p, bool key) {
+  const c2c_segment &s = p.segment;
+  if (key)
+    return {&s.key, &s.key_proj, &s.key_proj_in, &s.key_bias, &s.key_scale, &p.key_out, s.key_dim,
+            s.heads * s.key_dim, s.key_rank, p.head_dim, true};
+  return {&s.value, &s.value_proj, &s.value_proj_in, &s.value_bias, &s.value_scale, &p.value_out, s.value_dim,
+          s.heads * s.value_dim, s.value_rank, p.out_dim, false};
+}
+
+static float e4m3_to_float(uint8_t x) {
+  int exponent = x >> 3 & 15, mantissa = x & 7;
+  float magnitude = exponent ? ldexpf((float)(8 + mantissa), exponent - 10) : ldexpf((float)mantissa, -9);
+  if ((x & 0x7f) == 0x7f) magnitude = __builtin_nanf("");
+  return x & 0x80 ? -magnitude : magnitude;
+}
+
+static void widen_stored(float *to, int32_t dtype, const void *from, int64_t n) {
+  if (dtype == C2C_I8)
+    for (int64_t i = 0; i < n; ++i) to[i] = ((const int8_t *)from)[i];
+  else if (dtype == C2C_F8E4M3)
+    for (int64_t i = 0; i < n; ++i) to[i] = e4m3_to_float(((const uint8_t *)from)[i]);
+  else
+    widen_row(to, dtype, from, n);
+}
+
+static void load_table(float *to, const c2c_tensor &table, int64_t b, int64_t token, int64_t n) {
+  widen_row(to, table.dtype, (const char *)table.data + (b * table.stride[0] + token * table.stride[1]) *
+            dtype_size(table.dtype), n);
+}
+
+// x <- x cos + (-x2, x1) sin on the first `n` dimensions, or its inverse. Tables may carry a factor.
+static void turn(float *x, const float *cos, const float *sin, int64_t n, bool inverse) {
+  for (int64_t i = 0, half = n / 2; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    if (!inverse) {
+      x[i] = a * cos[i] - b * sin[i];
+      x[i + half] = b * cos[i + half] + a * sin[i + half];
+    } else {
+      x[i] = (a * cos[i] + b * sin[i]) / (cos[i] * cos[i] + sin[i] * sin[i]);
+      x[i + half] = (b * cos[i + half] - a * sin[i + half]) /
+                    (cos[i + half] * cos[i + half] + sin[i + half] * sin[i + half]);
+    }
+  }
+}
+
+// Selected tokens j .. j + n of batch row b, flattened over sharer heads, [n][ld]; padding is zero.
+static void load_raw(const c2c_project_params &p, const Half &half, int64_t b, int64_t j, int64_t n, float *to,
+                     int64_t ld, float *tables) {
+  const c2c_segment &s = p.segment;
+  const bool unturn = half.key && p.remove_cos.data;
+  for (int64_t t = 0; t < n; ++t, to += ld) {
+    int64_t token = j + t;
+    if (s.index.data) token = integer_at(s.index, b * s.index.stride[0] + token * s.index.stride[1]);
+    if (unturn) {
+      load_table(tables, p.remove_cos, b, token, p.remove_dim);
+      load_table(tables + p.remove_dim, p.remove_sin, b, token, p.remove_dim);
+    }
+    for (int64_t head = 0; head < s.heads; ++head) {
+      float *row = to + head * half.dim;
+      widen_stored(row, half.raw->dtype, at(*half.raw, b, head, token), half.dim);
+      if (half.scale->data) {
+        float scale = number_at(*half.scale, b * half.scale->stride[0] + head * half.scale->stride[1] +
+                                             token * half.scale->stride[2]);
+        for (int64_t d = 0; d < half.dim; ++d) row[d] *= scale;
+      }
+      if (unturn) turn(row, tables, tables + p.remove_dim, p.remove_dim, true);
+    }
+    for (int64_t d = half.width; d < ld; ++d) to[d] = 0.0f;
+  }
+}
+
+// Bias, rotation and rounding of one projected row of one head.
+static void write_row(const c2c_project_params &p, const Half &half, int64_t b, int64_t head, int64_t token, float *row,
+                      const float *bias, float *tables) {
+  if (bias)
+    for (int64_t d = 0; d < half.out_dim; ++d) row[d] += bias[d];
+  if (half.key && p.apply_cos.data) {
+    load_table(tables, p.apply_cos, b, token, p.apply_dim);
+    load_table(tables + p.apply_dim, p.apply_sin, b, token, p.apply_dim);
+    turn(row, tables, tables + p.apply_dim, p.apply_dim, false);
+  }
+  narrow_row(half.out->dtype, const_cast<void *>(at(*half.out, b, head, token)), row, half.out_dim);
+}
+
+struct ProjectScratch {
+  float *raw, *inner, *panels, *products, *weights, *row, *bias, *tables;
+
+  ProjectScratch(Carver &carver, const c2c_project_params &p, const Half &half) {
+    const int64_t width = round_up(most(half.width, half.rank), PANEL), out = round_up(half.out_dim, PANEL);
+    raw = carver.take(TOKEN_TILE * width);
+    inner = carver.take(half.rank ? TOKEN_TILE * round_up(half.rank, PANEL) : 0);
+    panels = carver.take(TOKEN_TILE * width);
+    products = carver.take(most(half.rank, half.out_dim) * TOKEN_TILE + STREAM_TOKENS * out);
+    weights = carver.take(WEIGHT_ROWS * width);
+    row = carver.take(out);
+    bias = carver.take(out);
+    tables = carver.take(2 * most(most(p.apply_dim, p.remove_dim), out));
+  }
+};
+
+// products[rows][TOKEN_TILE] = weights[rows][width] x tokens, with tokens packed in panels.
+static void multiply(const c2c_tensor &weights, const void *first, int64_t row_stride, int64_t rows, int64_t width,
+                     const float *panels, int64_t tokens, ProjectScratch &x) {
+  for (int64_t r = 0; r < rows; r += WEIGHT_ROWS) {
+    const int64_t n = least(WEIGHT_ROWS, rows - r);
+    const char *from = (const char *)first + r * row_stride * dtype_size(weights.dtype);
+    const float *w = (const float *)from;
+    int64_t ld = row_stride;
+    if (weights.dtype != C2C_F32) {
+      ld = round_up(width, PANEL);
+      for (int64_t i = 0; i < n; ++i)
+        widen_row(x.weights + i * ld, weights.dtype, from + i * row_stride * dtype_size(weights.dtype), width);
+      w = x.weights;
+    }
+    gemm(n, tokens, width, w, ld, 1, panels, x.products + r * TOKEN_TILE, TOKEN_TILE, false);
+  }
+}
+
+static void project_tile(const c2c_project_params &p, const Half &half, int64_t b, int64_t first_head,
+                         int64_t last_head, int64_t j, int64_t n, ProjectScratch &x) {
+  const int64_t ld = round_up(half.width, PANEL);
+  load_raw(p, half, b, j, n, x.raw, ld, x.tables);
+  const float *rows = x.raw;
+  int64_t width = half.width, row_ld = ld;
+  const bool stream = n <= STREAM_TOKENS;
+  if (half.proj->data && half.proj_in->data) {
+    row_ld = round_up(half.rank, PANEL);
+    if (stream) {
+      memset(x.inner, 0, n * row_ld * sizeof(float));
+      dot_tokens(x.raw, ld, n, half.proj_in->dtype, half.proj_in->data, half.proj_in->stride[0], half.rank, half.width,
+                 x.inner, row_ld, false);
+    } else {
+      pack_panels_transposed(x.panels, x.raw, ld, half.width, n);
+      multiply(*half.proj_in, half.proj_in->data, half.proj_in->stride[0], half.rank, half.width, x.panels, n, x);
+      for (int64_t t = 0; t < n; ++t)
+        for (int64_t r = 0; r < row_ld; ++r)
+          x.inner[t * row_ld + r] = r < half.rank ? x.products[r * TOKEN_TILE + t] : 0.0f;
+    }
+    rows = x.inner, width = half.rank;
+  }
+  if (half.proj->data && !stream) pack_panels_transposed(x.panels, rows, row_ld, width, n);
+  for (int64_t head = first_head; head < last_head; ++head) {
+    const float *bias = nullptr;
+    if (half.bias->data) {
+      widen_row(x.bias, half.bias->dtype, at(*half.bias, head), half.out_dim);
+      bias = x.bias;
+    }
+    const int64_t out_ld = round_up(half.out_dim, PANEL);
+    if (half.proj->data && stream)
+      dot_tokens(rows, row_ld, n, half.proj->dtype, at(*half.proj, head), half.proj->stride[1], half.out_dim, width,
+                 x.products, out_ld, false);
+    else if (half.proj->data)
+      multiply(*half.proj, at(*half.proj, head), half.proj->stride[1], half.out_dim, width, x.panels, n, x);
+    for (int64_t t = 0; t < n; ++t) {
+      for (int64_t d = 0; d < half.out_dim; ++d)
+        x.row[d] = !half.proj->data ? rows[t * ld + head * half.dim + d]
+                   : stream         ? x.products[t * out_ld + d]
+                                    : x.products[d * TOKEN_TILE + t];
+      write_row(p, half, b, head, j + t, x.row, bias, x.tables);
+    }
+  }
+}
+
+static c2c_status_code project_kv(const c2c_project_params &p) {
+  const c2c_segment &s = p.segment;
+  const int64_t tiles = div_up(s.len, TOKEN_TILE);
+  const Half halves[2] = {half_of(p, true), half_of(p, false)};
+  int64_t floats = 0;
+  double work = 0;
+  for (const Half &half : halves) {
+    Carver carver{nullptr};
+    ProjectScratch sized(carver, p, half);
+    floats = most(floats, carver.used);
+    work += (double)p.batch * s.len * p.kv_heads * half.out_dim * (half.proj->data ? half.width : 1);
+  }
+  const int threads = thread_count(p.threads, work);
+  // Few tiles: heads are a parallel dimension too, at the price of loading a tile once per head.
+  const int64_t head_parts = 2 * p.batch * tiles < 4 * threads ? p.kv_heads : 1;
+  floats = round_up(floats, 1024) + 16;
+  Block memory(threads * floats);
+  if (!memory.data) return C2C_NO_MEMORY;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t job = 0; job < 2 * p.batch * tiles * head_parts; ++job) {
+    const int64_t part = job % head_parts, tile = job / head_parts % tiles, b = job / head_parts / tiles / 2;
+    const Half &half = halves[job / head_parts / tiles % 2];
+    const int64_t length = s.lengths.data ? integer_at(s.lengths, b * s.lengths.stride[0]) : s.len;
+    const int64_t first = head_parts > 1 ? part : 0, last = head_parts > 1 ? part + 1 : p.kv_heads;
+    Carver carver{memory.data + thread_number() * floats};
+    ProjectScratch x(carver, p, half);
+    const int64_t j = tile * TOKEN_TILE, end = least(s.len, j + TOKEN_TILE);
+    const int64_t valid = most<int64_t>(0, least(length, end) - j);
+    if (valid) project_tile(p, half, b, first, last, j, valid, x);
+    memset(x.row, 0, half.out_dim * sizeof(float));
+    for (int64_t head = first; head < last; ++head)
+      for (int64_t token = j + valid; token < end; ++token)
+        narrow_row(half.out->dtype, const_cast<void *>(at(*half.out, b, head, token)), x.row, half.out_dim);
+  }
+  return C2C_OK;
+}

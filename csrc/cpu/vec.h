@@ -1,0 +1,218 @@
+// Vectors of floats for one instruction set. Included inside a namespace by isa_*.cpp, which set LANES.
+// GCC and clang vector extensions do the arithmetic; intrinsics stand where these have no word for it.
+
+typedef float V __attribute__((vector_size(4 * LANES)));
+typedef int32_t VI __attribute__((vector_size(4 * LANES)));
+typedef uint32_t VU __attribute__((vector_size(4 * LANES)));
+typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
+typedef float UnalignedV __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t UnalignedVI __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t UnalignedVH __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+static const float INF = __builtin_inff();
+
+template <class T>
+static ALWAYS_INLINE T least(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+static ALWAYS_INLINE T most(T a, T b) {
+  return a > b ? a : b;
+}
+static ALWAYS_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static ALWAYS_INLINE int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+
+static ALWAYS_INLINE V set1(float x) { return V{} + x; }
+static ALWAYS_INLINE V load(const float *p) { return *(const UnalignedV *)p; }
+static ALWAYS_INLINE void store(float *p, V x) { *(UnalignedV *)p = x; }
+
+template <class To, class From>
+static ALWAYS_INLINE To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  memcpy(&to, &x, sizeof(to));
+  return to;
+}
+
+// max(a, b), b where either is NaN: pass the value that may be NaN as b to keep it.
+static ALWAYS_INLINE V vmax(V a, V b) { return a > b ? a : b; }
+
+static ALWAYS_INLINE V select(VI mask, V yes, V no) {
+  return bit_cast<V>((mask & bit_cast<VI>(yes)) | (~mask & bit_cast<VI>(no)));
+}
+
+// ---- half precision ----
+
+static ALWAYS_INLINE float to_float(float x) { return x; }
+static ALWAYS_INLINE float to_float(bf16 x) { return bit_cast<float>((uint32_t)x.bits << 16); }
+static ALWAYS_INLINE float to_float(f16 x) {
+  // Shift the exponent into place and rescale by 2^112; subnormals come out right, infinities and NaN need a repair.
+  uint32_t magnitude = (uint32_t)(x.bits & 0x7fff) << 13;
+  float scaled = bit_cast<float>(magnitude) * bit_cast<float>(0x77800000u);
+  uint32_t bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bit_cast<uint32_t>(scaled);
+  return bit_cast<float>(bits | (uint32_t)(x.bits & 0x8000) << 16);
+}
+
+static ALWAYS_INLINE void from_float(float *to, float x) { *to = x; }
+static ALWAYS_INLINE void from_float(bf16 *to, float x) {
+  uint32_t bits = bit_cast<uint32_t>(x);
+  to->bits = x != x ? (uint16_t)(bits >> 16 | 0x40) : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+static ALWAYS_INLINE void from_float(f16 *to, float x) {
+  uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000u) {
+    half = 0x7c00;  // 65520 and above round to infinity
+  } else if (magnitude < 0x38800000u) {
+    // Subnormal half: adding 0.5 puts the unit of the last half place at the unit of the last float place.
+    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  }
+  to->bits = (uint16_t)(sign | half);
+}
+
+static ALWAYS_INLINE V load(const bf16 *p) {
+  return bit_cast<V>(__builtin_convertvector(*(const UnalignedVH *)p, VU) << 16);
+}
+static ALWAYS_INLINE V load(const f16 *p) {
+#if defined(C2C_AVX512)
+  return (V)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *)p));
+#elif defined(C2C_AVX2)
+  return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+  VU bits = __builtin_convertvector(*(const UnalignedVH *)p, VU);
+  VU magnitude = (bits & 0x7fff) << 13;
+  V scaled = bit_cast<V>(magnitude) * bit_cast<float>(0x77800000u);
+  VI special = bit_cast<VI>(magnitude) >= 0x0f800000;
+  V whole = select(special, bit_cast<V>(magnitude | 0x7f800000u), scaled);
+  return bit_cast<V>(bit_cast<VU>(whole) | (bits & 0x8000) << 16);
+#endif
+}
+
+// The first n < LANES elements, zeros behind them; nothing beyond them is read.
+template <class T>
+static ALWAYS_INLINE V load_first(const T *p, int64_t n) {
+  T buffer[LANES] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+
+static ALWAYS_INLINE void store(bf16 *p, V x) {
+  VU bits = bit_cast<VU>(x);
+  VU rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  VU nan = bits >> 16 | 0x40;
+  VI is_nan = x != x;
+  VU chosen = (bit_cast<VU>(is_nan) & nan) | (~bit_cast<VU>(is_nan) & rounded);
+  *(UnalignedVH *)p = __builtin_convertvector(chosen, VH);
+}
+static ALWAYS_INLINE void store(f16 *p, V x) {
+#if defined(C2C_AVX512)
+  _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(C2C_AVX2)
+  _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < LANES; ++i) from_float(p + i, x[i]);
+#endif
+}
+
+// dst[i] = src[i] in float32, n elements.
+template <class T>
+static inline void widen(float *dst, const T *src, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(dst + i, load(src + i));
+  for (; i < n; ++i) dst[i] = to_float(src[i]);
+}
+template <class T>
+static inline void narrow(T *dst, const float *src, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(dst + i, load(src + i));
+  for (; i < n; ++i) from_float(dst + i, src[i]);
+}
+
+// ---- reductions ----
+
+typedef float V4 __attribute__((vector_size(16)));
+
+static ALWAYS_INLINE V4 fold_to_4(V x) {
+#if LANES == 4
+  return x;
+#else
+  V4 part[LANES / 4];
+  memcpy(part, &x, sizeof(x));
+#if LANES == 16
+  return (part[0] + part[1]) + (part[2] + part[3]);
+#else
+  return part[0] + part[1];
+#endif
+#endif
+}
+
+static ALWAYS_INLINE float sum(V x) {
+  V4 y = fold_to_4(x);
+  return (y[0] + y[1]) + (y[2] + y[3]);
+}
+
+// (sum a, sum b, sum c, sum d): four horizontal sums for little more than the price of one.
+static ALWAYS_INLINE V4 sum4(V a, V b, V c, V d) {
+  V4 p = fold_to_4(a), q = fold_to_4(b), r = fold_to_4(c), s = fold_to_4(d);
+#if defined(__x86_64__)
+  __m128 ab = _mm_add_ps(_mm_unpacklo_ps((__m128)p, (__m128)q), _mm_unpackhi_ps((__m128)p, (__m128)q));
+  __m128 cd = _mm_add_ps(_mm_unpacklo_ps((__m128)r, (__m128)s), _mm_unpackhi_ps((__m128)r, (__m128)s));
+  return (V4)_mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+#elif defined(__aarch64__)
+  return (V4)vpaddq_f32(vpaddq_f32((float32x4_t)p, (float32x4_t)q), vpaddq_f32((float32x4_t)r, (float32x4_t)s));
+#else
+  return V4{p[0] + p[1] + p[2] + p[3], q[0] + q[1] + q[2] + q[3], r[0] + r[1] + r[2] + r[3], s[0] + s[1] + s[2] + s[3]};
+#endif
+}
+
+// ---- functions ----
+
+// exp(x) within 2 ulp; exactly 0 below -87.3 (and for -inf), NaN stays NaN, saturates above 88.
+static ALWAYS_INLINE V vexp(V x) {
+  VI under = x < set1(-87.3f);
+  x = vmax(set1(-87.3f), x);
+  x = x > set1(88.0f) ? set1(88.0f) : x;
+  V shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
+  V n = shifted - 12582912.0f;
+  V r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  V p = set1(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  VI power = (bit_cast<VI>(shifted) + (127 - 0x4b400000)) << 23;
+  return bit_cast<V>(bit_cast<VI>(p * bit_cast<V>(power)) & ~under);
+}
+
+// tanh(x) within 4 ulp: an odd polynomial near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
+static ALWAYS_INLINE V vtanh(V x) {
+  V magnitude = bit_cast<V>(bit_cast<VI>(x) & 0x7fffffff);
+  V square = x * x;
+  V p = set1(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  V small = p * square * x + x;
+  V large = 1.0f - 2.0f / (vexp(magnitude + magnitude) + 1.0f);
+  large = bit_cast<V>(bit_cast<VI>(large) | (bit_cast<VI>(x) & (int32_t)0x80000000));
+  return select(magnitude < set1(0.625f), small, large);
+}
+
+static ALWAYS_INLINE float exp1(float x) { return vexp(set1(x))[0]; }

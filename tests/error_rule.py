@@ -1,0 +1,26 @@
+"""Rule 9 of the design: what counts as right."""
+
+from __future__ import annotations
+
+import torch
+
+ULPS = 4
+
+
+def assert_as_exact(name: str, ours: torch.Tensor, torchs: torch.Tensor, oracle: torch.Tensor) -> None:
+    """The error of `ours` is at most twice that of PyTorch's own result in the same dtype, plus a few ulp of the largest
+    output; where the oracle is not finite, ours is the same.
+    """
+    assert ours.shape == oracle.shape, f"{name}: shape {tuple(ours.shape)}, wanted {tuple(oracle.shape)}"
+    if oracle.numel() == 0:
+        return
+    ours64, torch64, oracle64 = ours.double(), torchs.double(), oracle.double()
+    finite = oracle64.isfinite()
+    assert torch.equal(ours64.isnan(), oracle64.isnan()), f"{name}: NaN elsewhere than the oracle"
+    assert torch.equal(ours64[~finite].nan_to_num(), oracle64[~finite].nan_to_num()), f"{name}: infinities differ"
+    if not finite.any():
+        return
+    error = (ours64 - oracle64)[finite].abs().max().item()
+    theirs = (torch64 - oracle64)[finite].abs().nan_to_num(torch.inf).max().item()
+    bound = 2 * theirs + ULPS * torch.finfo(ours.dtype).eps * max(1.0, oracle64[finite].abs().max().item())
+    assert error <= bound, f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, bound {bound:.3g}"

@@ -1,0 +1,250 @@
+"""The package as it is installed: names, imports, build switches, source distribution, C ABI, threads."""
+
+import importlib.metadata
+import inspect
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import c2c_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLIC = ["SharerSegment", "backends", "merge_states", "merged_attention", "project_kv"]
+
+
+def run(command, cwd, **env):
+    """Runs a command away from the source folder, which has no compiled extension, and returns its result."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def python(code, cwd, **env):
+    """What a fresh interpreter prints, as JSON."""
+    result = run([sys.executable, "-c", code], cwd, **env)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def setup_py(*arguments, **env):
+    return run([sys.executable, ROOT / "setup.py", *arguments], ROOT, **env)
+
+
+class TestInstalled:
+    def test_version_is_the_distributions(self):
+        assert c2c_kernels.__version__ == importlib.metadata.version("c2c-kernels")
+
+    def test_the_package_under_test_is_not_the_source_folder(self):
+        """A source folder without the extension would silently test the reference alone."""
+        from c2c_kernels import _cpu
+
+        assert Path(_cpu.__file__).parent == Path(c2c_kernels.__file__).parent
+
+    @pytest.mark.parametrize("name", PUBLIC)
+    def test_public_name_is_exported_and_documented(self, name):
+        assert name in c2c_kernels.__all__
+        assert getattr(c2c_kernels, name).__doc__
+
+    def test_every_exported_name_exists(self):
+        assert [name for name in c2c_kernels.__all__ if not hasattr(c2c_kernels, name)] == []
+
+    @pytest.mark.parametrize("name", PUBLIC)
+    def test_public_signature_is_annotated(self, name):
+        """What mypy then checks; a function without annotations it passes over."""
+        item = getattr(c2c_kernels, name)
+        functions = [item] if inspect.isfunction(item) else []
+        if inspect.isclass(item):
+            functions = [f for n, f in vars(item).items() if inspect.isfunction(f) and (n == "__init__" or n[0] != "_")]
+        for function in functions:
+            missing = {*inspect.signature(function).parameters, "return"} - {*function.__annotations__, "self"}
+            assert missing == set(), function.__qualname__
+
+    def test_torch_is_the_only_requirement(self):
+        requirements = importlib.metadata.requires("c2c-kernels")
+        assert [line for line in requirements if "extra ==" not in line] == ["torch>=2.10"]
+
+    def test_is_typed_and_licensed(self):
+        assert (Path(c2c_kernels.__file__).parent / "py.typed").exists()
+        metadata = importlib.metadata.metadata("c2c-kernels")
+        assert metadata["License-Expression"] == "Apache-2.0"
+        assert "Apache License" in importlib.metadata.distribution("c2c-kernels").read_text("licenses/LICENSE")
+
+    def test_command_is_installed(self):
+        (entry,) = importlib.metadata.entry_points(group="console_scripts", name="c2c-kernels")
+        assert callable(entry.load())
+
+
+class TestImport:
+    def test_brings_in_nothing_but_torch(self, tmp_path):
+        code = """if True:
+            import json, sys, torch
+            before = set(sys.modules)
+            import c2c_kernels
+            new = {name.partition(".")[0] for name in set(sys.modules) - before}
+            print(json.dumps(sorted(new - set(sys.stdlib_module_names))))"""
+        assert set(python(code, tmp_path)) <= {"c2c_kernels", "functorch", "torch"}
+
+    def test_takes_under_50_ms_beyond_torch(self, tmp_path):
+        """Processor time, so that other processes on the machine do not count; the first run may read a cold disk."""
+        code = """if True:
+            import time, torch
+            start = time.process_time()
+            import c2c_kernels
+            print(time.process_time() - start)"""
+        seconds = [python(code, tmp_path) for _ in range(5)]
+        assert statistics.median(seconds) < 0.05, seconds
+
+    def test_extension_needs_no_torch(self, tmp_path):
+        """One build works with every torch: pointers and strides cross the binding, never a tensor."""
+        code = """if True:
+            import importlib.util, json, sys
+            spec = importlib.util.spec_from_file_location("_cpu", sys.argv[1])
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            print(json.dumps("torch" in sys.modules))"""
+        from c2c_kernels import _cpu
+
+        result = run([sys.executable, "-c", code, _cpu.__file__], tmp_path)
+        assert (result.returncode, result.stdout.strip()) == (0, "false"), result.stderr
+
+
+class TestBuildSwitches:
+    @pytest.mark.parametrize("choice", ["auto", "0"])
+    def test_cuda_choice_that_this_version_has(self, choice):
+        result = setup_py("--version", C2C_CUDA=choice)
+        assert result.stdout.split()[-1:] == [c2c_kernels.__version__], result.stderr
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "message"),
+        [
+            (
+                "C2C_CUDA",
+                "1",
+                "the CUDA extension, which is not part of this version; use C2C_CUDA=auto or 0",
+            ),
+            ("C2C_CUDA", "yes", "C2C_CUDA='yes' is not supported; use auto, 0 or 1"),
+            ("C2C_SANITIZE", "-O3", "C2C_SANITIZE='-O3' is not a list such as address,undefined"),
+        ],
+    )
+    def test_bad_value_is_one_clear_line(self, variable, value, message):
+        result = setup_py("--version", **{variable: value})
+        assert result.returncode != 0
+        assert re.fullmatch(rf"c2c-kernels: .*{re.escape(message)}\n", result.stderr)
+
+    def test_missing_compiler_is_one_clear_line(self, tmp_path):
+        folders = ["--build-temp", tmp_path, "--build-lib", tmp_path]
+        result = setup_py("build_ext", *folders, CC="no-such-compiler", CXX="no-such-compiler")
+        assert result.returncode != 0
+        assert result.stderr.splitlines()[-1].startswith("c2c-kernels: needs a C++17 compiler")
+        assert "Traceback" not in result.stderr
+
+
+def test_source_distribution_is_complete(tmp_path):
+    """Everything that building and testing needs, and nothing that was built."""
+    skip = shutil.ignore_patterns(".git", "*.egg-info", "__pycache__", "shared", ".*_cache", ".hypothesis", "*.so")
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=lambda folder, names: {*skip(folder, names), *({"build"} & set(names))})
+    (source / "csrc" / "cpu" / "left_over.o").touch()
+    (source / "c2c_kernels" / "_cpu.cpython-311-x86_64-linux-gnu.so").touch()
+    result = run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, source], tmp_path)
+    assert result.returncode == 0, result.stderr + result.stdout
+    archive = tmp_path / f"c2c_kernels-{c2c_kernels.__version__}.tar.gz"
+    with tarfile.open(archive) as file:
+        packed = {member.name.partition("/")[2] for member in file if member.isfile()}
+    folders = ["c2c_kernels", "csrc", "python_bindings", "tests", "examples", ".ci"]
+    wanted = {
+        path.relative_to(source).as_posix()
+        for folder in folders
+        for path in (source / folder).rglob("*")
+        if path.is_file() and path.suffix not in {".o", ".so"}
+    }
+    wanted |= {"README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "pyproject.toml", "setup.py"}
+    assert wanted - packed == set()
+    assert [name for name in packed if name.endswith((".o", ".so", ".pyc"))] == []
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    missing = [tool for tool in ("make", "cc", "c++", "nm") if not shutil.which(tool)]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    folder = tmp_path_factory.mktemp("kernels")
+    command = ["make", "-j2", "-C", ROOT / "examples" / "c", f"BUILD={folder}", "CC=cc", "CXX=c++", "CXXFLAGS=-O1"]
+    result = run([*command, folder / "merged_attention"], folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.slow
+class TestKernelsAlone:
+    """`csrc` built as a C or C++ program would: no Python, no torch."""
+
+    def test_c_example_runs(self, build):
+        assert len((ROOT / "examples" / "c" / "merged_attention.c").read_text().splitlines()) < 60
+        result = run([build / "merged_attention"], build)
+        line = r"\w+: largest error \d\.\de-\d+, share of the sharer in head 0 0\.\d+\n"
+        assert re.fullmatch(line, result.stdout), result.stdout
+        assert result.returncode == 0
+        if sys.platform == "linux":
+            needed = run(["ldd", build / "merged_attention"], build).stdout
+            assert not re.search("torch|python", needed)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF symbol types")
+    def test_instruction_sets_share_no_inline_function(self, build):
+        """Of several copies the linker keeps one: if that is the AVX-512 one, the baseline would call it too."""
+        owners = {}
+        for object_file in sorted(build.glob("*.o")):
+            lines = run(["nm", "--defined-only", object_file], build).stdout.splitlines()
+            for kind, name in (line.split()[-2:] for line in lines):
+                if kind == "W":
+                    owners.setdefault(name, []).append(object_file.name)
+        shared = {name: files for name, files in owners.items() if len(files) > 1}
+        assert shared == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+class TestThreads:
+    """The kernels run on the threads that torch has, as many as torch.set_num_threads says."""
+
+    PRELUDE = """if True:
+        import json, os, torch, c2c_kernels
+        def threads(): return len(os.listdir("/proc/self/task"))
+        def torch_work(): torch.ones(1 << 22).exp_()
+        def kernel_work():
+            query, cache = torch.ones(1, 8, 64, 64), torch.ones(1, 8, 512, 64)
+            c2c_kernels.merged_attention(query, cache, cache, backend="cpu")
+        """
+
+    def test_pool_is_torchs(self, tmp_path):
+        code = """
+        torch.set_num_threads(3)
+        torch_work()
+        before = threads()
+        kernel_work()
+        print(json.dumps(threads() - before))"""
+        assert python(self.PRELUDE + code, tmp_path) == 0
+
+    def test_kernels_start_as_many_threads_as_torch_would(self, tmp_path):
+        code = """
+        counts = []
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            before = threads()
+            kernel_work()
+            counts.append(threads() - before)
+        before = threads()
+        torch_work()
+        print(json.dumps([*counts, threads() - before]))"""
+        assert python(self.PRELUDE + code, tmp_path) == [0, 2, 0]
