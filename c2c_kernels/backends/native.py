@@ -29,6 +29,9 @@ _DTYPES = {
     torch.bool: 7,
 }
 _ABSENT = (0, 0, 0, 0, 0, 0)
+_NO_OPTIONS = _ABSENT * 4
+_NO_PROJECTORS = _ABSENT * 6
+_NO_SELECTION = _ABSENT * 3
 _PADDING = ((0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
 
 
@@ -39,30 +42,43 @@ def cpu_record() -> Backend:
 
 
 def _numbers(tensor: Tensor | None) -> tuple[int, ...]:
+    """One c2c_tensor: address, dtype, four strides."""
     if tensor is None:
         return _ABSENT
     stride = tensor.stride()
     return (tensor.data_ptr(), _DTYPES[tensor.dtype], *stride, *_PADDING[len(stride)])
 
 
-def _row_numbers(tensor: Tensor | None) -> tuple[int, ...]:
-    return _ABSENT if tensor is None else _numbers(tensor)
+def _readable(tensor: Tensor | None, keep: list[Tensor]) -> tuple[int, ...]:
+    """The numbers of a tensor of rows: a copy is made, and kept, where rows are not contiguous or the dtype is float64."""
+    if tensor is None:
+        return _ABSENT
+    stride = tensor.stride()
+    if (stride[-1] != 1 and tensor.shape[-1] > 1) or tensor.dtype == torch.float64:
+        tensor = _rows(_supported(tensor))
+        keep.append(tensor)
+        stride = tensor.stride()
+    return (tensor.data_ptr(), _DTYPES[tensor.dtype], *stride, *_PADDING[len(stride)])
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
+def _broadcast(tensor: Tensor | None, shape: tuple[int, ...], keep: list[Tensor]) -> tuple[int, ...]:
+    """The numbers of a tensor expanded to `shape`."""
+    if tensor is None:
+        return _ABSENT
+    if tensor.shape != shape or tensor.dtype == torch.float64:
+        tensor = _supported(tensor).expand(shape)
+        keep.append(tensor)
+    return _numbers(tensor)
+
+
+def _rows(tensor: Tensor) -> Tensor:
     """The tensor with a contiguous last dimension."""
-    if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
-        return tensor
-    return tensor.contiguous()
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _supported(tensor: Tensor | None) -> Tensor | None:
+def _supported(tensor: Tensor) -> Tensor:
     """The tensor in a dtype that kernels read: float64 weights, gates and masks become float32."""
-    return tensor.float() if tensor is not None and tensor.dtype == torch.float64 else tensor
-
-
-def _expanded(tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    return None if tensor is None else _supported(tensor).expand(shape)
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def _raise(status: int, operator: str) -> None:
@@ -83,34 +99,28 @@ def _raise(status: int, operator: str) -> None:
 
 def _segment_numbers(segment: SegmentTensors, batch: int, q_heads: int, keep: list[Tensor]) -> list[int]:
     """One c2c_segment; tensors made on the way are put into `keep`, which must outlive the kernel."""
-    length, raw_length = segment.length, segment.key.shape[2]
-    heads = segment.key.shape[1]
-    if segment.plain and segment.gate is None and segment.lengths is None and segment.positions is None:
-        key, value = _rows(segment.key), _rows(segment.value)
-        keep += (key, value)
-        numbers = [*_numbers(key), *_numbers(value), *_ABSENT * 12]
+    (key, value, key_proj, key_proj_in, value_proj, value_proj_in, key_bias, value_bias, gate, lengths, positions,
+     key_scale, value_scale, index, causal) = segment  # fmt: skip
+    _, heads, raw_length, key_dim = key.shape
+    length = raw_length if index is None else index.shape[-1]
+    numbers = [*_readable(key, keep), *_readable(value, keep)]
+    if key_proj is None and value_proj is None and key_bias is None and value_bias is None:
+        numbers += _NO_PROJECTORS
     else:
-        rows = [_rows(_supported(t)) for t in segment[:8]]
-        rest = [
-            _expanded(segment.gate, (batch, q_heads, length)),
-            segment.lengths,
-            _expanded(segment.positions, (batch, length)),
-            _expanded(segment.key_scale, (batch, heads, raw_length)),
-            _expanded(segment.value_scale, (batch, heads, raw_length)),
-            _expanded(segment.index, (batch, length)),
-        ]
-        keep += [t for t in (*rows, *rest) if t is not None]
-        numbers = [n for t in (*rows, *rest) for n in _row_numbers(t)]
-    numbers += (
-        heads,
-        segment.key.shape[3],
-        segment.value.shape[3],
-        length,
-        raw_length,
-        0 if segment.key_proj_in is None else segment.key_proj_in.shape[0],
-        0 if segment.value_proj_in is None else segment.value_proj_in.shape[0],
-        int(segment.causal),
-    )
+        for tensor in (key_proj, key_proj_in, value_proj, value_proj_in, key_bias, value_bias):
+            numbers += _readable(tensor, keep)
+    numbers += _broadcast(gate, (batch, q_heads, length), keep)
+    numbers += _numbers(lengths)
+    numbers += _broadcast(positions, (batch, length), keep)
+    if key_scale is None and value_scale is None and index is None:
+        numbers += _NO_SELECTION
+    else:
+        numbers += _broadcast(key_scale, (batch, heads, raw_length), keep)
+        numbers += _broadcast(value_scale, (batch, heads, raw_length), keep)
+        numbers += _broadcast(index, (batch, length), keep)
+    key_rank = 0 if key_proj_in is None else key_proj_in.shape[0]
+    value_rank = 0 if value_proj_in is None else value_proj_in.shape[0]
+    numbers += (heads, key_dim, value.shape[3], length, raw_length, key_rank, value_rank, int(causal))
     return numbers
 
 
@@ -170,29 +180,33 @@ def _attention_numbers(
 ) -> list[int]:  # fmt: skip
     batch, q_heads, q_len, head_dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
-    query, key, value = _rows(query), _rows(key), _rows(value)
-    attn_mask = _expanded(attn_mask, (batch, q_heads, q_len, length))
-    query_positions = _expanded(query_positions, (batch, q_len))
-    sinks = _supported(sinks)
-    keep += [t for t in (query, key, value, attn_mask, query_positions, sinks) if t is not None]
-    return [
-        *_numbers(query), *_numbers(key), *_numbers(value), *_row_numbers(attn_mask), *_row_numbers(lengths),
-        *_row_numbers(query_positions), *_row_numbers(sinks), *_numbers(out), *_row_numbers(lse), *_row_numbers(mass),
+    numbers = [*_readable(query, keep), *_readable(key, keep), *_readable(value, keep)]
+    if attn_mask is None and lengths is None and query_positions is None and sinks is None:
+        numbers += _NO_OPTIONS
+    else:
+        numbers += _broadcast(attn_mask, (batch, q_heads, q_len, length), keep)
+        numbers += _numbers(lengths)
+        numbers += _broadcast(query_positions, (batch, q_len), keep)
+        numbers += _broadcast(sinks, (q_heads,), keep)
+    numbers += (
+        *_numbers(out), *_numbers(lse), *_numbers(mass),
         batch, q_heads, kv_heads, q_len, length, head_dim, value.shape[3], window or 0, segment_window or 0,
         len(segments), int(is_causal), torch.get_num_threads(),
-        *(n for segment in segments for n in _segment_numbers(segment, batch, q_heads, keep)),
-    ]  # fmt: skip
+    )  # fmt: skip
+    for segment in segments:
+        numbers += _segment_numbers(segment, batch, q_heads, keep)
+    return numbers
 
 
 def merged_attention(
     backend: str, query, key, value, segments, attn_mask, is_causal, query_positions, lengths, scale, window,
-    segment_window, softcap, sinks, strategy, return_mass, return_lse,
+    segment_window, softcap, sinks, strategy, return_mass, return_lse, out_dtype=None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Forward kernel; lse and mass are computed where asked for (an empty mass otherwise)."""
     batch, q_heads, q_len, _ = query.shape
     value_dim = value.shape[3]
     segments = [_by_strategy(backend, segment, strategy, query, value_dim) for segment in segments]
-    out = query.new_empty((batch, q_heads, q_len, value_dim))
+    out = query.new_empty((batch, q_heads, q_len, value_dim), dtype=out_dtype)
     lse = query.new_empty((batch, q_heads, q_len), dtype=torch.float32) if return_lse else None
     mass_shape = (batch, q_heads, q_len, 1 + len(segments)) if return_mass else (0,)
     mass = query.new_empty(mass_shape, dtype=torch.float32) if return_mass or return_lse else None
@@ -207,9 +221,9 @@ def merged_attention(
     return out, lse, mass
 
 
-def _score_delta(grad_out, grad_lse, grad_mass, out, mass, runs: int) -> Tensor:
+def _score_delta(grad_out, grad_lse, grad_mass, exact, mass, runs: int) -> Tensor:
     """(batch, q_heads, q_len, runs) float32: what every score's gradient loses before it is multiplied by its weight."""
-    delta = (grad_out.float() * out.float()).sum(-1)
+    delta = (grad_out.float() * exact).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
     if grad_mass is None:
@@ -219,11 +233,12 @@ def _score_delta(grad_out, grad_lse, grad_mass, out, mass, runs: int) -> Tensor:
 
 
 def merged_attention_backward(
-    backend: str, grad_out, grad_lse, grad_mass, out, lse, mass, query, key, value, segments, attn_mask, is_causal,
+    backend: str, grad_out, grad_lse, grad_mass, exact, lse, mass, query, key, value, segments, attn_mask, is_causal,
     query_positions, lengths, scale, window, segment_window, softcap, sinks, needs,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the inputs that `needs` marks: query, key, value, sinks, then the segments' tensors in order.
 
+    `exact` is the forward's out in float32.
     Projected segments are materialised in float32, differentiated in receiver space, and their gradients taken back
     through the projector: memory stays linear in length.
     """
@@ -232,9 +247,9 @@ def merged_attention_backward(
     keep: list[Tensor] = []
     numbers = _attention_numbers(
         query, key, value, direct, attn_mask, is_causal, query_positions, lengths, window, segment_window, sinks,
-        out, lse, None, keep,
+        exact, lse, None, keep,
     )  # fmt: skip
-    delta = _score_delta(grad_out, grad_lse, grad_mass, out, mass, 1 + len(segments))
+    delta = _score_delta(grad_out, grad_lse, grad_mass, exact, mass, 1 + len(segments))
     grad_rows = _rows(grad_out)
     grads = [query.new_empty(t.shape, dtype=torch.float32) for t in (query, key, value)]
     segment_grads = []
@@ -307,7 +322,7 @@ def project_kv(backend: str, segment: SegmentTensors, rope: Rope | None, key_out
             *(_rope_table(t, batch, length) for t in applied),
         ]
     numbers = [
-        *(n for t in (*tables, *targets) for n in _row_numbers(t)),
+        *(n for t in (*tables, *targets) for n in _numbers(t)),
         batch, kv_heads, head_dim, value_out.shape[3],
         0 if tables[0] is None else tables[0].shape[2],
         0 if tables[2] is None else tables[2].shape[2],
@@ -361,9 +376,8 @@ def _projector_grads(grad, x, proj, proj_in) -> tuple[Tensor, Tensor | None, Ten
     """Gradients of raw tokens x (batch, heads, n, dim), of the projector and of its inner factor."""
     if proj is None:
         return grad, None, None
-    batch, heads, length, dim = x.shape
-    tokens = x.transpose(1, 2).reshape(batch * length, heads * dim)
-    rows = grad.permute(0, 2, 1, 3).reshape(batch * length, -1)
+    tokens = x.transpose(1, 2).flatten(2).flatten(0, 1)
+    rows = grad.transpose(1, 2).flatten(2).flatten(0, 1)
     weight = proj.float().flatten(0, 1)
     inner = tokens if proj_in is None else tokens @ proj_in.float().T
     grad_proj = (rows.T @ inner).reshape(proj.shape)
@@ -372,6 +386,7 @@ def _projector_grads(grad, x, proj, proj_in) -> tuple[Tensor, Tensor | None, Ten
     if proj_in is not None:
         grad_proj_in = grad_inner.T @ tokens
         grad_inner = grad_inner @ proj_in.float()
+    batch, heads, length, dim = x.shape
     return grad_inner.reshape(batch, length, heads, dim).transpose(1, 2), grad_proj, grad_proj_in
 
 

@@ -250,7 +250,7 @@ def merged_attention(
     divisor = total.masked_fill(empty, 1)
     out = (out / divisor.unsqueeze(3)).masked_fill(empty.unsqueeze(3), 0)
     lse = (maximum[..., 0] + torch.log(divisor)).masked_fill(empty, -torch.inf)
-    mass = torch.stack([run_sum / divisor for run_sum in sums], dim=3)
+    mass = torch.stack([(run_sum / divisor).masked_fill(empty, 0) for run_sum in sums], dim=3)
     return out, lse, mass, [run / divisor.unsqueeze(3) for run in weights]
 
 

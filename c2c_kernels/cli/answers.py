@@ -53,13 +53,10 @@ def answer(
     from transformers import GenerationConfig
 
     ids = torch.tensor([prompt])
-    end = model.generation_config.eos_token_id
+    ends = _end_tokens(model, tokenizer)
     # A configuration of its own: the model's may ask for sampling, penalties or a length.
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id if end is None else end,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0] if ends else None
     )
     clock = _Clock()
     began = time.perf_counter()
@@ -73,6 +70,16 @@ def answer(
         first_token_seconds=first - began,
         tokens_per_second=(len(tokens) - 1) / (last - first) if len(tokens) > 1 else None,
     )
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer; without a chat template, where a model does not know when to stop, a new line too."""
+    end = model.generation_config.eos_token_id
+    ends = list(end) if isinstance(end, (list, tuple)) else [tokenizer.eos_token_id if end is None else end]
+    if not tokenizer.chat_template:
+        line = tokenizer("\n", add_special_tokens=False).input_ids
+        ends += line if len(line) == 1 else []
+    return [token for token in ends if token is not None]
 
 
 @torch.inference_mode()

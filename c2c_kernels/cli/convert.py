@@ -97,7 +97,8 @@ def _save_weights(model: PreTrainedModel, folder: Path) -> None:
         plain = type(model)(config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
-    plain.save_pretrained(folder)
+    with without_bars():
+        plain.save_pretrained(folder)
 
 
 def _made(source_sha256: str) -> dict[str, Any]:

@@ -49,9 +49,13 @@ def _parser() -> argparse.ArgumentParser:
         help="a model answers questions about a document that only another one has read",
         description="A sharer reads a document; a receiver that never sees the text answers questions about it through "
         "the sharer's cache. Side by side: no context, the text in the prompt, the cache.",
+        epilog="One sharer reads every document. Several sharers read one document each, or one document in parts. A "
+        "sharer must have the receiver's architecture.",
     )
     model = "Hugging Face id, model folder or .gguf file"
-    demo.add_argument("--document", action="append", metavar="FILE", help="what the sharer reads (repeatable)")
+    demo.add_argument(
+        "--document", action="append", metavar="FILE", help="what a sharer reads; repeatable, one for each sharer"
+    )
     demo.add_argument("--question", action="append", metavar="TEXT", help="what the receiver is asked (repeatable)")
     demo.add_argument("--receiver", metavar="MODEL", help=f"{model}; default SmolLM2-135M-Instruct")
     demo.add_argument(

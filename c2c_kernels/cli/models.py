@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from c2c_kernels.cli import convert, gguf_tokenizer, hub, wheels
-from c2c_kernels.cli.errors import CommandError
+from c2c_kernels.cli.errors import CommandError, without_addresses
 from c2c_kernels.cli.progress import note, stage
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ def load_source(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
                 tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise CommandError(f"{path} cannot be loaded as a causal language model: {first[0]}") from error
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CommandError(f"{path} cannot be loaded as a causal language model: {without_addresses(first)}") from error
     return model.eval(), tokenizer
 
 

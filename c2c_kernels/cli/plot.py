@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,24 @@ def draw(outcome: Outcome, pieces: list[list[str]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    widths = [max(len(row.cache.tokens), 6) for row in outcome.questions]
     heads = outcome.questions[0].share.shape[1]
-    figure = Figure(figsize=(2.5 + 0.30 * (sum(widths) + max(heads, 6)) + 0.5 * len(widths), 7.0), layout="constrained")
+    widths = [max(heads, 6), *(max(len(row.cache.tokens), 6) for row in outcome.questions)]
+    cell = min(0.30, 24 / sum(widths))  # inches; long answers get narrow cells
+    labelled = math.ceil(0.15 / cell)  # every how many tokens there is room for a label
+    figure = Figure(figsize=(2.5 + cell * sum(widths) + 0.5 * len(widths), 7.0), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 1 + len(widths), width_ratios=[max(heads, 6), *widths], squeeze=False)[0]
+    axes = figure.subplots(1, len(widths), width_ratios=widths)
     by_head = torch.cat([row.share for row in outcome.questions], dim=2).mean(dim=2)
     image = _heat(axes[0], by_head, "all answers, by head")
     axes[0].set_xlabel("query head")
     axes[0].set_ylabel("layer")
-    axes[0].set_xticks(range(heads))
+    axes[0].set_xticks(range(0, heads, math.ceil(heads / 12)))
     for axis, row, texts in zip(axes[1:], outcome.questions, pieces, strict=True):
         _heat(axis, row.share.mean(dim=1), _title(row))
-        axis.set_xticks(range(len(texts)), texts, rotation=90, fontsize=9, family="monospace")
+        axis.set_xticks(range(0, len(texts), labelled), [repr(text)[1:-1] for text in texts[::labelled]])
+        for label in axis.get_xticklabels():
+            # parse_math: a token with dollar signs is no formula
+            label.set(rotation=90, fontsize=9, family="monospace", parse_math=False)
         axis.set_xlabel("answer token")
         axis.set_yticklabels([])
     figure.colorbar(image, ax=list(axes), label="share of attention on the sharer's cache", pad=0.01)

@@ -141,7 +141,7 @@ def _print_question(console: Any, outcome: Outcome, row: QuestionRow) -> None:
     for heading in ("no context", "text in the prompt", "through the cache"):
         table.add_column(heading, ratio=1)
     arms = (row.none, row.text, row.cache)
-    table.add_row("answer", *(escape(arm.text) for arm in arms))
+    table.add_row("answer", *(escape(" ".join(arm.text.split())) for arm in arms))
     table.add_row("first token", *(f"{arm.first_token_seconds:.2f} s" for arm in arms))
     rates = ("" if arm.tokens_per_second is None else f"{arm.tokens_per_second:.1f}" for arm in arms)
     table.add_row("tokens/s", *rates)
@@ -161,7 +161,7 @@ def _verdict(outcome: Outcome, row: QuestionRow) -> str:
     agreed = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(row.text.tokens), len(row.cache.tokens)))
     if outcome.exact:
         return f"[red]no[/red], they part after {agreed} tokens"
-    return f"no, they part after {agreed} tokens (expected only of one sharer with the receiver's weights)"
+    return f"no, they part after {agreed} tokens (equal ones are promised for one sharer with the same weights)"
 
 
 def _notes(outcome: Outcome) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from shutil import copyfileobj
 from typing import BinaryIO
 
 from c2c_kernels.cli.cache import cache_dir, locked, sha256, staging
-from c2c_kernels.cli.errors import CommandError
+from c2c_kernels.cli.errors import CommandError, without_addresses
 from c2c_kernels.cli.progress import note, stage
 
 
@@ -161,7 +160,6 @@ def _size(path: Path) -> int:
 
 
 def _last_error(log: str) -> str:
-    """pip's last line of error, without addresses: an index's address can hold a password."""
+    """pip's last line of error, without addresses."""
     lines = [line for line in log.splitlines() if line.startswith("ERROR:")] or ["no reason given"]
-    line = re.sub(r"\w+://\S+", "(address)", lines[-1].removeprefix("ERROR:").strip())
-    return re.sub(r"host='[^']*', port=\d+", "(address)", line)
+    return without_addresses(lines[-1].removeprefix("ERROR:").strip())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..segment import Rope, SegmentTensors
+from ..segment import SLOTS, Rope, SegmentTensors
 
 STRATEGIES = ("auto", "absorb", "materialize")
 _INTEGERS = (torch.int32, torch.int64)
@@ -23,12 +23,13 @@ def _expect(name: str, tensor: Tensor, wanted: tuple, words: str) -> None:
 
 def _expect_broadcastable(name: str, tensor: Tensor, wanted: tuple, words: str) -> None:
     shape = tensor.shape
-    bad = len(shape) > len(wanted)
-    if not bad:
-        for size, full in zip(reversed(shape), reversed(wanted), strict=False):
+    missing = len(wanted) - len(shape)
+    fits = missing >= 0
+    if fits:
+        for size, full in zip(shape, wanted[missing:] if missing else wanted, strict=True):
             if size != full and size != 1:
-                bad = True
-    if bad:
+                fits = False
+    if not fits:
         raise ValueError(f"{name} has shape {shape_of(tensor)}, wanted broadcastable to {words} = {tuple(wanted)}")
 
 
@@ -58,15 +59,31 @@ def _check_low_rank(name: str, proj: Tensor, proj_in: Tensor | None, kv_heads: i
     _expect(f"{name}[0]", proj, (kv_heads, dim, proj_in.shape[0]), "(kv_heads, head_dim, rank)")
 
 
+def _check_tensors(name: str, segment: SegmentTensors, device: torch.device | None, like: str) -> None:
+    """Every field is a tensor on one device, key and value always."""
+    for tensor in segment[2 : len(SLOTS)]:
+        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.device != device):
+            break
+    else:
+        key, value = segment[:2]
+        if isinstance(key, Tensor) and isinstance(value, Tensor) and key.device == value.device == device:
+            return
+    for slot, tensor in zip(SLOTS, segment, strict=False):
+        if not isinstance(tensor, Tensor) and (tensor is not None or slot in ("key", "value")):
+            raise TypeError(f"{name}.{slot} must be a tensor, got {type(tensor).__name__}")
+    for slot, tensor in zip(SLOTS, segment, strict=False):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}.{slot} is on {tensor.device}, wanted {device} like {like}")
+
+
 def check_raw(name: str, segment: SegmentTensors) -> None:
     """The part of a segment that does not depend on the receiver."""
     key, value = segment.key, segment.value
-    for slot, tensor in (("key", key), ("value", value)):
+    for slot, tensor, scale in (("key", key, segment.key_scale), ("value", value, segment.value_scale)):
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name}.{slot} has shape {shape_of(tensor)}, wanted (batch, sharer_heads, len, sharer_head_dim)"
             )
-        scale = segment.key_scale if slot == "key" else segment.value_scale
         if tensor.dtype in _QUANTISED:
             if scale is None:
                 raise ValueError(f"{name}.{slot} is stored as {tensor.dtype}: {name}.{slot}_scale is needed")
@@ -105,13 +122,7 @@ def check_segment(
     name: str, segment: SegmentTensors, batch: int, q_heads: int, kv_heads: int, head_dim: int, value_dim: int, device
 ) -> None:
     """A segment against the receiver that reads it."""
-    if not (segment.plain and segment.lengths is None and segment.positions is None and segment.gate is None):
-        for slot, tensor in zip(segment._fields[:-1], segment, strict=False):
-            if tensor is not None:
-                _expect_device(f"{name}.{slot}", tensor, device)
-    else:
-        _expect_device(f"{name}.key", segment.key, device)
-        _expect_device(f"{name}.value", segment.value, device)
+    _check_tensors(name, segment, device, "the query")
     check_raw(name, segment)
     key, value = segment.key, segment.value
     if key.shape[0] != batch:
@@ -153,6 +164,10 @@ def check_merged_attention(
     strategy: str,
 ) -> None:
     """Shapes, dtypes and devices of a `merged_attention` call; values are checked by the backends."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         for name, tensor, words in (
             ("query", query, "(batch, q_heads, q_len, head_dim)"),
@@ -260,12 +275,10 @@ def check_project_kv(
     segment: SegmentTensors, rope: Rope | None, out: tuple[Tensor, Tensor] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes, dtypes and devices of a `project_kv` call; returns the shapes of the projected key and value."""
+    device = segment.key.device if isinstance(segment.key, Tensor) else None
+    _check_tensors("segment", segment, device, "segment.key")
     check_raw("segment", segment)
     batch, heads, raw_length, raw_dim = segment.key.shape
-    device = segment.key.device
-    for slot, tensor in zip(segment._fields[:-1], segment, strict=False):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"segment.{slot} is on {tensor.device}, wanted {device} like segment.key")
     shapes = []
     for slot, raw, proj, proj_in, bias in (
         ("key", segment.key, segment.key_proj, segment.key_proj_in, segment.key_bias),

@@ -14,13 +14,9 @@ def implement(name: str, function) -> None:
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 
-def _requires_grad(tensors) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def wants_grad(tensors) -> bool:
     """Whether autograd records this call."""
-    return torch.is_grad_enabled() and _requires_grad(tensors)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def needs_dispatcher(tensors) -> bool:
@@ -28,10 +24,14 @@ def needs_dispatcher(tensors) -> bool:
 
     Everything else goes straight to the kernel, which saves the dispatcher's overhead on every decode step.
     """
-    return (
+    if (
         torch.compiler.is_compiling()
-        or wants_grad(tensors)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(tensor is not None and type(tensor) not in _PLAIN for tensor in tensors)
-    )
+    ):
+        return True
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and ((grad and tensor.requires_grad) or type(tensor) not in _PLAIN):
+            return True
+    return False

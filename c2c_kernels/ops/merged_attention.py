@@ -18,11 +18,12 @@ _ARGUMENTS = (
     "Tensor? sinks, str strategy"
 )
 LIBRARY.define(
-    f"merged_attention({_ARGUMENTS}, bool return_mass, str backend) -> (Tensor out, Tensor lse, Tensor mass)",
+    f"merged_attention({_ARGUMENTS}, bool return_mass, bool for_backward, str backend) "
+    "-> (Tensor out, Tensor lse, Tensor mass, Tensor exact)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
-    "merged_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_mass, Tensor out, Tensor lse, "
+    "merged_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_mass, Tensor exact, Tensor lse, "
     f"Tensor mass, {_ARGUMENTS}, bool[] needs, str backend) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -86,13 +87,13 @@ def merged_attention(
     Source: arXiv 2510.03215 for the setting; softmax merging as in FlashAttention (arXiv 2205.14135).
     """
     packed = [to_tensors(segment, f"segments[{number}]") for number, segment in enumerate(segments)]
-    if scale is None:
-        scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
     if segment_window is None:
         segment_window = window
     check_merged_attention(
         query, key, value, packed, attn_mask, query_positions, lengths, window, segment_window, softcap, sinks, strategy
     )  # fmt: skip
+    if scale is None:
+        scale = query.shape[3] ** -0.5
     refusal = ""
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         refusal = "has no gradient for attn_mask"
@@ -101,13 +102,15 @@ def merged_attention(
     if record.name == "reference":
         out, lse, mass = _reference(query, key, value, packed, *arguments)
     else:
-        everything = (query, key, value, sinks, *(tensor for segment in packed for tensor in segment[:-1]))
+        everything = [query, key, value, sinks]
+        for segment in packed:
+            everything += segment[:-1]
         if needs_dispatcher(everything):
             tensors, layout = pack(packed)
-            # A result that nobody asked for cannot get a gradient; mass is computed for those who want it.
-            out, lse, mass = torch.ops.c2c.merged_attention(
-                query, key, value, tensors, layout, *arguments, strategy, return_mass, record.name
-            )
+            out, lse, mass, _ = torch.ops.c2c.merged_attention(
+                query, key, value, tensors, layout, *arguments, strategy, return_mass, wants_grad(everything),
+                record.name,
+            )  # fmt: skip
         else:
             out, lse, mass = native.merged_attention(
                 record.name, query, key, value, packed, *arguments, strategy, return_mass, return_lse
@@ -128,34 +131,38 @@ def _reference(query, key, value, segments: list[SegmentTensors], *arguments) ->
 
 def _forward(
     query, key, value, segments, layout, attn_mask, is_causal, query_positions, lengths, scale, window,
-    segment_window, softcap, sinks, strategy, return_mass, backend,
+    segment_window, softcap, sinks, strategy, return_mass, for_backward, backend,
 ):  # fmt: skip
-    return native.merged_attention(
+    # The backward pass subtracts out . grad_out from every score's gradient: out is kept unrounded for it.
+    exact = for_backward and query.dtype != torch.float32
+    out, lse, mass = native.merged_attention(
         backend, query, key, value, unpack(segments, layout), attn_mask, is_causal, query_positions, lengths, scale,
-        window, segment_window, softcap, sinks, strategy, return_mass, True,
+        window, segment_window, softcap, sinks, strategy, return_mass, True, torch.float32 if exact else query.dtype,
     )  # fmt: skip
+    return (out.to(query.dtype), lse, mass, out) if exact else (out, lse, mass, out.new_empty(0, dtype=torch.float32))
 
 
 def _backward(
-    grad_out, grad_lse, grad_mass, out, lse, mass, query, key, value, segments, layout, attn_mask, is_causal,
+    grad_out, grad_lse, grad_mass, exact, lse, mass, query, key, value, segments, layout, attn_mask, is_causal,
     query_positions, lengths, scale, window, segment_window, softcap, sinks, strategy, needs, backend,
 ):  # fmt: skip
     return native.merged_attention_backward(
-        backend, grad_out, grad_lse, grad_mass, out, lse, mass, query, key, value, unpack(segments, layout),
+        backend, grad_out, grad_lse, grad_mass, exact, lse, mass, query, key, value, unpack(segments, layout),
         attn_mask, is_causal, query_positions, lengths, scale, window, segment_window, softcap, sinks, needs,
     )  # fmt: skip
 
 
 def _fake_forward(query, key, value, segments, layout, *arguments):
     batch, q_heads, q_len, _ = query.shape
-    return_mass = arguments[-2]
+    return_mass, for_backward = arguments[-3], arguments[-2]
     out = query.new_empty((batch, q_heads, q_len, value.shape[3]))
     lse = query.new_empty((batch, q_heads, q_len), dtype=torch.float32)
     shape = (batch, q_heads, q_len, 1 + len(layout)) if return_mass else (0,)
-    return out, lse, query.new_empty(shape, dtype=torch.float32)
+    exact = out.shape if for_backward and query.dtype != torch.float32 else (0,)
+    return out, lse, *(query.new_empty(s, dtype=torch.float32) for s in (shape, exact))
 
 
-def _fake_backward(grad_out, grad_lse, grad_mass, out, lse, mass, query, key, value, segments, layout, *arguments):
+def _fake_backward(grad_out, grad_lse, grad_mass, exact, lse, mass, query, key, value, segments, layout, *arguments):
     sinks, needs = arguments[-4], arguments[-2]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _wanted(query, key, value, sinks, segments, needs)]  # fmt: skip
 
@@ -165,23 +172,26 @@ def _wanted(query, key, value, sinks, segments, needs) -> list[Tensor]:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, segments, layout, *arguments, return_mass, backend = inputs
+    query, key, value, segments, layout, *arguments, return_mass, _, backend = inputs
+    out, lse, mass, exact = output
+    ctx.mark_non_differentiable(exact)
     attn_mask, is_causal, query_positions, lengths, scale, window, segment_window, softcap, sinks, strategy = arguments
     optional = (attn_mask, query_positions, lengths, sinks)
-    ctx.save_for_backward(query, key, value, *output, *(t for t in optional if t is not None), *segments)
+    exact = exact if exact.numel() else out
+    ctx.save_for_backward(query, key, value, exact, lse, mass, *(t for t in optional if t is not None), *segments)
     ctx.present = [t is not None for t in optional]
     ctx.call = (layout, is_causal, scale, window, segment_window, softcap, strategy, return_mass, backend)
     ctx.set_materialize_grads(False)
 
 
-def _autograd_backward(ctx, grad_out, grad_lse, grad_mass):
+def _autograd_backward(ctx, grad_out, grad_lse, grad_mass, _):
     layout, is_causal, scale, window, segment_window, softcap, strategy, return_mass, backend = ctx.call
-    query, key, value, out, lse, mass, *rest = ctx.saved_tensors
+    query, key, value, exact, lse, mass, *rest = ctx.saved_tensors
     rest = iter(rest)
     attn_mask, query_positions, lengths, sinks = (next(rest) if present else None for present in ctx.present)
     segments = list(rest)
     if grad_out is None:
-        grad_out = torch.zeros_like(out)
+        grad_out = torch.zeros_like(exact, dtype=query.dtype)
     if not return_mass:
         grad_mass = None
     segment_needs = ctx.needs_input_grad[3]
@@ -189,13 +199,13 @@ def _autograd_backward(ctx, grad_out, grad_lse, grad_mass):
     needs = [*ctx.needs_input_grad[:3], sinks is not None and ctx.needs_input_grad[13], *segment_needs]
     grads = iter(
         torch.ops.c2c.merged_attention_backward(
-            grad_out, grad_lse, grad_mass, out, lse, mass, query, key, value, segments, layout, attn_mask, is_causal,
+            grad_out, grad_lse, grad_mass, exact, lse, mass, query, key, value, segments, layout, attn_mask, is_causal,
             query_positions, lengths, scale, window, segment_window, softcap, sinks, strategy, needs, backend,
         )
     )  # fmt: skip
     found = [next(grads) if need else None for need in needs]
     empty_list = [] if not layout else None  # an empty int[] is taken for an empty tensor list by autograd
-    return (*found[:3], found[4:], empty_list, *(None,) * 8, found[3], None, None, None)
+    return (*found[:3], found[4:], empty_list, *(None,) * 8, found[3], None, None, None, None)
 
 
 implement("merged_attention", _forward)

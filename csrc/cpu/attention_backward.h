@@ -166,9 +166,9 @@ static void differentiate(const Backward &backward, int64_t number, float *scrat
 
 static c2c_status_code merged_attention_backward(const c2c_attention_backward_params &params) {
   const c2c_attention_params &p = params.forward;
-  Block runs_memory((1 + p.segment_count) * (int64_t)sizeof(BackwardRun) / 4 + 16);
-  if (!runs_memory.data) return C2C_NO_MEMORY;
-  Backward backward{params, p, (BackwardRun *)runs_memory.data, 0, 0, 0};
+  Array<BackwardRun> runs(1 + p.segment_count);
+  if (!runs.data) return C2C_NO_MEMORY;
+  Backward backward{params, p, runs.data, 0, 0, 0};
   const int64_t rows = p.batch * p.q_heads * p.q_len, query_size = rows * p.head_dim;
   double work = 0;
   Carver partial{nullptr};

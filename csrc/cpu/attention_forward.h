@@ -382,9 +382,9 @@ static int64_t shared_size(const c2c_attention_params &p, Run &run, Carver &carv
 
 static c2c_status_code merged_attention(const c2c_attention_params &p) {
   if (p.batch * p.q_heads * p.q_len == 0) return C2C_OK;
-  Block runs_memory((1 + p.segment_count) * (int64_t)sizeof(Run) / 4 + 16);
-  if (!runs_memory.data) return C2C_NO_MEMORY;
-  Forward forward{p, (Run *)runs_memory.data, 0, 0, 0};
+  Array<Run> runs(1 + p.segment_count);
+  if (!runs.data) return C2C_NO_MEMORY;
+  Forward forward{p, runs.data, 0, 0, 0};
   double work = 0;
   for (int32_t s = -1; s < p.segment_count; ++s) {
     Run &run = forward.runs[forward.run_count++];

@@ -9,15 +9,21 @@
     with c2c_hf.session(receiver, context):
         receiver.generate(question_ids)
 
-A context reaches a forward pass in one of three ways, the first of which wins: `receiver(..., c2c=context)`
-(`c2c=None` means none), a cache that carries one (`context.attach(cache)`), the innermost open `session`. A forward
-pre-hook on the enabled model picks it up, so it acts on `receiver(...)` and `receiver.generate(...)`; calling
-`receiver.forward(...)` or an inner module directly bypasses it, which raises while a session is open.
+A context reaches a forward pass in one of three ways, the first of which wins: `receiver(..., c2c=context)`, where
+`c2c=None` means none; a cache that carries one (`context.attach(cache)`); the innermost open `session`. A forward
+pre-hook on the enabled model picks it up, so it acts on `receiver(...)` and `receiver.generate(...)`. Calling
+`receiver.forward(...)` or an inner module directly bypasses the hook, which raises while a session is open.
+
+The receiver's position ids, given or built as `generate` builds them, are moved by the context's `position_offset`.
+
+With `output_attentions=True` (served by the reference backend) the weights of a layer are those of the own tokens,
+as eager attention gives them, followed by those of every segment's tokens: (batch, q_heads, q_len, len + all segments).
 
 Checked against Transformers 5.23 (DESIGN.md 2.4).
 """
 
+from c2c_kernels.integrations.transformers.attention import MassRecord
 from c2c_kernels.integrations.transformers.context import SharedContext
-from c2c_kernels.integrations.transformers.patch import MassRecord, disable, enable, record_mass, session
+from c2c_kernels.integrations.transformers.patch import disable, enable, record_mass, session
 
 __all__ = ["MassRecord", "SharedContext", "disable", "enable", "record_mass", "session"]
