@@ -99,7 +99,8 @@ def _gate(generator, kind: str, batch: int, heads: int, length: int):
     shapes = {"scalar": (1, 1, 1), "head": (1, heads, 1), "token": (batch, 1, length), "zero": (1,)}
     if kind == "none":
         return None
-    gate = torch.rand(shapes.get(kind, (batch, heads, length)), generator=generator) * 2
+    # Away from 0: the gradient of a gate g is a sum of weights / g, and its rounding grows with 1 / g.
+    gate = torch.rand(shapes.get(kind, (batch, heads, length)), generator=generator) * 2 + 0.1
     if kind == "zero":
         return gate * 0
     if kind == "some_zero" and length:

@@ -234,16 +234,21 @@ def _score_delta(grad_out, grad_lse, grad_mass, exact, mass, runs: int) -> Tenso
 
 def merged_attention_backward(
     backend: str, grad_out, grad_lse, grad_mass, exact, lse, mass, query, key, value, segments, attn_mask, is_causal,
-    query_positions, lengths, scale, window, segment_window, softcap, sinks, needs,
+    query_positions, lengths, scale, window, segment_window, softcap, sinks, strategy, needs,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the inputs that `needs` marks: query, key, value, sinks, then the segments' tensors in order.
 
-    `exact` is the forward's out in float32.
-    Projected segments are materialised in float32, differentiated in receiver space, and their gradients taken back
-    through the projector: memory stays linear in length.
+    `exact` is the forward's out in float32. Projected segments are materialised, differentiated in receiver space, and
+    their gradients taken back through the projector: memory stays linear in length.
     """
     batch, q_heads, q_len, _ = query.shape
-    direct = [s if s.plain else _materialized(backend, s, torch.float32) for s in segments]
+    direct = [s if s.plain else _materialized(backend, s, query.dtype) for s in segments]
+    if strategy == "absorb" and any(_can_absorb(s) for s in segments):
+        # Weights are exp(score - lse): both have to come from the same keys, to the last bit.
+        exact, lse, _ = merged_attention(
+            backend, query, key, value, direct, attn_mask, is_causal, query_positions, lengths, scale, window,
+            segment_window, softcap, sinks, strategy, False, True, torch.float32,
+        )  # fmt: skip
     keep: list[Tensor] = []
     numbers = _attention_numbers(
         query, key, value, direct, attn_mask, is_causal, query_positions, lengths, window, segment_window, sinks,

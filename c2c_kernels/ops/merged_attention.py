@@ -72,7 +72,8 @@ def merged_attention(
         softcap: z = softcap * tanh(z / softcap) before gates and masks.
         sinks: (q_heads,), a logit per head that joins the normalisation and has no value.
         strategy: "absorb" folds a segment's projector into query and output, "materialize" projects the segment
-            first, "auto" takes the cheaper by the cost model of `backends.cost`. Same result within rounding.
+            first, "auto" takes the cheaper by the cost model of `backends.cost` (where autograd records the call,
+            "materialize", which its backward pass needs anyway). Same result within rounding.
         return_lse: also return lse (batch, q_heads, q_len) float32, ln of the normaliser Z.
         return_mass: also return mass (batch, q_heads, q_len, 1 + len(segments)) float32, the share of Z that each
             segment holds, own cache first. The shares sum to 1, less what the sink takes.
@@ -135,6 +136,8 @@ def _forward(
 ):  # fmt: skip
     # The backward pass subtracts out . grad_out from every score's gradient: out is kept unrounded for it.
     exact = for_backward and query.dtype != torch.float32
+    if for_backward and strategy == "auto":
+        strategy = "materialize"  # the backward pass works on projected segments; lse has to be theirs
     out, lse, mass = native.merged_attention(
         backend, query, key, value, unpack(segments, layout), attn_mask, is_causal, query_positions, lengths, scale,
         window, segment_window, softcap, sinks, strategy, return_mass, True, torch.float32 if exact else query.dtype,
@@ -148,7 +151,7 @@ def _backward(
 ):  # fmt: skip
     return native.merged_attention_backward(
         backend, grad_out, grad_lse, grad_mass, exact, lse, mass, query, key, value, unpack(segments, layout),
-        attn_mask, is_causal, query_positions, lengths, scale, window, segment_window, softcap, sinks, needs,
+        attn_mask, is_causal, query_positions, lengths, scale, window, segment_window, softcap, sinks, strategy, needs,
     )  # fmt: skip
 
 

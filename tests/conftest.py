@@ -1,0 +1,19 @@
+"""Settings for the whole suite: fixed examples by default, fresh ones with C2C_FRESH_EXAMPLES=1."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+settings.register_profile("fixed", derandomize=True, database=None, **_COMMON)
+settings.register_profile("fresh", **_COMMON)
+settings.load_profile("fresh" if os.environ.get("C2C_FRESH_EXAMPLES") == "1" else "fixed")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(1234)

@@ -1,0 +1,138 @@
+"""Gradients: the reference by finite differences, the CPU kernels against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Plan, SegmentPlan, build
+from error_rule import GRADIENT_ULPS, assert_as_exact
+from hypothesis import given, settings
+from plans import plans, seeds
+from torch_backward import fused_gradients, leaves, operator_gradients
+
+import c2c_kernels as c2c
+
+
+def cotangents(plan: Plan, seed: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = (plan.batch, plan.kv_heads * plan.group, plan.q_len)
+    out = torch.randn(*rows, plan.value_dim, generator=generator).to(plan.dtype)
+    lse, mass = torch.randn(rows, generator=generator), torch.randn(*rows, 1 + len(plan.segments), generator=generator)
+    return out.double(), lse.double(), mass.double()
+
+
+def check(plan: Plan, seed: int) -> None:
+    call, wanted = build(plan, seed), cotangents(plan, seed)
+    ours = operator_gradients(call, wanted, "cpu")
+    oracle = operator_gradients(call, wanted, "reference", torch.float64)
+    fused = fused_gradients(call, wanted, plan.dtype)
+    eager = operator_gradients(call, wanted, "reference")
+    assert ours.keys() == oracle.keys() == fused.keys()
+    for name, gradient in ours.items():
+        theirs = fused[name].to(gradient.dtype)
+        assert_as_exact(name, gradient, theirs, oracle[name], GRADIENT_ULPS, (eager[name],))
+
+
+@pytest.mark.sanitize
+@given(plans(max_length=130), seeds)
+@settings(max_examples=200)
+def test_cpu_gradients_match_reference(plan, seed):
+    check(plan, seed)
+
+
+@given(plans(max_length=64, max_queries=5), seeds)
+@settings(max_examples=25)
+def test_fused_formulas_are_the_gradient(plan, seed):
+    """The yardstick itself: what rule 9 compares with agrees with autograd of the reference in float64."""
+    call, wanted = build(plan, seed), cotangents(plan, seed)
+    exact = operator_gradients(call, wanted, "reference", torch.float64)
+    for name, gradient in fused_gradients(call, wanted, torch.float64).items():
+        torch.testing.assert_close(gradient, exact[name], rtol=1e-7, atol=1e-7)
+
+
+GRADCHECK_PLANS = {
+    "plain": Plan(is_causal=True),
+    "window_softcap_sinks": Plan(is_causal=True, window=3, softcap=2.0, sinks=True, lengths=True),
+    "masks": Plan(mask="additive", query_positions=True),
+    "dense": Plan(segments=[SegmentPlan(4, 2, 8, 8, "dense", bias=True, gate="some_zero", lengths=True)]),
+    "low_rank": Plan(sinks=True, segments=[SegmentPlan(4, 2, 8, 8, "low_rank", gate="head", positions="shuffled")]),
+    "closed": Plan(segments=[SegmentPlan(3, gate="zero"), SegmentPlan(3, 2, 8, 8, "dense", gate="full")]),
+    "selected": Plan(segments=[SegmentPlan(3, 2, 8, 8, "dense", index=True, bias=True)]),
+}
+
+
+@pytest.mark.parametrize("name", GRADCHECK_PLANS)
+def test_reference_gradcheck(name):
+    plan = GRADCHECK_PLANS[name]
+    plan.head_dim = plan.value_dim = 4
+    plan.q_len, plan.length, plan.batch = 2, 5, 1
+    call = build(plan, 11)
+    call["attn_mask"] = None if call["attn_mask"] is None else call["attn_mask"].clamp(min=-3).double()
+    fresh, found = leaves(call, torch.float64)
+    names = list(found)
+
+    def function(*tensors):
+        table = dict(zip(names, tensors, strict=True))
+
+        def swap(name, value):
+            if isinstance(value, tuple):
+                return tuple(table[f"{name}[{i}]"] for i in range(2))
+            return table.get(name, value)
+
+        segments = [
+            c2c.SharerSegment(**{field: swap(f"{number}.{field}", value) for field, value in vars(part).items()})
+            for number, part in enumerate(fresh["segments"])
+        ]
+        rest = {k: v for k, v in fresh.items() if k not in ("query", "key", "value", "segments", "sinks")}
+        out, lse, mass = c2c.merged_attention(
+            table["query"], table["key"], table["value"], segments, sinks=table.get("sinks"), **rest,
+            return_lse=True, return_mass=True, backend="reference",
+        )  # fmt: skip
+        return out, lse, mass
+
+    # A gate of 0 is at the edge of its range: move every gate inside, the kernels' own derivative at 0 is checked above.
+    tensors = [t.detach().clamp(min=0.1).requires_grad_() if "gate" in n else t for n, t in found.items()]
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+def test_gradient_of_a_closed_gate():
+    """d out / d g at g = 0 by a one-sided difference."""
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, 2, 3, 16, generator=generator) for _ in range(3))
+    other = [torch.randn(1, 2, 4, 16, generator=generator) for _ in range(2)]
+
+    def total(gate, dtype=torch.float32, backend="cpu"):
+        segment = c2c.SharerSegment(*(t.to(dtype) for t in other), gate=gate)
+        return c2c.merged_attention(
+            query.to(dtype), key.to(dtype), value.to(dtype), [segment], backend=backend
+        ).square().sum()  # fmt: skip
+
+    gate = torch.zeros(1, 2, 4, requires_grad=True)
+    total(gate).backward()
+    step = 1e-6
+    for h in range(2):
+        for j in range(4):
+            moved = torch.zeros(1, 2, 4, dtype=torch.float64)
+            moved[0, h, j] = step
+            low = total(torch.zeros(1, dtype=torch.float64), torch.float64, "reference")
+            slope = (total(moved, torch.float64, "reference") - low) / step
+            assert abs(slope.item() - gate.grad[0, h, j].item()) < 1e-4 * max(1, abs(slope.item()))
+
+
+def test_memory_of_backward_is_linear_in_length():
+    """No score matrix: 8k x 8k scores of one head alone would take 256 MB."""
+    length = 8192
+    query, key, value = (torch.randn(1, 1, length, 32, requires_grad=True) for _ in range(3))
+    high_water = "VmHWM"
+
+    def peak() -> int:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith(high_water)) * 1024
+
+    c2c.merged_attention(query[:, :, :64], key[:, :, :64], value[:, :, :64], backend="cpu").sum().backward()
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    before = peak()
+    c2c.merged_attention(query, key, value, is_causal=True, backend="cpu").sum().backward()
+    assert peak() - before < 64 * 2**20
+    assert key.grad.isfinite().all()
