@@ -85,18 +85,18 @@ class SegmentTensors(NamedTuple):
     positions: Tensor | None
     key_scale: Tensor | None
     value_scale: Tensor | None
-    index: Tensor | None
+    selected: Tensor | None  # the segment's index; tuples have a method of that name
     causal: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors in the order of SLOTS."""
+        return self[:14]
 
     @property
     def length(self) -> int:
         """Tokens that a query can attend to: those selected where there is an index."""
-        return self.key.shape[2] if self.index is None else self.index.shape[-1]
-
-    @property
-    def projected(self) -> bool:
-        """Whether keys or values differ from their stored form when read in receiver space."""
-        return not (self.key_proj is None and self.value_proj is None)
+        return self.key.shape[2] if self.selected is None else self.selected.shape[-1]
 
     @property
     def plain(self) -> bool:
@@ -108,7 +108,7 @@ class SegmentTensors(NamedTuple):
             and self.value_bias is None
             and self.key_scale is None
             and self.value_scale is None
-            and self.index is None
+            and self.selected is None
         )
 
 
@@ -175,7 +175,7 @@ def pack(segments: list[SegmentTensors]) -> tuple[list[Tensor], list[int]]:
     layout: list[int] = []
     for segment in segments:
         bits = CAUSAL_BIT if segment.causal else 0
-        for slot, tensor in enumerate(segment[: len(SLOTS)]):
+        for slot, tensor in enumerate(segment.tensors):
             if tensor is not None:
                 tensors.append(tensor)
                 bits |= 1 << slot
@@ -187,9 +187,8 @@ def unpack(tensors: list[Tensor], layout: list[int]) -> list[SegmentTensors]:
     """The inverse of `pack`."""
     rest = iter(tensors)
     return [
-        SegmentTensors(
-            *(next(rest) if bits >> slot & 1 else None for slot in range(len(SLOTS))),
-            bool(bits & CAUSAL_BIT),
+        SegmentTensors._make(
+            (*(next(rest) if bits >> slot & 1 else None for slot in range(len(SLOTS))), bool(bits & CAUSAL_BIT))
         )
         for bits in layout
     ]

@@ -55,11 +55,11 @@ c2c_attention_params read_attention(const py::list &numbers, double scale, doubl
                                     std::vector<c2c_segment> &segments) {
   Reader in(numbers);
   c2c_attention_params p;
-  for (c2c_tensor *t : {&p.query, &p.key, &p.value, &p.mask, &p.lengths, &p.query_positions, &p.sinks, &p.out, &p.lse,
-                        &p.mass})
+  for (c2c_tensor *t :
+       {&p.query, &p.key, &p.value, &p.mask, &p.lengths, &p.query_positions, &p.sinks, &p.out, &p.lse, &p.mass})
     *t = in.tensor();
-  for (int64_t *n : {&p.batch, &p.q_heads, &p.kv_heads, &p.q_len, &p.len, &p.head_dim, &p.value_dim, &p.window,
-                     &p.segment_window})
+  for (int64_t *n :
+       {&p.batch, &p.q_heads, &p.kv_heads, &p.q_len, &p.len, &p.head_dim, &p.value_dim, &p.window, &p.segment_window})
     *n = in.number();
   for (int32_t *n : {&p.segment_count, &p.is_causal, &p.threads}) *n = static_cast<int32_t>(in.number());
   for (int32_t i = 0; i < p.segment_count; ++i) segments.push_back(in.segment());

@@ -55,9 +55,7 @@ def test_cpu_matches_reference(plan, seed):
 @pytest.mark.parametrize("q_len", [1, 37])
 def test_head_dims(dtype, head_dim, q_len):
     segment = SegmentPlan(length=70, heads=3, key_dim=40, value_dim=24, projector="dense", gate="full")
-    check(
-        Plan(dtype, 2, 2, 3, q_len, 90, head_dim, head_dim, is_causal=True, strategy="absorb", segments=[segment]), 5
-    )
+    check(Plan(dtype, 2, 2, 3, q_len, 90, head_dim, head_dim, is_causal=True, strategy="absorb", segments=[segment]), 5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,7 +102,8 @@ def test_empty_and_closed_segments_change_no_bit(backend, q_len, sinks):
     )
     for segments in ([part] for part in neutral):
         out, lse, mass = c2c.merged_attention(
-            query, key, value, segments, is_causal=True, sinks=logits, return_lse=True, return_mass=True, backend=backend
+            query, key, value, segments, is_causal=True, sinks=logits, return_lse=True, return_mass=True,
+            backend=backend,
         )  # fmt: skip
         assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])
         assert torch.equal(mass[..., :1], plain[2]) and not mass[..., 1].any()

@@ -13,7 +13,7 @@ from c2c_kernels.segment import to_tensors
 
 
 def leaves(call: dict, dtype: torch.dtype | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The call with every floating-point tensor that has a gradient replaced by a leaf (cast to `dtype`), and these leaves."""
+    """The call with leaves (cast to `dtype`) for all tensors that have a gradient, and these leaves by name."""
     found: dict[str, torch.Tensor] = {}
 
     def leaf(name, tensor):
@@ -53,8 +53,12 @@ def operator_gradients(call: dict, cotangents, backend: str, dtype: torch.dtype 
     return {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in found.items()}
 
 
-def fused_gradients(call: dict, cotangents, arithmetic: torch.dtype) -> dict:
-    """The same gradients in PyTorch with the arithmetic dtype given, along the formulas of fused kernels."""
+def fused_gradients(call: dict, cotangents, arithmetic: torch.dtype) -> tuple[dict, dict[str, float]]:
+    """The same gradients in PyTorch with the arithmetic dtype given, along the formulas of fused kernels.
+
+    Also the size of what is summed for gates and sinks: weights over gates are not bounded by 1, and their sums cancel.
+    """
+    sizes: dict[str, float] = {}
     fresh, found = leaves(call, arithmetic)
     query, segments = fresh["query"], [to_tensors(segment) for segment in fresh["segments"]]
     batch, q_heads, q_len, _ = query.shape
@@ -96,13 +100,16 @@ def fused_gradients(call: dict, cotangents, arithmetic: torch.dtype) -> dict:
             change = weight * (along - (base - grad_mass[..., number]).unsqueeze(-1))
             gated = weight if gate is None else weight * gate
         if gate is not None:
+            total = change.abs().sum(2).sum_to_size(segments[number - 1].gate.shape)
+            sizes[f"{number - 1}.gate"] = total.max().item() if total.numel() else 0.0
             surrogate = surrogate + (change.sum(2) * gate[:, :, 0]).double().sum()
             change = change * gate.detach()
         surrogate = surrogate + (change * scores).double().sum()
         surrogate = surrogate + (reference._weighted_values(gated, value) * grad_out).double().sum()
     if fresh["sinks"] is not None:
         share = torch.exp(fresh["sinks"].detach()[None, :, None] - shift)
+        sizes["sinks"] = (share * base).abs().sum((0, 2)).max().item()
         surrogate = surrogate - ((share * base).sum((0, 2)) * fresh["sinks"]).double().sum()
     if surrogate.requires_grad:
         surrogate.backward()
-    return {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in found.items()}
+    return {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in found.items()}, sizes

@@ -80,7 +80,7 @@ def choose(
     request = (operator, name, device.type, dtype)
     if not native_refusal and request in _choices:
         return _choices[request]
-    refusals = []
+    refusals: list[str] = []
     for record in backends():
         if name is not None and record.name != name:
             continue

@@ -50,7 +50,7 @@ def _numbers(tensor: Tensor | None) -> tuple[int, ...]:
 
 
 def _readable(tensor: Tensor | None, keep: list[Tensor]) -> tuple[int, ...]:
-    """The numbers of a tensor of rows: a copy is made, and kept, where rows are not contiguous or the dtype is float64."""
+    """The numbers of a tensor of rows; a copy is made, and kept, where rows are not contiguous or are float64."""
     if tensor is None:
         return _ABSENT
     stride = tensor.stride()
@@ -83,7 +83,9 @@ def _supported(tensor: Tensor) -> Tensor:
 
 def _raise(status: int, operator: str) -> None:
     code, where = status & 0xFF, (status >> 8) - 1
-    name = f"segments[{where}]." if where >= 0 and operator == "merged_attention" else ("segment." if where >= 0 else "")
+    name = (
+        f"segments[{where}]." if where >= 0 and operator == "merged_attention" else ("segment." if where >= 0 else "")
+    )
     texts = {
         1: "lengths has values outside 0..len",
         2: f"{name}lengths has values outside 0..len",
@@ -129,7 +131,7 @@ def _can_absorb(segment: SegmentTensors) -> bool:
 
 
 def _needs_preparing(segment: SegmentTensors) -> bool:
-    return segment.index is not None or segment.key_scale is not None or segment.value_scale is not None
+    return segment.selected is not None or segment.key_scale is not None or segment.value_scale is not None
 
 
 def _materialized(backend: str, segment: SegmentTensors, dtype: torch.dtype) -> SegmentTensors:
@@ -146,20 +148,18 @@ def _materialized(backend: str, segment: SegmentTensors, dtype: torch.dtype) -> 
 
 def _plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensors:
     kept = {name: getattr(segment, name) for name in ("gate", "lengths", "positions", "causal")}
-    return SegmentTensors(*(None,) * len(SLOTS), False)._replace(key=key, value=value, **kept)
+    return SegmentTensors._make((*(None,) * len(SLOTS), False))._replace(key=key, value=value, **kept)
 
 
 def _prepared(segment: SegmentTensors) -> SegmentTensors:
     """The segment with scales and index applied, so that it can be absorbed."""
     dtype = segment.key_proj.dtype
-    key = reference.prepare_raw(segment.key, segment.key_scale, segment.index, None, None, dtype)
-    value = reference.prepare_raw(segment.value, segment.value_scale, segment.index, None, None, dtype)
-    return segment._replace(key=key, value=value, key_scale=None, value_scale=None, index=None)
+    key = reference.prepare_raw(segment.key, segment.key_scale, segment.selected, None, None, dtype)
+    value = reference.prepare_raw(segment.value, segment.value_scale, segment.selected, None, None, dtype)
+    return segment._replace(key=key, value=value, key_scale=None, value_scale=None, selected=None)
 
 
-def _by_strategy(
-    backend: str, segment: SegmentTensors, strategy: str, query: Tensor, value_dim: int
-) -> SegmentTensors:
+def _by_strategy(backend: str, segment: SegmentTensors, strategy: str, query: Tensor, value_dim: int) -> SegmentTensors:
     """The segment as the attention kernel reads it: with its projectors (absorb) or in receiver space."""
     if segment.plain:
         return segment
@@ -222,7 +222,7 @@ def merged_attention(
 
 
 def _score_delta(grad_out, grad_lse, grad_mass, exact, mass, runs: int) -> Tensor:
-    """(batch, q_heads, q_len, runs) float32: what every score's gradient loses before it is multiplied by its weight."""
+    """(batch, q_heads, q_len, runs) float32: what a score's gradient loses before its weight multiplies it."""
     delta = (grad_out.float() * exact).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
@@ -241,7 +241,7 @@ def merged_attention_backward(
     `exact` is the forward's out in float32. Projected segments are materialised, differentiated in receiver space, and
     their gradients taken back through the projector: memory stays linear in length.
     """
-    batch, q_heads, q_len, _ = query.shape
+    batch, q_heads = query.shape[:2]
     direct = [s if s.plain else _materialized(backend, s, query.dtype) for s in segments]
     if strategy == "absorb" and any(_can_absorb(s) for s in segments):
         # Weights are exp(score - lse): both have to come from the same keys, to the last bit.
@@ -277,7 +277,7 @@ def merged_attention_backward(
     inputs = [query, key, value, sinks]
     for segment, (grad_key, grad_value, grad_gate) in zip(segments, segment_grads, strict=True):
         flat = _segment_grads(segment, grad_key, grad_value, grad_gate)
-        for tensor, grad in zip(segment[: len(SLOTS)], flat, strict=True):
+        for tensor, grad in zip(segment.tensors, flat, strict=True):
             if tensor is not None:
                 inputs.append(tensor)
                 found.append(grad)
@@ -356,13 +356,13 @@ def project_kv_backward(
         grad = reference.zero_beyond(grad.float(), segment.lengths)
         if apply is not None:
             grad = reference.rotate_backward(grad, *apply)
-        x = reference.prepare_raw(raw, scale, segment.index, remove, segment.lengths, torch.float32)
+        x = reference.prepare_raw(raw, scale, segment.selected, remove, segment.lengths, torch.float32)
         grad_raw, grad_proj, grad_proj_in = _projector_grads(grad, x, proj, proj_in)
         flat[SLOTS.index(f"{name}_proj")], flat[SLOTS.index(f"{name}_proj_in")] = grad_proj, grad_proj_in
         flat[SLOTS.index(f"{name}_bias")] = grad.sum((0, 2))
         grad_raw = reference.zero_beyond(grad_raw, segment.lengths)
-        if segment.index is not None:
-            index = segment.index.expand(raw.shape[0], segment.length).long()[:, None, :, None]
+        if segment.selected is not None:
+            index = segment.selected.expand(raw.shape[0], segment.length).long()[:, None, :, None]
             spread = torch.zeros(raw.shape, dtype=torch.float32, device=raw.device)
             grad_raw = spread.scatter_add_(2, index.expand_as(grad_raw), grad_raw)
         if remove is not None:

@@ -110,8 +110,8 @@ def project_kv(segment: SegmentTensors, rope: Rope | None, dtype: torch.dtype) -
     Tokens beyond `lengths` come out as zero.
     """
     remove = rope.remove if rope is not None else None
-    raw_key = prepare_raw(segment.key, segment.key_scale, segment.index, remove, segment.lengths, dtype)
-    raw_value = prepare_raw(segment.value, segment.value_scale, segment.index, None, segment.lengths, dtype)
+    raw_key = prepare_raw(segment.key, segment.key_scale, segment.selected, remove, segment.lengths, dtype)
+    raw_value = prepare_raw(segment.value, segment.value_scale, segment.selected, None, segment.lengths, dtype)
     key = _receiver_space(raw_key, segment.key_proj, segment.key_proj_in, segment.key_bias)
     value = _receiver_space(raw_value, segment.value_proj, segment.value_proj_in, segment.value_bias)
     if rope is not None and rope.apply is not None:
@@ -201,10 +201,11 @@ def merged_attention(
     sinks: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """DESIGN.md 2.1 as written. Returns out, lse, mass in the arithmetic dtype, and the normalised weights of every run.
+    """DESIGN.md 2.1 as written. Returns out, lse and mass in the arithmetic dtype, and every run's normalised weights.
 
-    `dtype` is the dtype of the arithmetic, float32 or float64 by default. The maximum is taken over tokens with a weight, and segments are summed one after another: a segment that is
-    empty or gated to 0 leaves every bit of the result as it was.
+    `dtype` is the dtype of the arithmetic, float32 or float64 by default. The maximum is taken over tokens with a
+    weight, and segments are summed one after another: a segment that is empty or gated to 0 leaves every bit of the
+    result as it was.
     """
     dtype, device = dtype or arithmetic_dtype(query.dtype), query.device
     batch, q_heads, q_len, _ = query.shape
@@ -217,7 +218,7 @@ def merged_attention(
         visible = visible & attn_mask
     elif attn_mask is not None:
         scores = scores + attn_mask.to(dtype)
-    runs = [(scores.masked_fill(~visible, -torch.inf), None, own_value)]
+    runs: list[tuple[Tensor, Tensor | None, Tensor]] = [(scores.masked_fill(~visible, -torch.inf), None, own_value)]
     if query_positions is None:
         query_positions = default_query_positions(batch, q_len, key.shape[2], lengths, device)
     query_positions = torch.atleast_2d(query_positions).long()

@@ -1,4 +1,4 @@
-"""What operators refuse, written once for all backends. Every error names the argument, what came and what is wanted."""
+"""What operators refuse, once for all backends. Every error names the argument, what came and what is wanted."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ def _check_low_rank(name: str, proj: Tensor, proj_in: Tensor | None, kv_heads: i
 
 def _check_tensors(name: str, segment: SegmentTensors, device: torch.device | None, like: str) -> None:
     """Every field is a tensor on one device, key and value always."""
-    for tensor in segment[2 : len(SLOTS)]:
+    for tensor in segment.tensors[2:]:
         if tensor is not None and (not isinstance(tensor, Tensor) or tensor.device != device):
             break
     else:
         key, value = segment[:2]
         if isinstance(key, Tensor) and isinstance(value, Tensor) and key.device == value.device == device:
             return
-    for slot, tensor in zip(SLOTS, segment, strict=False):
+    for slot, tensor in zip(SLOTS, segment.tensors, strict=True):
         if not isinstance(tensor, Tensor) and (tensor is not None or slot in ("key", "value")):
             raise TypeError(f"{name}.{slot} must be a tensor, got {type(tensor).__name__}")
-    for slot, tensor in zip(SLOTS, segment, strict=False):
+    for slot, tensor in zip(SLOTS, segment.tensors, strict=True):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name}.{slot} is on {tensor.device}, wanted {device} like {like}")
 
@@ -91,19 +91,17 @@ def check_raw(name: str, segment: SegmentTensors) -> None:
             _expect_float(f"{name}.{slot}", tensor)
         if scale is not None:
             _expect_float(f"{name}.{slot}_scale", scale)
-            _expect_broadcastable(
-                f"{name}.{slot}_scale", scale, tuple(tensor.shape[:3]), "(batch, sharer_heads, len)"
-            )
+            _expect_broadcastable(f"{name}.{slot}_scale", scale, tuple(tensor.shape[:3]), "(batch, sharer_heads, len)")
     if key.shape[0] != value.shape[0] or key.shape[1] != value.shape[1] or key.shape[2] != value.shape[2]:
         raise ValueError(
             f"{name}.value has shape {shape_of(value)}, wanted batch, heads and len of {name}.key {shape_of(key)}"
         )
     batch = key.shape[0]
-    if segment.index is not None:
-        _expect_integers(f"{name}.index", segment.index)
-        if segment.index.dim() not in (1, 2) or (segment.index.dim() == 2 and segment.index.shape[0] != batch):
+    if segment.selected is not None:
+        _expect_integers(f"{name}.index", segment.selected)
+        if segment.selected.dim() not in (1, 2) or (segment.selected.dim() == 2 and segment.selected.shape[0] != batch):
             raise ValueError(
-                f"{name}.index has shape {shape_of(segment.index)}, wanted (batch, n) or (n,) with batch = {batch}"
+                f"{name}.index has shape {shape_of(segment.selected)}, wanted (batch, n) or (n,) with batch = {batch}"
             )
     if segment.lengths is not None:
         _expect_integers(f"{name}.lengths", segment.lengths)
@@ -144,9 +142,7 @@ def check_segment(
             _expect(f"{name}.{slot}_bias", bias, (kv_heads, dim), "(kv_heads, head_dim)")
     if segment.gate is not None:
         _expect_float(f"{name}.gate", segment.gate)
-        _expect_broadcastable(
-            f"{name}.gate", segment.gate, (batch, q_heads, segment.length), "(batch, q_heads, len)"
-        )
+        _expect_broadcastable(f"{name}.gate", segment.gate, (batch, q_heads, segment.length), "(batch, q_heads, len)")
 
 
 def check_merged_attention(
@@ -200,9 +196,7 @@ def check_merged_attention(
         if attn_mask.dtype != torch.bool:
             _expect_float("attn_mask", attn_mask)
         _expect_device("attn_mask", attn_mask, device)
-        _expect_broadcastable(
-            "attn_mask", attn_mask, (batch, q_heads, q_len, length), "(batch, q_heads, q_len, len)"
-        )
+        _expect_broadcastable("attn_mask", attn_mask, (batch, q_heads, q_len, length), "(batch, q_heads, q_len, len)")
     if query_positions is not None:
         _expect_integers("query_positions", query_positions)
         _expect_device("query_positions", query_positions, device)
@@ -223,9 +217,7 @@ def check_merged_attention(
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
     for number, segment in enumerate(segments):
-        check_segment(
-            f"segments[{number}]", segment, batch, q_heads, kv_heads, head_dim, value.shape[3], device
-        )
+        check_segment(f"segments[{number}]", segment, batch, q_heads, kv_heads, head_dim, value.shape[3], device)
 
 
 def check_lengths(name: str, lengths: Tensor | None, limit: int) -> None:
@@ -249,7 +241,7 @@ def check_index(name: str, index: Tensor | None, length: int) -> None:
 def check_segment_values(name: str, segment: SegmentTensors) -> None:
     check_lengths(f"{name}.lengths", segment.lengths, segment.length)
     check_gate(f"{name}.gate", segment.gate)
-    check_index(f"{name}.index", segment.index, segment.key.shape[2])
+    check_index(f"{name}.index", segment.selected, segment.key.shape[2])
 
 
 def _check_rope(name: str, tables: tuple[Tensor, Tensor] | None, batch: int, length: int, dim: int, device) -> None:
@@ -278,7 +270,7 @@ def check_project_kv(
     device = segment.key.device if isinstance(segment.key, Tensor) else None
     _check_tensors("segment", segment, device, "segment.key")
     check_raw("segment", segment)
-    batch, heads, raw_length, raw_dim = segment.key.shape
+    batch, _, raw_length, raw_dim = segment.key.shape
     shapes = []
     for slot, raw, proj, proj_in, bias in (
         ("key", segment.key, segment.key_proj, segment.key_proj_in, segment.key_bias),

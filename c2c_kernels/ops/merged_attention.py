@@ -103,9 +103,9 @@ def merged_attention(
     if record.name == "reference":
         out, lse, mass = _reference(query, key, value, packed, *arguments)
     else:
-        everything = [query, key, value, sinks]
+        everything: list[Tensor | None] = [query, key, value, sinks]
         for segment in packed:
-            everything += segment[:-1]
+            everything += segment.tensors
         if needs_dispatcher(everything):
             tensors, layout = pack(packed)
             out, lse, mass, _ = torch.ops.c2c.merged_attention(
@@ -113,7 +113,7 @@ def merged_attention(
                 record.name,
             )  # fmt: skip
         else:
-            out, lse, mass = native.merged_attention(
+            out, lse, mass = native.merged_attention(  # type: ignore[assignment]
                 record.name, query, key, value, packed, *arguments, strategy, return_mass, return_lse
             )
     if return_mass:
@@ -167,11 +167,11 @@ def _fake_forward(query, key, value, segments, layout, *arguments):
 
 def _fake_backward(grad_out, grad_lse, grad_mass, exact, lse, mass, query, key, value, segments, layout, *arguments):
     sinks, needs = arguments[-4], arguments[-2]
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _wanted(query, key, value, sinks, segments, needs)]  # fmt: skip
-
-
-def _wanted(query, key, value, sinks, segments, needs) -> list[Tensor]:
-    return [t for t, need in zip((query, key, value, sinks, *segments), needs, strict=True) if need]
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor, need in zip((query, key, value, sinks, *segments), needs, strict=True)
+        if need
+    ]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -215,6 +215,4 @@ implement("merged_attention", _forward)
 implement("merged_attention_backward", _backward)
 torch.library.register_fake("c2c::merged_attention", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("c2c::merged_attention_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd(
-    "c2c::merged_attention", _autograd_backward, setup_context=_setup_context, lib=LIBRARY
-)
+torch.library.register_autograd("c2c::merged_attention", _autograd_backward, setup_context=_setup_context, lib=LIBRARY)

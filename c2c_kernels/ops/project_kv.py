@@ -57,12 +57,12 @@ def project_kv(
     key_shape, value_shape = check_project_kv(packed, rope, out)
     dtype = _result_dtype(packed)
     record = choose("project_kv", backend, packed.key.device, dtype if out is None else out[0].dtype)
-    if out is not None and wants_grad(packed[:-1]):
+    if out is not None and wants_grad(packed.tensors):
         raise ValueError("out= is written in place without autograd, but a tensor of the segment requires grad")
     if record.name == "reference":
         return _reference(packed, rope, dtype, out)
     tables, removes = _rope_tables(rope)
-    if needs_dispatcher((*packed[:-1], *tables, *(out or ()))):
+    if needs_dispatcher((*packed.tensors, *tables, *(out or ()))):
         tensors, layout = pack([packed])
         if out is not None:
             torch.ops.c2c.project_kv_out(tensors, layout, tables, removes, *out, record.name)

@@ -66,8 +66,8 @@ static void load_tile_rows(const Backward &backward, int64_t which, const Tile &
     const int64_t h = tile.head(r / tile.queries), i = tile.i0 + r % tile.queries;
     float lse = number_at(p.lse, tile.b * p.lse.stride[0] + h * p.lse.stride[1] + i * p.lse.stride[2]);
     x.row_lse[r] = lse == -INF ? INF : lse;  // a row that saw nothing has no gradient
-    x.row_delta[r] = number_at(delta, tile.b * delta.stride[0] + h * delta.stride[1] + i * delta.stride[2] +
-                                          which * delta.stride[3]);
+    x.row_delta[r] = number_at(
+        delta, tile.b * delta.stride[0] + h * delta.stride[1] + i * delta.stride[2] + which * delta.stride[3]);
     widen_row(x.go + r * run.value_ld, backward.params.grad_out.dtype, at(backward.params.grad_out, tile.b, h, i),
               run.value_width);
   }
@@ -148,14 +148,13 @@ static void differentiate(const Backward &backward, int64_t number, float *scrat
   const int64_t length = run_length(run, p, b);
   for (int64_t i0 = 0; i0 < p.q_len; i0 += run.tile_queries) {
     const int64_t queries = least(run.tile_queries, p.q_len - i0);
-    Tile tile{p, run, b, group, i0, queries, run.group_heads * queries, begin, least(end, length),
-              {x.lo, x.hi, 0, 0, 0, 0}, x.coordinate, x.gates, true, job.grad_gate != nullptr, false, false};
-    tile.limits.fill(run, p, b, i0, queries, length);
-    tile.narrow_range();
+    Tile tile{p, run, b, group, i0, queries, begin, least(end, length)};
+    tile.backward = true;
+    tile.keep_closed = job.grad_gate != nullptr;
+    tile.prepare(x.lo, x.hi, x.coordinate, x.gates, length);
     memset(x.grad_q, 0, tile.rows * run.key_ld * sizeof(float));
     if (tile.begin < tile.end) load_tile_rows(backward, which, tile, x);
-    for (int64_t j = tile.begin; j < tile.end; j += BLOCK)
-      backward_block(tile, j, least(BLOCK, tile.end - j), job, x);
+    for (int64_t j = tile.begin; j < tile.end; j += BLOCK) backward_block(tile, j, least(BLOCK, tile.end - j), job, x);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t row = (b * p.q_heads + tile.head(r / queries)) * p.q_len + i0 + r % queries;
       memcpy(job.grad_query + (split * p.batch * p.q_heads * p.q_len + row) * p.head_dim, x.grad_q + r * run.key_ld,

@@ -1,15 +1,15 @@
 // What forward and backward attention share: runs of tokens, which queries see which tokens, and one block's masks.
 // Included inside an instruction set's namespace.
 
-constexpr int64_t BLOCK = 64;        // tokens handled between two softmax updates
+constexpr int64_t BLOCK = 64;         // tokens handled between two softmax updates
 constexpr int64_t TARGET_ROWS = 128;  // query rows of a register-blocked tile
 
 // A run as the kernels see it: the own cache or a segment.
 struct Run {
   const c2c_tensor *key = nullptr, *value = nullptr;
   const c2c_segment *segment = nullptr;  // null: own cache
-  bool absorbed = false;  // raw sharer tokens, read by all query heads at once at their own width
-  int64_t parts = 1;      // a stored token is parts x dim elements (sharer heads side by side where absorbed)
+  bool absorbed = false;                 // raw sharer tokens, read by all query heads at once at their own width
+  int64_t parts = 1;  // a stored token is parts x dim elements (sharer heads side by side where absorbed)
   int64_t key_dim = 0, value_dim = 0;
   int64_t key_width = 0, value_width = 0;  // parts * dim
   int64_t key_ld = 0, value_ld = 0;        // widths padded to a panel
@@ -19,8 +19,8 @@ struct Run {
   int64_t tile_queries = 0, tiles = 0;  // queries per tile; tile rows = group_heads * tile_queries
   int64_t splits = 1;                   // independent parts of the token range, at most
   int64_t first_job = 0;
-  float *folded = nullptr;       // absorbed: Wk^T q, [batch][q_heads][q_len][key_ld]
-  float *folded_bias = nullptr;  // absorbed: q . bk, [batch][q_heads][q_len]
+  float *folded = nullptr;         // absorbed: Wk^T q, [batch][q_heads][q_len][key_ld]
+  float *folded_bias = nullptr;    // absorbed: q . bk, [batch][q_heads][q_len]
   SoftmaxState *states = nullptr;  // [batch][q_heads][q_len][splits]
   float *sums = nullptr;           // weighted value sums of these states, [..][value_ld]
 };
@@ -104,18 +104,26 @@ struct Limits {
 struct Tile {
   const c2c_attention_params &p;
   const Run &run;
-  int64_t b, group, i0, queries, rows;
+  int64_t b, group, i0, queries;
   int64_t begin, end;  // tokens
-  Limits limits;
-  int32_t *coordinate;  // [BLOCK] of the current block
-  float *gates;         // [group_heads][BLOCK] of the current block: ln g, or g itself for the backward pass
-  bool backward, keep_closed;  // the backward pass also wants tokens whose gate is 0, where the gate has a gradient
-  bool gated, limited;
+  int64_t rows = run.group_heads * queries;
+  Limits limits = {};
+  int32_t *coordinate = nullptr;  // [BLOCK] of the current block
+  float *gates = nullptr;         // [group_heads][BLOCK] of the current block: ln g, or g itself for the backward pass
+  bool backward = false;
+  bool keep_closed = false;  // the backward pass wants tokens whose gate is 0 too, where the gate has a gradient
+  bool gated = false, limited = false;
 
   int64_t head(int64_t g) const { return group * run.group_heads + g; }
 
-  // Narrows the token range to what some query can see, where coordinates are indices; keeps blocks aligned.
-  void narrow_range() {
+  // Takes the scratch for limits and blocks, and narrows the token range to what some query can see, where coordinates
+  // are indices; keeps blocks aligned.
+  void prepare(int32_t *lo, int32_t *hi, int32_t *coordinates, float *gate_block, int64_t length) {
+    limits.lo = lo;
+    limits.hi = hi;
+    coordinate = coordinates;
+    gates = gate_block;
+    limits.fill(run, p, b, i0, queries, length);
     if (run.positioned) return;
     end = least<int64_t>(end, (int64_t)limits.hi_most + 1);
     int64_t first = (int64_t)limits.lo_least + 1;
@@ -178,8 +186,8 @@ static bool load_mask(const Tile &tile, int64_t j, int64_t n, float *to) {
   bool any = false;
   for (int64_t g = 0; g < heads; ++g, to += BLOCK * tile.queries)
     for (int64_t i = 0; i < tile.queries; ++i) {
-      int64_t offset = tile.b * mask.stride[0] + tile.head(g) * mask.stride[1] + (tile.i0 + i) * mask.stride[2] +
-                       j * mask.stride[3];
+      int64_t offset =
+          tile.b * mask.stride[0] + tile.head(g) * mask.stride[1] + (tile.i0 + i) * mask.stride[2] + j * mask.stride[3];
       for (int64_t t = 0; t < n; ++t) {
         float value = mask_at(mask, offset + t * mask.stride[3]);
         any = any || value != -INF;

@@ -74,14 +74,13 @@ static void adjust_row(const Tile &tile, int64_t j, int64_t n, int64_t g, int64_
     for (int64_t t = 0; t < n; ++t) s[t] += tile.gates[g * BLOCK + t];
   if (!tile.run.segment && p.mask.data) {
     const c2c_tensor &mask = p.mask;
-    int64_t offset = tile.b * mask.stride[0] + tile.head(g) * mask.stride[1] + (tile.i0 + i) * mask.stride[2] +
-                     j * mask.stride[3];
+    int64_t offset =
+        tile.b * mask.stride[0] + tile.head(g) * mask.stride[1] + (tile.i0 + i) * mask.stride[2] + j * mask.stride[3];
     for (int64_t t = 0; t < n; ++t) s[t] += mask_at(mask, offset + t * mask.stride[3]);
   }
   if (tile.limited) {
     const int32_t lo = tile.limits.lo[i], hi = tile.limits.hi[i];
-    for (int64_t t = 0; t < n; ++t)
-      s[t] = (tile.coordinate[t] > lo) & (tile.coordinate[t] <= hi) ? s[t] : -INF;
+    for (int64_t t = 0; t < n; ++t) s[t] = (tile.coordinate[t] > lo) & (tile.coordinate[t] <= hi) ? s[t] : -INF;
   }
 }
 
@@ -261,10 +260,8 @@ static void attend(const Forward &forward, int64_t job, float *scratch) {
   Carver carver{scratch};
   TileScratch x(carver, run, p);
   const int64_t i0 = tile_index * run.tile_queries, queries = least(run.tile_queries, p.q_len - i0);
-  Tile tile{p, run, b, group, i0, queries, run.group_heads * queries, least(length, split * chunk),
-            least(length, (split + 1) * chunk), {x.lo, x.hi, 0, 0, 0, 0}, x.coordinate, x.gates, false, false, false, false};
-  tile.limits.fill(run, p, b, i0, queries, length);
-  tile.narrow_range();
+  Tile tile{p, run, b, group, i0, queries, least(length, split * chunk), least(length, (split + 1) * chunk)};
+  tile.prepare(x.lo, x.hi, x.coordinate, x.gates, length);
 
   for (int64_t r = 0; r < tile.rows; ++r) x.state[r] = SoftmaxState{};
   if (tile.begin < tile.end) {

@@ -20,7 +20,7 @@ static bool machine_has(const char *isa) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && machine_has("avx2");
   if (!strcmp(isa, "avx2"))
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // every AVX2 processor has F16C
 #endif
   (void)isa;
   return true;
@@ -75,7 +75,8 @@ static bool float_or_absent(const c2c_tensor &t) { return !t.data || is_float(t)
 static bool integer_or_absent(const c2c_tensor &t) { return !t.data || t.dtype == C2C_I32 || t.dtype == C2C_I64; }
 
 static int64_t integer(const c2c_tensor &t, int64_t offset) {
-  return t.dtype == C2C_I64 ? static_cast<const int64_t *>(t.data)[offset] : static_cast<const int32_t *>(t.data)[offset];
+  return t.dtype == C2C_I64 ? static_cast<const int64_t *>(t.data)[offset]
+                            : static_cast<const int32_t *>(t.data)[offset];
 }
 
 static bool within(const c2c_tensor &t, int64_t rows, int64_t columns, int64_t low, int64_t high) {

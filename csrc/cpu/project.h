@@ -5,8 +5,8 @@
 // through dot products; more tokens are the packed side of register-blocked products, so weights are never re-laid.
 
 constexpr int64_t TOKEN_TILE = 128;
-constexpr int64_t WEIGHT_ROWS = 64;      // projector rows widened and multiplied at a time
-constexpr int64_t STREAM_TOKENS = 8;     // up to here weights are streamed once by dot products
+constexpr int64_t WEIGHT_ROWS = 64;   // projector rows widened and multiplied at a time
+constexpr int64_t STREAM_TOKENS = 8;  // up to here weights are streamed once by dot products
 
 struct Half {
   const c2c_tensor *raw, *proj, *proj_in, *bias, *scale, *out;
@@ -17,10 +17,10 @@ struct Half {
 static Half half_of(const c2c_project_params &p, bool key) {
   const c2c_segment &s = p.segment;
   if (key)
-    return {&s.key, &s.key_proj, &s.key_proj_in, &s.key_bias, &s.key_scale, &p.key_out, s.key_dim,
-            s.heads * s.key_dim, s.key_rank, p.head_dim, true};
-  return {&s.value, &s.value_proj, &s.value_proj_in, &s.value_bias, &s.value_scale, &p.value_out, s.value_dim,
-          s.heads * s.value_dim, s.value_rank, p.out_dim, false};
+    return {&s.key,    &s.key_proj,         &s.key_proj_in, &s.key_bias, &s.key_scale, &p.key_out,
+            s.key_dim, s.heads * s.key_dim, s.key_rank,     p.head_dim,  true};
+  return {&s.value,    &s.value_proj,         &s.value_proj_in, &s.value_bias, &s.value_scale, &p.value_out,
+          s.value_dim, s.heads * s.value_dim, s.value_rank,     p.out_dim,     false};
 }
 
 static float e4m3_to_float(uint8_t x) {
@@ -40,8 +40,8 @@ static void widen_stored(float *to, int32_t dtype, const void *from, int64_t n) 
 }
 
 static void load_table(float *to, const c2c_tensor &table, int64_t b, int64_t token, int64_t n) {
-  widen_row(to, table.dtype, (const char *)table.data + (b * table.stride[0] + token * table.stride[1]) *
-            dtype_size(table.dtype), n);
+  widen_row(to, table.dtype,
+            (const char *)table.data + (b * table.stride[0] + token * table.stride[1]) * dtype_size(table.dtype), n);
 }
 
 // x <- x cos + (-x2, x1) sin on the first `n` dimensions, or its inverse. Tables may carry a factor.
@@ -53,8 +53,8 @@ static void turn(float *x, const float *cos, const float *sin, int64_t n, bool i
       x[i + half] = b * cos[i + half] + a * sin[i + half];
     } else {
       x[i] = (a * cos[i] + b * sin[i]) / (cos[i] * cos[i] + sin[i] * sin[i]);
-      x[i + half] = (b * cos[i + half] - a * sin[i + half]) /
-                    (cos[i + half] * cos[i + half] + sin[i + half] * sin[i + half]);
+      x[i + half] =
+          (b * cos[i + half] - a * sin[i + half]) / (cos[i + half] * cos[i + half] + sin[i + half] * sin[i + half]);
     }
   }
 }
@@ -75,8 +75,8 @@ static void load_raw(const c2c_project_params &p, const Half &half, int64_t b, i
       float *row = to + head * half.dim;
       widen_stored(row, half.raw->dtype, at(*half.raw, b, head, token), half.dim);
       if (half.scale->data) {
-        float scale = number_at(*half.scale, b * half.scale->stride[0] + head * half.scale->stride[1] +
-                                             token * half.scale->stride[2]);
+        float scale = number_at(
+            *half.scale, b * half.scale->stride[0] + head * half.scale->stride[1] + token * half.scale->stride[2]);
         for (int64_t d = 0; d < half.dim; ++d) row[d] *= scale;
       }
       if (unturn) turn(row, tables, tables + p.remove_dim, p.remove_dim, true);

@@ -78,15 +78,15 @@ static inline void weigh_rows(const float *p, int64_t ldp, const T *tokens, int6
     if (whole < dim)
       for (int t = 0; t < 4; ++t) {
         V v = load_first(token[t] + whole, dim - whole);
-        for (int r = 0; r < ROWS; ++r)
-          store(acc + r * lda + whole, weight[r][t] * v + load(acc + r * lda + whole));
+        for (int r = 0; r < ROWS; ++r) store(acc + r * lda + whole, weight[r][t] * v + load(acc + r * lda + whole));
       }
   }
   for (; j < n; ++j)
     for (int r = 0; r < ROWS; ++r) {
       V weight = set1(p[r * ldp + j]);
       const T *token = tokens + j * stride;
-      for (int64_t d = 0; d < whole; d += LANES) store(acc + r * lda + d, weight * load(token + d) + load(acc + r * lda + d));
+      for (int64_t d = 0; d < whole; d += LANES)
+        store(acc + r * lda + d, weight * load(token + d) + load(acc + r * lda + d));
       if (whole < dim)
         store(acc + r * lda + whole, weight * load_first(token + whole, dim - whole) + load(acc + r * lda + whole));
     }
@@ -104,7 +104,10 @@ static ALWAYS_INLINE void with_type(int32_t dtype, const void *data, F f) {
 }
 
 static ALWAYS_INLINE int64_t dtype_size(int32_t dtype) {
-  return dtype == C2C_F32 || dtype == C2C_I32 ? 4 : dtype == C2C_I64 ? 8 : dtype == C2C_BF16 || dtype == C2C_F16 ? 2 : 1;
+  return dtype == C2C_F32 || dtype == C2C_I32    ? 4
+         : dtype == C2C_I64                      ? 8
+         : dtype == C2C_BF16 || dtype == C2C_F16 ? 2
+                                                 : 1;
 }
 
 // Address of element (i, j, k) of a tensor; the last dimension starts at 0.

@@ -22,11 +22,11 @@ typedef enum {
   C2C_F32 = 0,
   C2C_BF16 = 1,
   C2C_F16 = 2,
-  C2C_I8 = 3,       // storage of a quantised sharer cache
-  C2C_F8E4M3 = 4,   // storage of a quantised sharer cache
-  C2C_I32 = 5,      // lengths, positions, index
+  C2C_I8 = 3,      // storage of a quantised sharer cache
+  C2C_F8E4M3 = 4,  // storage of a quantised sharer cache
+  C2C_I32 = 5,     // lengths, positions, index
   C2C_I64 = 6,
-  C2C_BOOL = 7      // attention mask, one byte
+  C2C_BOOL = 7  // attention mask, one byte
 } c2c_dtype;
 
 typedef enum {
@@ -102,14 +102,14 @@ typedef struct {
 // Gradients of the above for segments in receiver space (no projector). All gradients are f32, contiguous, written
 // (not accumulated); NULL where not wanted.
 typedef struct {
-  c2c_attention_params forward;  // out and lse as the forward call left them; mass unused
-  c2c_tensor grad_out;           // [batch, q_heads, q_len, value_dim] last stride 1
-  c2c_tensor delta;              // [batch, q_heads, q_len, 1 + segment_count] f32: what every score's gradient loses,
-                                 // out . grad_out - grad_lse - grad_mass_s + sum_s' mass_s' grad_mass_s'
-  float *grad_query;             // [batch, q_heads, q_len, head_dim]
-  float *grad_key;               // [batch, kv_heads, len, head_dim]
-  float *grad_value;             // [batch, kv_heads, len, value_dim]
-  float *const *grad_segment_key;    // segment_count pointers, each [batch, kv_heads, len_s, head_dim], nullable
+  c2c_attention_params forward;    // out and lse as the forward call left them; mass unused
+  c2c_tensor grad_out;             // [batch, q_heads, q_len, value_dim] last stride 1
+  c2c_tensor delta;                // [batch, q_heads, q_len, 1 + segment_count] f32: what every score's gradient loses,
+                                   // out . grad_out - grad_lse - grad_mass_s + sum_s' mass_s' grad_mass_s'
+  float *grad_query;               // [batch, q_heads, q_len, head_dim]
+  float *grad_key;                 // [batch, kv_heads, len, head_dim]
+  float *grad_value;               // [batch, kv_heads, len, value_dim]
+  float *const *grad_segment_key;  // segment_count pointers, each [batch, kv_heads, len_s, head_dim], nullable
   float *const *grad_segment_value;  // segment_count pointers, each [batch, kv_heads, len_s, value_dim], nullable
   float *const *grad_gate;           // segment_count pointers, each [batch, q_heads, len_s], nullable
 } c2c_attention_backward_params;
@@ -117,7 +117,7 @@ typedef struct {
 // key_out = rotate(W unrotate(x) + b), value_out = W y + b for every token of a segment; tokens beyond `lengths` are
 // written as zero. A half without a projector is copied (scaled, gathered, rotated).
 typedef struct {
-  c2c_segment segment;  // gate, positions and causal are not read
+  c2c_segment segment;                // gate, positions and causal are not read
   c2c_tensor remove_cos, remove_sin;  // [batch, raw_len, remove_dim] last stride 1, nullable
   c2c_tensor apply_cos, apply_sin;    // [batch, len, apply_dim] last stride 1, nullable
   c2c_tensor key_out;                 // [batch, kv_heads, len, head_dim] last stride 1
