@@ -200,7 +200,7 @@ static c2c_status_code merged_attention_backward(const c2c_attention_backward_pa
     float *scratch = memory.data + partial.used + thread_number() * backward.scratch;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t job = 0; job < backward.job_count; ++job) differentiate(backward, job, scratch);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; ++row) {
       float *to = params.grad_query + row * p.head_dim;
       memset(to, 0, p.head_dim * sizeof(float));

@@ -383,11 +383,13 @@ static c2c_status_code merged_attention(const c2c_attention_params &p) {
   if (!runs.data) return C2C_NO_MEMORY;
   Forward forward{p, runs.data, 0, 0, 0};
   double work = 0;
+  bool absorbs = false;
   for (int32_t s = -1; s < p.segment_count; ++s) {
     Run &run = forward.runs[forward.run_count++];
     run = Run{};
     describe_run(run, p, s < 0 ? nullptr : &p.segments[s]);
     run.splits = split_count(run, run.len);
+    absorbs = absorbs || run.absorbed;
     run.first_job = forward.job_count;
     forward.job_count += p.batch * run.groups * run.tiles * run.splits;
     forward.scratch = most(forward.scratch, most(attention_scratch(run, p), phase_scratch(run, p)));
@@ -406,18 +408,18 @@ static c2c_status_code merged_attention(const c2c_attention_params &p) {
 #pragma omp parallel num_threads(threads)
   {
     float *scratch = memory.data + sizing.used + thread_number() * forward.scratch;
-    for (int64_t which = 0; which < forward.run_count; ++which) {
-      if (!forward.runs[which].absorbed) continue;
+    if (absorbs) {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t unit = 0; unit < heads * blocks; ++unit) {
-        int64_t row = unit / blocks, i0 = unit % blocks * QUERY_BLOCK;
-        fold_queries(p, forward.runs[which], row / p.q_heads, row % p.q_heads, i0, least(QUERY_BLOCK, p.q_len - i0),
-                     scratch);
+      for (int64_t unit = 0; unit < forward.run_count * heads * blocks; ++unit) {
+        const Run &run = forward.runs[unit / blocks / heads];
+        int64_t row = unit / blocks % heads, i0 = unit % blocks * QUERY_BLOCK;
+        if (run.absorbed)
+          fold_queries(p, run, row / p.q_heads, row % p.q_heads, i0, least(QUERY_BLOCK, p.q_len - i0), scratch);
       }
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t job = 0; job < forward.job_count; ++job) attend(forward, job, scratch);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t unit = 0; unit < heads * blocks; ++unit) {
       int64_t row = unit / blocks, i0 = unit % blocks * QUERY_BLOCK;
       combine(forward, row / p.q_heads, row % p.q_heads, i0, least(QUERY_BLOCK, p.q_len - i0), scratch);

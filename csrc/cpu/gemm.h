@@ -37,15 +37,14 @@ template <int VECTORS, bool UNIT>
 static inline void gemm_rows(int64_t rows, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
                              const float *b, float *c, int64_t ldc, bool accumulate) {
   switch (rows) {
-#define CASE(R) \
-  case R: return gemm_tile<R, VECTORS, UNIT>(K, a, row_stride, k_stride, b, c, ldc, accumulate);
-    CASE(1)
-    CASE(2)
-    CASE(3) CASE(4) CASE(5) CASE(6)
+    // clang-format off
+#define CASE(R) case R: return gemm_tile<R, VECTORS, UNIT>(K, a, row_stride, k_stride, b, c, ldc, accumulate);
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if LANES == 16
-        CASE(7) CASE(8)
+    CASE(7) CASE(8)
 #endif
 #undef CASE
+    // clang-format on
   }
 }
 
