@@ -7,12 +7,19 @@ constexpr int MAX_ROWS = 4;  // rows in registers: 4 x 4 accumulators of 32 regi
 constexpr int MAX_ROWS = 3;  // 3 x 4 accumulators of 16 registers
 #endif
 
+// Elements from a token to the one that is fetched while it is read: 4 to 6 KB ahead, by measurement (2x without).
+template <class T>
+static ALWAYS_INLINE int64_t fetch_ahead(int64_t stride) {
+  const int64_t bytes = sizeof(T) == 4 ? 4096 : 6144;
+  return most<int64_t>(4, bytes / (most<int64_t>(stride, 1) * (int64_t)sizeof(T))) * stride;
+}
+
 // s[r][j] (+)= x[r] . token[j] for ROWS rows and n tokens of `dim` stored elements.
 // x is padded with zeros to whole vectors.
 template <int ROWS, class T>
 static inline void dot_rows(const float *x, int64_t ldx, const T *tokens, int64_t stride, int64_t n, int64_t dim,
                             float *s, int64_t lds, bool add) {
-  const int64_t whole = dim / LANES * LANES;
+  const int64_t whole = dim / LANES * LANES, ahead = fetch_ahead<T>(stride);
   int64_t j = 0;
   for (; j + 4 <= n; j += 4) {
     V acc[ROWS][4] = {};
@@ -21,7 +28,10 @@ static inline void dot_rows(const float *x, int64_t ldx, const T *tokens, int64_
     for (int64_t d = 0; d < whole; d += LANES) {
       V k[4];
 #pragma GCC unroll 4
-      for (int t = 0; t < 4; ++t) k[t] = load(token[t] + d);
+      for (int t = 0; t < 4; ++t) {
+        __builtin_prefetch(token[t] + d + ahead);
+        k[t] = load(token[t] + d);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
         V q = load(x + r * ldx + d);
@@ -55,7 +65,7 @@ static inline void dot_rows(const float *x, int64_t ldx, const T *tokens, int64_
 template <int ROWS, class T>
 static inline void weigh_rows(const float *p, int64_t ldp, const T *tokens, int64_t stride, int64_t n, int64_t dim,
                               float *acc, int64_t lda) {
-  const int64_t whole = dim / LANES * LANES;
+  const int64_t whole = dim / LANES * LANES, ahead = fetch_ahead<T>(stride);
   int64_t j = 0;
   for (; j + 4 <= n; j += 4) {
     V weight[ROWS][4];
@@ -66,7 +76,10 @@ static inline void weigh_rows(const float *p, int64_t ldp, const T *tokens, int6
     for (int64_t d = 0; d < whole; d += LANES) {
       V v[4];
 #pragma GCC unroll 4
-      for (int t = 0; t < 4; ++t) v[t] = load(token[t] + d);
+      for (int t = 0; t < 4; ++t) {
+        __builtin_prefetch(token[t] + d + ahead);
+        v[t] = load(token[t] + d);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
         V a = load(acc + r * lda + d);

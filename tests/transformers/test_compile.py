@@ -8,7 +8,7 @@ import torch._dynamo.testing
 from tiny_models import PREFIX, build_small, pad_left, read, tokens
 from transformers import CompileConfig, StaticCache
 
-from c2c_kernels.integrations.transformers import SharedContext, enable, session
+from c2c_kernels.integrations.transformers import SharedContext, enable, record_mass, session
 
 QUESTION = 7
 
@@ -73,7 +73,7 @@ def test_generate_compiles_its_steps(family):
 
 @torch.no_grad()
 def test_compiled_forward_method(backend):
-    """`model.forward = torch.compile(model.forward)`, as the Transformers documentation has it: the hook stays outside."""
+    """`model.forward = torch.compile(model.forward)`, as Transformers documents it: the hook stays outside."""
     model = build_small("llama")
     context = next(contexts(model))
     enable(model, backend=backend)
@@ -87,6 +87,23 @@ def test_compiled_forward_method(backend):
         got = [model(ids, past_key_values=cache).logits for ids in steps]
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_mass_is_recorded_in_compiled_passes(backend):
+    model = build_small("llama")
+    context = next(contexts(model))
+    enable(model, backend=backend)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with session(model, context), record_mass(model) as record:
+        for _ in range(3):
+            compiled(tokens(1, QUESTION, seed=9), use_cache=False)
+    with session(model, context), record_mass(model) as plain:
+        model(tokens(1, QUESTION, seed=9), use_cache=False)
+    assert [len(calls) for calls in record.mass] == [3, 3]
+    for layer, (wanted,) in enumerate(plain.mass):
+        for mass in record.mass[layer]:
+            torch.testing.assert_close(mass, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_training_step(backend):

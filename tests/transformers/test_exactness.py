@@ -6,7 +6,8 @@ import functools
 
 import pytest
 import torch
-from tiny_models import PREFIX, Float64, assert_within_rule, build, pad_left, read, tokens
+from error_rule import assert_as_exact
+from tiny_models import PREFIX, Float64, build, pad_left, read, tokens
 from transformers import DynamicCache, StaticCache
 
 from c2c_kernels.integrations.transformers import SharedContext, enable
@@ -61,7 +62,7 @@ def test_context_is_within_the_error_rule(family, backend):
     model = build(family)
     context = SharedContext.from_caches(read(model, PREFIX_IDS))
     enable(model, backend=backend)
-    assert_within_rule(run(model, c2c=context), by_torch(family), oracle(family))
+    assert_as_exact("logits", run(model, c2c=context), by_torch(family), oracle(family))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -75,7 +76,7 @@ def test_context_in_low_precision(family, backend, dtype):
             wanted = exact(TEXT_IDS).logits[:, PREFIX:]
     context = SharedContext.from_caches(read(model, PREFIX_IDS))
     enable(model, backend=backend)
-    assert_within_rule(run(model, c2c=context), by_torch, wanted)
+    assert_as_exact("logits", run(model, c2c=context), by_torch, wanted)
 
 
 @in_float64
@@ -94,9 +95,7 @@ def test_two_segments_make_one_text(family):
     cut = 13
     first = [(key[:, :, :cut], value[:, :, :cut]) for key, value in whole]
     second = [(key[:, :, cut:], value[:, :, cut:]) for key, value in whole]
-    context = SharedContext.from_caches(
-        first, second, positions=[torch.arange(cut), torch.arange(cut, PREFIX)]
-    )
+    context = SharedContext.from_caches(first, second, positions=[torch.arange(cut), torch.arange(cut, PREFIX)])
     enable(model, backend="reference")
     torch.testing.assert_close(run(model, c2c=context), oracle(family), **EXACT)
 
@@ -123,9 +122,10 @@ def test_left_padded_receivers(family, context_rows):
 
 
 @pytest.mark.parametrize("side", ["right", "left by forward", "left by generate"])
+@pytest.mark.parametrize("times", [1, 2])
 @in_float64
-def test_padded_sharers(family, side):
-    """Sharers of different lengths in one padded batch: each row continues its own text."""
+def test_padded_sharers(family, side, times):
+    """Sharers of different lengths in one padded batch: each row, or group of rows, continues its own text."""
     model = build(family).double()
     texts = [tokens(1, length, seed=20 + length)[0] for length in (PREFIX, 6, 15)]
     with torch.no_grad():
@@ -145,8 +145,8 @@ def test_padded_sharers(family, side):
     context = SharedContext.from_caches(cache, attention_masks=mask, positions=positions)
     enable(model, backend="reference")
     with torch.no_grad():
-        logits = model(QUESTION_IDS.expand(3, -1), c2c=context).logits
-    torch.testing.assert_close(logits, wanted, **EXACT)
+        logits = model(QUESTION_IDS.expand(3 * times, -1), c2c=context).logits
+    torch.testing.assert_close(logits, wanted.repeat_interleave(times, dim=0), **EXACT)
 
 
 def test_without_context_nothing_changes(family, backend):
@@ -168,12 +168,13 @@ def test_without_context_nothing_changes(family, backend):
     if build(family)._supports_sdpa and family != "gemma2":  # sdpa has no softcap
         implementations.append("sdpa")
     for implementation in implementations:
-        assert_within_rule(patched, logits(build(family, attention=implementation)), wanted)
+        assert_as_exact("logits", patched, logits(build(family, attention=implementation)), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
-def test_zero_gates_change_no_bit(family, backend, cache_class):
-    model = build(family)
+def test_zero_gates_change_no_bit(family, backend, cache_class, dtype):
+    model = build(family).to(dtype)
     cache = read(model, PREFIX_IDS)
     enable(model, backend=backend)
 

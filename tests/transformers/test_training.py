@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import Float64, build, read, tokens
 
-from c2c_kernels.integrations.transformers import SharedContext, enable
+from c2c_kernels.integrations.transformers import SharedContext, enable, record_mass
 
 BATCH, PREFIX, LENGTH = 2, 13, 7
 FAMILY_SAMPLE = ["llama", "gemma2", "gpt_oss", "phi3"]
@@ -166,14 +166,18 @@ def test_causal_visibility_hides_the_future():
 
 def test_an_optimiser_step_acts_at_once():
     model = build("llama")
-    gate = torch.full((), 0.5, requires_grad=True)
+    gate = torch.full((1, 6, PREFIX), 0.5, requires_grad=True)
     context = SharedContext.from_caches(read(model, tokens(1, PREFIX, seed=1)), gates=gate)
     enable(model, backend="reference")
     optimiser = torch.optim.SGD([gate], lr=0.05)
     input_ids = tokens(3, LENGTH, seed=2)
+    with torch.no_grad():
+        model(input_ids, c2c=context)  # leaves views behind that know no gradient
     losses = []
     for _ in range(2):
-        loss = model(input_ids, labels=input_ids, c2c=context).loss
+        with record_mass(model) as record:
+            loss = model(input_ids, labels=input_ids, c2c=context).loss
+        assert not record.mass[0][0].requires_grad
         losses.append(loss.item())
         optimiser.zero_grad()
         loss.backward()

@@ -19,7 +19,8 @@ The receiver's position ids, given or built as `generate` builds them, are moved
 With `output_attentions=True` (served by the reference backend) the weights of a layer are those of the own tokens,
 as eager attention gives them, followed by those of every segment's tokens: (batch, q_heads, q_len, len + all segments).
 
-Checked against Transformers 5.23 (DESIGN.md 2.4).
+Rotary scalings that change with the text's length (dynamic NTK, LongRoPE) are exact while sharer and receiver stay on
+the same side of the change, as for any cache. Checked against Transformers 5.23 (DESIGN.md 2.4).
 """
 
 from c2c_kernels.integrations.transformers.attention import MassRecord

@@ -56,7 +56,7 @@ class Call:
 
 
 def attention_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -98,7 +98,7 @@ def attention_forward(
         if positions is not None and positions.device != key.device:
             positions = positions.to(key.device)
 
-    options = {"is_causal": causal, "scale": scaling, "softcap": softcap, "sinks": s_aux}
+    options: dict[str, Any] = {"is_causal": causal, "scale": scaling, "softcap": softcap, "sinks": s_aux}
     tensors = (query, key, value, attention_mask, positions)
     if call.weights:
         out, mass, weights = _each_group(_explained, groups, tensors, options | {"window": sliding_window})
@@ -118,7 +118,7 @@ def attention_forward(
 def _each_group(
     run: Callable[..., tuple[Any, ...]],
     groups: Groups,
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
     options: dict[str, Any],
 ) -> tuple[Any, ...]:
     """`run` on every group of neighbouring rows and its segments; results are joined along the batch."""
@@ -134,15 +134,19 @@ def _each_group(
     return tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def _merged(query, key, value, mask, positions, segments, options) -> tuple[Tensor, Tensor | None]:
+def _merged(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, positions: Any, segments: Any, options: dict[str, Any]
+) -> tuple[Any, ...]:
     """(out, mass or None) by the operator."""
     result = merged_attention(
         query, key, value, segments, attn_mask=mask, query_positions=positions if segments else None, **options
     )
-    return result if options["return_mass"] else (result, None)
+    return result if isinstance(result, tuple) else (result, None)
 
 
-def _explained(query, key, value, mask, positions, segments, options) -> tuple[Tensor, Tensor, Tensor]:
+def _explained(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, positions: Any, segments: Any, options: dict[str, Any]
+) -> tuple[Any, ...]:
     """(out, mass, weights over own and segment tokens) by the specification, which holds the score matrices."""
     scale = query.shape[3] ** -0.5 if options["scale"] is None else options["scale"]
     out, _, mass, weights = reference.merged_attention(

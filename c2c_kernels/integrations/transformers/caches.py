@@ -18,32 +18,16 @@ from transformers.cache_utils import (
 
 import c2c_kernels as c2c
 
-_RECAPTURE = "capture the sharer's cache with DynamicCache() (no config, no offloading)"
+# Exact types: quantised and hybrid layers are subclasses of these with other contents.
+_READABLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+_ADVICE = "capture the sharer's cache with DynamicCache() (no config, no offloading)"
 
 
-class Tokens(NamedTuple):
+class Valid(NamedTuple):
     """Which tokens of a sharer count: all, the first `lengths` (batch,) of each row, or a `mask` (batch, len)."""
 
     lengths: Tensor | None = None
     mask: Tensor | None = None
-
-
-def _layer_tensors(layer: object, name: str) -> tuple[Tensor, Tensor]:
-    # Exact types: quantised and hybrid layers are subclasses of these, with other contents.
-    kind = type(layer)
-    if kind not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer):
-        raise ValueError(
-            f"{name} is a {kind.__name__}, whose keys and values cannot be read as they are; {_RECAPTURE}"
-        )
-    if not layer.is_initialized:
-        raise ValueError(f"{name} is empty: run the sharer on its text first")
-    held = layer.keys.shape[2]
-    seen = int(layer.get_seq_length())
-    if seen > held or (kind is DynamicSlidingWindowLayer and seen != held):
-        raise ValueError(
-            f"{name} is a sliding window that has dropped {seen - held} of {seen} tokens; {_RECAPTURE}"
-        )
-    return layer.keys[:, :, :seen], layer.values[:, :, :seen]
 
 
 def read_cache(cache: Cache | Sequence[tuple[Tensor, Tensor]], name: str) -> list[tuple[Tensor, Tensor]]:
@@ -52,74 +36,54 @@ def read_cache(cache: Cache | Sequence[tuple[Tensor, Tensor]], name: str) -> lis
     Raises ValueError for quantised, offloaded, truncated, linear-attention, encoder-decoder and empty caches.
     """
     if isinstance(cache, EncoderDecoderCache):
-        raise ValueError(f"{name} is an EncoderDecoderCache; pass its self_attention_cache")
+        raise ValueError(f"{name} is an EncoderDecoderCache: pass its self_attention_cache")
     if isinstance(cache, Cache):
         if cache.offloading:
-            raise ValueError(f"{name} is offloaded to the CPU; {_RECAPTURE}")
-        layers = [
-            _layer_tensors(layer, f"{name}.layers[{index}]") for index, layer in enumerate(cache.layers)
-        ]
+            raise ValueError(f"{name} is offloaded to the CPU: {_ADVICE}")
+        layers = [_layer_tensors(layer, f"{name}.layers[{index}]") for index, layer in enumerate(cache.layers)]
     elif isinstance(cache, Sequence):
-        layers = []
-        for index, pair in enumerate(cache):
-            if not (
-                isinstance(pair, (tuple, list))
-                and len(pair) == 2
-                and all(isinstance(x, Tensor) for x in pair)
-            ):
-                raise TypeError(
-                    f"{name}[{index}] must be a (key, value) pair of tensors, got {type(pair).__name__}"
-                )
-            layers.append((pair[0], pair[1]))
+        layers = [_pair(pair, f"{name}[{index}]") for index, pair in enumerate(cache)]
     else:
         raise TypeError(
-            f"{name} must be a Transformers Cache or a list of (key, value) pairs per layer, got {type(cache).__name__}"
+            f"{name} must be a Transformers Cache or per layer a (key, value) pair, got {type(cache).__name__}"
         )
     if not layers:
         raise ValueError(f"{name} has no layers: run the sharer on its text first")
-    _check_layers(layers, name)
-    return layers
-
-
-def _check_layers(layers: list[tuple[Tensor, Tensor]], name: str) -> None:
     first = layers[0][0]
     for index, (key, value) in enumerate(layers):
         if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3]:
             raise ValueError(
-                f"{name} layer {index}: key and value must be (batch, heads, len, head_dim) with the same batch, heads "
-                f"and len, got {tuple(key.shape)} and {tuple(value.shape)}"
+                f"{name} layer {index}: key and value must be (batch, heads, len, head_dim) with batch, heads and len "
+                f"in common, got {tuple(key.shape)} and {tuple(value.shape)}"
             )
         if (key.shape[0], key.shape[2]) != (first.shape[0], first.shape[2]):
             raise ValueError(
                 f"{name} layer {index}: batch and len are {key.shape[0]} and {key.shape[2]}, "
                 f"in layer 0 they are {first.shape[0]} and {first.shape[2]}"
             )
+    return layers
 
 
-def valid_tokens(attention_mask: Tensor | None, batch: int, length: int, name: str) -> Tokens:
-    """What a padding mask (batch, len) says, in its cheapest form: nothing, lengths (right padding), or the mask."""
-    if attention_mask is None:
-        return Tokens()
-    if not isinstance(attention_mask, Tensor) or tuple(attention_mask.shape) != (batch, length):
-        got = (
-            tuple(attention_mask.shape)
-            if isinstance(attention_mask, Tensor)
-            else type(attention_mask).__name__
-        )
-        raise ValueError(
-            f"{name} must be a tensor (batch, len) = ({batch}, {length}) like its cache, got {got}"
-        )
-    mask = attention_mask != 0
-    if bool(mask.all()):
-        return Tokens()
-    lengths = mask.sum(dim=1)
-    if torch.equal(mask, torch.arange(length, device=mask.device) < lengths[:, None]):
-        return Tokens(lengths=lengths)
-    return Tokens(mask=mask)
+def _layer_tensors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    kind = type(layer)
+    if kind not in _READABLE:
+        raise ValueError(f"{name} is a {kind.__name__}, which does not hold plain keys and values: {_ADVICE}")
+    if not layer.is_initialized:
+        raise ValueError(f"{name} is empty: run the sharer on its text first")
+    seen, held = int(layer.get_seq_length()), layer.keys.shape[2]
+    if seen > held:
+        raise ValueError(f"{name} is a sliding window that has dropped {seen - held} of {seen} tokens: {_ADVICE}")
+    return layer.keys[:, :, :seen], layer.values[:, :, :seen]
+
+
+def _pair(pair: Any, name: str) -> tuple[Tensor, Tensor]:
+    if isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair):
+        return pair[0], pair[1]
+    raise TypeError(f"{name} must be a (key, value) pair of tensors, got {type(pair).__name__}")
 
 
 def per_cache(name: str, value: Any, count: int) -> list[Any]:
-    """One entry per cache, from a list of them or from one entry meant for all."""
+    """One entry per cache: from a list of them, or from one entry for all."""
     if not isinstance(value, (list, tuple)):
         return [value] * count
     if len(value) == count:
@@ -131,34 +95,32 @@ def per_cache(name: str, value: Any, count: int) -> list[Any]:
 
 def sharer_segments(
     layers: list[tuple[Tensor, Tensor]],
-    index: int,
+    where: str,
     batch: int,
     *,
     projectors: Any,
     gates: Any,
     positions: Any,
-    visibility: str,
-    attention_masks: Tensor | None,
-    layer_maps: Sequence[int | None] | None,
+    visibility: Any,
+    attention_mask: Any,
+    layer_map: Any,
 ) -> tuple[list[c2c.SharerSegment | None], Tensor]:
-    """One sharer's segment per receiver layer, and per row (batch,) the position after its last token."""
-    where = f"caches[{index}]"
+    """One sharer's segment per receiver layer, and (batch,) the position after its last token."""
     if visibility not in ("all", "causal"):
         raise ValueError(f'visibility of {where} must be "all" or "causal", got {visibility!r}')
     own_batch, _, length, _ = layers[0][0].shape
     device = layers[0][0].device
-    tokens = valid_tokens(attention_masks, own_batch, length, f"attention_masks of {where}")
-    place = _positions(positions, tokens, own_batch, length, device, where)
+    valid = _valid_tokens(attention_mask, own_batch, length, f"attention_masks of {where}")
+    place = _positions(positions, valid, own_batch, length, device, f"positions of {where}")
     if visibility == "causal" and place is None:
         raise ValueError(f'visibility "causal" of {where} needs positions')
-    source = _layer_map(layer_maps, projectors, len(layers), where)
-    gate_of = _gates(gates, tokens, len(source), device, where)
+    source = _layer_map(layer_map, projectors, len(layers), f"layer_maps of {where}")
+    gate_of = _gates(gates, valid, len(source), device, f"gates of {where}")
 
-    def rows(tensor: Tensor | None) -> Tensor | None:
+    def rows(tensor: Any) -> Any:
         return tensor if tensor is None or own_batch == batch else tensor.expand(batch, *tensor.shape[1:])
 
-    lengths = rows(tokens.lengths)
-    placed = rows(place)
+    lengths, placed = rows(valid.lengths), rows(place)
     column: list[c2c.SharerSegment | None] = []
     for layer, sharer_layer in enumerate(source):
         if sharer_layer is None:
@@ -169,112 +131,123 @@ def sharer_segments(
             c2c.SharerSegment(
                 rows(key),
                 rows(value),
-                *_projector(projectors, layer, where),
-                gate=gate_of[layer],
-                lengths=lengths,
-                positions=placed,
+                *_projector(projectors, layer, f"projectors of {where}"),
+                gate=_on(gate_of[layer], key.device),
+                lengths=_on(lengths, key.device),
+                positions=_on(placed, key.device),
                 visibility=visibility,
             )
         )
     if place is None or visibility == "causal" or length == 0:
         return column, torch.zeros(batch, dtype=torch.long, device=device)
-    valid = tokens.mask
-    if tokens.lengths is not None:
-        valid = torch.arange(length, device=device) < tokens.lengths[:, None]
-    ends = place + 1 if valid is None else (place + 1).masked_fill(~valid, 0)
-    return column, ends.amax(dim=1).long().expand(batch)
+    return column, _ends(place, valid).expand(batch)
 
 
-def _positions(
-    positions: Any, tokens: Tokens, batch: int, length: int, device: torch.device, where: str
-) -> Tensor | None:
+def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """`tensor` on the device of its layer: a model's layers may be spread over several."""
+    return None if tensor is None else tensor.to(device)
+
+
+def _valid_tokens(attention_mask: Any, batch: int, length: int, name: str) -> Valid:
+    """What a padding mask (batch, len) says in its cheapest form: nothing, lengths (right padding), or the mask."""
+    if attention_mask is None:
+        return Valid()
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"{name} must be a tensor (batch, len), got {type(attention_mask).__name__}")
+    if tuple(attention_mask.shape) != (batch, length):
+        raise ValueError(f"{name} must be ({batch}, {length}) like its cache, got {tuple(attention_mask.shape)}")
+    mask = attention_mask != 0
+    if bool(mask.all()):
+        return Valid()
+    lengths = mask.sum(dim=1)
+    if torch.equal(mask, torch.arange(length, device=mask.device) < lengths[:, None]):
+        return Valid(lengths=lengths)
+    return Valid(mask=mask)
+
+
+def _positions(positions: Any, valid: Valid, batch: int, length: int, device: torch.device, name: str) -> Tensor | None:
     if positions is False:
         return None
     if positions is None:
-        if tokens.mask is not None:
+        if valid.mask is not None:
             raise ValueError(
-                f"positions of {where} are needed, as its attention mask is not plain right padding: "
-                "mask.cumsum(-1) - 1 where generate read the text, arange(len) where a plain forward did"
+                f"{name} are needed, as its attention mask is not plain right padding: mask.cumsum(-1) - 1 where "
+                "generate read the text, arange(len) where a plain forward pass did"
             )
         return torch.arange(length, device=device).expand(batch, length)
     tensor = torch.as_tensor(positions, device=device)
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
-        raise TypeError(f"positions of {where} must be integers, got {tensor.dtype}")
+        raise TypeError(f"{name} must be integers, got {tensor.dtype}")
     if tuple(tensor.shape) not in ((length,), (batch, length)):
-        raise ValueError(
-            f"positions of {where} must be ({length},) or ({batch}, {length}) like its cache, got {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{name} must be ({length},) or ({batch}, {length}) like its cache, got {tuple(tensor.shape)}")
     return tensor.expand(batch, length)
 
 
-def _layer_map(layer_map: Any, projectors: Any, sharer_layers: int, where: str) -> list[int | None]:
+def _ends(place: Tensor, valid: Valid) -> Tensor:
+    """(batch,) one past the last position of the tokens that count."""
+    ends = place.long() + 1
+    if valid.lengths is not None:
+        tokens = torch.arange(place.shape[1], device=place.device)
+        ends = ends.masked_fill(tokens >= valid.lengths[:, None], 0)
+    elif valid.mask is not None:
+        ends = ends.masked_fill(~valid.mask, 0)
+    return ends.amax(dim=1)
+
+
+def _layer_map(layer_map: Any, projectors: Any, sharer_layers: int, name: str) -> list[int | None]:
+    """Per receiver layer the sharer layer it reads."""
     if layer_map is None:
         if isinstance(projectors, Sequence) and len(projectors) != sharer_layers:
             raise ValueError(
-                f"layer_maps of {where} is needed: {len(projectors)} projectors for {sharer_layers} sharer layers"
+                f"{name} is needed: there are {len(projectors)} projectors for {sharer_layers} sharer layers"
             )
         return list(range(sharer_layers))
     for layer, source in enumerate(layer_map):
         if source is not None and not 0 <= source < sharer_layers:
-            raise ValueError(
-                f"layer_maps of {where}: layer {layer} reads sharer layer {source}, there are {sharer_layers}"
-            )
+            raise ValueError(f"{name}: layer {layer} reads sharer layer {source}, there are {sharer_layers}")
     return list(layer_map)
 
 
-def _projector(projectors: Any, layer: int, where: str) -> tuple[Any, Any, Any, Any]:
+def _projector(projectors: Any, layer: int, name: str) -> tuple[Any, Any, Any, Any]:
     """(key_proj, value_proj, key_bias, value_bias) of a receiver layer."""
     if projectors is None:
         return None, None, None, None
     if not isinstance(projectors, (Sequence, Mapping)):
-        raise TypeError(
-            f"projectors of {where} must be a list or mapping over receiver layers, got {type(projectors).__name__}"
-        )
+        raise TypeError(f"{name} must be a list or mapping over receiver layers, got {type(projectors).__name__}")
     try:
         entry = projectors[layer]
     except (IndexError, KeyError):
-        raise ValueError(f"projectors of {where} has no entry for receiver layer {layer}") from None
+        raise ValueError(f"{name} has no entry for receiver layer {layer}") from None
     if entry is None:
         return None, None, None, None
     if isinstance(entry, (tuple, list)):
         if not 2 <= len(entry) <= 4:
             raise ValueError(
-                f"projectors of {where}, layer {layer}: want (key_proj, value_proj[, key_bias[, value_bias]]), "
+                f"{name}, layer {layer}: wanted (key_proj, value_proj[, key_bias[, value_bias]]), "
                 f"got {len(entry)} entries"
             )
         key_proj, value_proj, key_bias, value_bias = (*entry, None, None)[:4]
         return key_proj, value_proj, key_bias, value_bias
-    if not hasattr(entry, "key_proj") or not hasattr(entry, "value_proj"):
-        raise TypeError(
-            f"projectors of {where}, layer {layer}: {type(entry).__name__} has no key_proj and value_proj"
-        )
-    return (
-        entry.key_proj,
-        entry.value_proj,
-        getattr(entry, "key_bias", None),
-        getattr(entry, "value_bias", None),
-    )
+    if not (hasattr(entry, "key_proj") and hasattr(entry, "value_proj")):
+        raise TypeError(f"{name}, layer {layer}: {type(entry).__name__} has no key_proj and value_proj")
+    return entry.key_proj, entry.value_proj, getattr(entry, "key_bias", None), getattr(entry, "value_bias", None)
 
 
-def _gates(gates: Any, tokens: Tokens, layers: int, device: torch.device, where: str) -> list[Tensor | None]:
-    """A gate per receiver layer; tokens that an attention mask hides get the gate 0, which removes them exactly."""
+def _gates(gates: Any, valid: Valid, layers: int, device: torch.device, name: str) -> list[Tensor | None]:
+    """A gate per receiver layer; a token that a mask hides gets the gate 0, which removes it exactly."""
     if isinstance(gates, (list, tuple)):
         if len(gates) != layers:
-            raise ValueError(
-                f"gates of {where} must have one entry per receiver layer ({layers}), got {len(gates)}"
-            )
-        made = [_gate(gate, device, f"gates of {where}, layer {layer}") for layer, gate in enumerate(gates)]
+            raise ValueError(f"{name} must have one entry per receiver layer ({layers}), got {len(gates)}")
+        made = [_gate(gate, device, f"{name}, layer {layer}") for layer, gate in enumerate(gates)]
     else:
-        made = [_gate(gates, device, f"gates of {where}")] * layers
-    if tokens.mask is None:
+        made = [_gate(gates, device, name)] * layers
+    if valid.mask is None:
         return made
-    hidden = tokens.mask[:, None, :]
+    shown = valid.mask[:, None, :]
     masked: dict[int, Tensor] = {}
     for gate in made:
         if id(gate) not in masked:
-            masked[id(gate)] = (
-                hidden.float() if gate is None else torch.where(hidden, gate, gate.new_zeros(()))
-            )
+            masked[id(gate)] = shown.float() if gate is None else torch.where(shown, gate, gate.new_zeros(()))
     return [masked[id(gate)] for gate in made]
 
 
@@ -286,7 +259,7 @@ def _gate(gate: Any, device: torch.device, name: str) -> Tensor | None:
             raise TypeError(f"{name} must be None, a number or a tensor, got {type(gate).__name__}")
         gate = torch.tensor(float(gate), device=device)
     if not gate.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {gate.dtype}")
-    if not bool((gate.detach() >= 0).all()):
-        raise ValueError(f"{name} must be >= 0 and not NaN")
+        raise TypeError(f"{name} must be floating point, got {gate.dtype}")
+    if not bool(((gate.detach() >= 0) & gate.detach().isfinite()).all()):
+        raise ValueError(f"{name} must be finite and >= 0 everywhere, and not NaN")
     return gate

@@ -219,16 +219,12 @@ class SharedContext:
         Re-entrant checkpointing runs a backward pass per layer. A graph that layers share, such as a gate behind a
         sigmoid, would be freed by the first of them.
         """
-        leaves: dict[int, Tensor] = {}
 
         def leaf(field: Any) -> Any:
             if isinstance(field, (tuple, list)):
                 return tuple(leaf(part) for part in field)
-            if not isinstance(field, Tensor) or not field.requires_grad or field.is_leaf:
-                return field
-            if id(field) not in leaves:
-                leaves[id(field)] = _handing_on(field)
-            return leaves[id(field)]
+            computed = isinstance(field, Tensor) and field.requires_grad and not field.is_leaf
+            return _handing_on(field) if computed else field
 
         def swap(segment: c2c.SharerSegment) -> c2c.SharerSegment:
             return c2c.SharerSegment(*(leaf(getattr(segment, f.name)) for f in fields(segment)))

@@ -38,7 +38,7 @@ class Patch:
     def before_forward(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Finds the forward pass's context and hands it to the layers as `c2c`, positions moved to follow it."""
+        """Hands the forward pass's context to the layers as `c2c`, and moves its position ids to follow it."""
         if len(args) > 1:
             args, kwargs = (), {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         context = kwargs.pop("c2c", _UNSET)
@@ -52,14 +52,12 @@ class Patch:
         if model.config._attn_implementation != NAME:
             if context is not None:
                 raise RuntimeError(
-                    f"the model's attention implementation is {model.config._attn_implementation!r} now, not {NAME!r}: "
-                    "something set it after enable(), and the context would not be read"
+                    f"the model's attention implementation is {model.config._attn_implementation!r} now, not "
+                    f"{NAME!r}: something set it after enable(), and the context would not be read"
                 )
             return args, kwargs
         if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
-            raise ValueError(
-                "packed sequences (cu_seq_lens_q, cu_seq_lens_k) are not supported: pad the batch instead"
-            )
+            raise ValueError("packed sequences (cu_seq_lens_q, cu_seq_lens_k) are not supported: pad the batch instead")
         weights = kwargs.get("output_attentions")
         if weights is None:
             weights = getattr(model.config, "output_attentions", False)
@@ -84,18 +82,14 @@ class Patch:
             raise ValueError("c2c: the forward pass has neither input_ids nor inputs_embeds")
         batch, q_len = inputs.shape[:2]
         if getattr(model, "_is_replica", False):
-            raise RuntimeError(
-                "nn.DataParallel splits the batch but not the context: use DistributedDataParallel"
-            )
+            raise RuntimeError("nn.DataParallel splits the batch but not the context: use DistributedDataParallel")
         if len(context.layers) != len(self.attention):
             raise ValueError(
                 f"c2c: the context is made for {len(context.layers)} layers, the model has {len(self.attention)}"
             )
         if batch % context.batch:
-            raise ValueError(
-                f"c2c: a batch of {batch} rows does not divide by the context's {context.batch} rows"
-            )
-        if context.trainable and model.training and torch.is_grad_enabled() and self._reentrant():
+            raise ValueError(f"c2c: a batch of {batch} rows does not divide by the context's {context.batch} rows")
+        if torch.is_grad_enabled() and model.training and self._reentrant() and context.trainable:
             context = context.with_leaves()
         call.layers = context.rows(batch)
         call.spaces = context.spaces
@@ -184,7 +178,7 @@ def session(model: PreTrainedModel, context: SharedContext | None) -> Iterator[S
 def record_mass(model: PreTrainedModel) -> Iterator[MassRecord]:
     """Records in every forward pass inside which share of attention the own tokens and each segment hold.
 
-    Yields a `MassRecord`; its `mass[layer]` grows by one tensor (batch, q_heads, q_len, 1 + segments) per call.
+    Yields a `MassRecord`; `mass[layer]` grows by a tensor (batch, q_heads, q_len, 1 + segments) per call.
     """
     patch = _patch_of(model)
     previous, patch.record = patch.record, MassRecord(len(patch.attention))
@@ -217,12 +211,12 @@ def _own_positions(kwargs: dict[str, Any], batch: int, q_len: int, device: torch
             raise ValueError(
                 f"position_ids must be (batch or 1, q_len) = ({batch}, {q_len}), got {tuple(positions.shape)}"
             )
-        if mask is None and q_len > 1 and not torch.compiler.is_compiling():
-            if find_packed_sequence_indices(positions) is not None:
-                raise ValueError(
-                    "position_ids jump, as in packed sequences, which are not supported with a context: "
-                    "pad the batch and pass its attention_mask"
-                )
+        looks = mask is None and q_len > 1 and not torch.compiler.is_compiling()
+        if looks and find_packed_sequence_indices(positions) is not None:
+            raise ValueError(
+                "position_ids jump, as in packed sequences, which are not supported with a context: "
+                "pad the batch and pass its attention_mask"
+            )
         return positions
     if isinstance(mask, Tensor) and mask.dim() == 2:
         seen = mask.long().cumsum(-1) - 1
@@ -233,14 +227,12 @@ def _own_positions(kwargs: dict[str, Any], batch: int, q_len: int, device: torch
 
 
 def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention module of every layer, in order; ValueError where merged attention cannot serve the model."""
+    """The attention module of every layer, in order; ValueError where the model cannot be served."""
     kind, config = type(model).__name__, model.config
     if config.is_encoder_decoder:
         raise ValueError(f"{kind} is an encoder-decoder: cross attention is not supported")
     if config.get_text_config() is not config:
-        raise ValueError(
-            f"{kind} has encoders beside its language model: enable the language model inside it"
-        )
+        raise ValueError(f"{kind} has encoders beside its language model: enable the language model inside it")
     if not (model._can_set_attn_implementation() and model._supports_attention_backend):
         raise ValueError(f"{kind} does not call its attention through Transformers' AttentionInterface")
     parameters = inspect.signature(model.forward).parameters
@@ -258,15 +250,17 @@ def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         raise ValueError(f"{kind} has attention that is not causal: encoders are not supported")
     if [module.layer_idx for module in found] != list(range(config.num_hidden_layers)):
         raise ValueError(
-            f"{kind} has {config.num_hidden_layers} layers but attention modules for {[m.layer_idx for m in found]}"
+            f"{kind} has {config.num_hidden_layers} layers, but attention modules for layers "
+            f"{[module.layer_idx for module in found]}"
         )
     return found
 
 
 def _check_backend(backend: str | None) -> None:
+    # Asked for in any case: finding out what the machine has cannot be traced by torch.compile later.
+    records = {record.name: record for record in c2c.backends()}
     if backend is None:
         return
-    records = {record.name: record for record in c2c.backends()}
     if backend not in records:
         raise ValueError(f"backend must be one of {sorted(records)} or None, got {backend!r}")
     if not records[backend].available:
