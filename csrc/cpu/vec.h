@@ -31,7 +31,7 @@ static ALWAYS_INLINE T most(T a, T b) {
 static ALWAYS_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static ALWAYS_INLINE int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 
-static ALWAYS_INLINE V set1(float x) { return V{} + x; }
+static ALWAYS_INLINE V set1(float x) { return x - V{}; }  // x - 0 is x, sign of zero included: a bare broadcast
 static ALWAYS_INLINE V load(const float *p) { return *(const UnalignedV *)p; }
 static ALWAYS_INLINE void store(float *p, V x) { *(UnalignedV *)p = x; }
 
@@ -84,7 +84,14 @@ static ALWAYS_INLINE void from_float(f16 *to, float x) {
 }
 
 static ALWAYS_INLINE V load(const bf16 *p) {
+#if defined(C2C_AVX512)
+  return (V)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i *)p)),
+                                    16);
+#elif defined(C2C_AVX2)
+  return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#else
   return bit_cast<V>(__builtin_convertvector(*(const UnalignedVH *)p, VU) << 16);
+#endif
 }
 static ALWAYS_INLINE V load(const f16 *p) {
 #if defined(C2C_AVX512)

