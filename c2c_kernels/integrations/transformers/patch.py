@@ -152,7 +152,7 @@ def disable(model: Model) -> Model:
         raise RuntimeError("disable() inside a session: leave the session first")
     patch.hook.remove()
     for module in (model, *patch.attention):
-        delattr(module, PATCH)
+        module.__dict__.pop(PATCH, None)
     if model.config._attn_implementation == NAME:
         model.set_attn_implementation(patch.previous)
     return model
