@@ -5,6 +5,8 @@ from .backends import Backend, backends
 from .ops import merge_states, merged_attention, project_kv
 from .segment import Rope, SharerSegment
 
+backends()  # found once, here, where nothing traces
+
 __all__ = [
     "Backend",
     "Rope",

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +103,19 @@ def test_compile_does_not_recompile_when_lengths_change():
         torch.testing.assert_close(compiled(*inputs), step(*inputs))
         torch.testing.assert_close(counted(*inputs), step(*inputs))
     assert counter.frame_count == 1
+
+
+def test_first_call_may_be_a_compiled_one(tmp_path):
+    code = """
+import torch, c2c_kernels as c2c
+call = torch.compile(lambda q: c2c.merged_attention(q, q, q), fullgraph=True, backend="aot_eager")
+q = torch.randn(1, 2, 3, 8)
+assert torch.equal(call(q), c2c.merged_attention(q, q, q))
+torch._dynamo.config.error_on_recompile = True
+call(q)
+"""
+    installed = str(Path(c2c.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": installed})
 
 
 def test_compiled_gradients():

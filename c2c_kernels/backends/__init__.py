@@ -78,7 +78,8 @@ def choose(
     if name is None:
         name = os.environ.get(ENVIRONMENT_VARIABLE) or None
     request = (operator, name, device.type, dtype)
-    if not native_refusal and request in _choices:
+    remembered = not native_refusal and not torch.compiler.is_compiling()
+    if remembered and request in _choices:
         return _choices[request]
     refusals: list[str] = []
     for record in backends():
@@ -86,7 +87,7 @@ def choose(
             continue
         refusal = record.refusal(device, dtype) or (native_refusal if record.name != "reference" else "")
         if not refusal:
-            if not native_refusal and not torch.compiler.is_compiling():
+            if remembered:
                 _choices[request] = record
             _say_once(operator, record.name, device, dtype, refusals)
             return record
