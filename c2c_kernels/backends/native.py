@@ -131,7 +131,13 @@ def _can_absorb(segment: SegmentTensors) -> bool:
 
 
 def _needs_preparing(segment: SegmentTensors) -> bool:
-    return segment.selected is not None or segment.key_scale is not None or segment.value_scale is not None
+    return segment.selected is not None or torch.float8_e4m3fn in (segment.key.dtype, segment.value.dtype)
+
+
+def _in_receiver_space(segment: SegmentTensors) -> bool:
+    """Whether the attention kernel can read the segment as it is stored, scales included."""
+    unbiased = segment.key_bias is None and segment.value_bias is None
+    return segment.key_proj is None and segment.value_proj is None and unbiased and not _needs_preparing(segment)
 
 
 def _materialized(backend: str, segment: SegmentTensors, dtype: torch.dtype) -> SegmentTensors:
@@ -161,7 +167,7 @@ def _prepared(segment: SegmentTensors) -> SegmentTensors:
 
 def _by_strategy(backend: str, segment: SegmentTensors, strategy: str, query: Tensor, value_dim: int) -> SegmentTensors:
     """The segment as the attention kernel reads it: with its projectors (absorb) or in receiver space."""
-    if segment.plain:
+    if segment.plain or _in_receiver_space(segment):
         return segment
     if _can_absorb(segment) and segment.length:
         if strategy == "auto":

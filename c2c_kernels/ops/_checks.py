@@ -56,6 +56,8 @@ def _check_low_rank(name: str, proj: Tensor, proj_in: Tensor | None, kv_heads: i
     _expect_float(f"{name}[1]", proj_in)
     if proj_in.dim() != 2 or proj_in.shape[1] != width:
         raise ValueError(f"{name}[1] has shape {shape_of(proj_in)}, wanted (rank, sharer_width) = (rank, {width})")
+    if proj_in.shape[0] == 0:
+        raise ValueError(f"{name}[1] has rank 0, wanted at least 1")
     _expect(f"{name}[0]", proj, (kv_heads, dim, proj_in.shape[0]), "(kv_heads, head_dim, rank)")
 
 

@@ -107,8 +107,8 @@ static void backward_block(Tile &tile, int64_t j, int64_t n, const BackwardRun &
   const int64_t ld = round_up(tile.rows, PANEL) + 16;
   const bool masked = !run.segment && p.mask.data;
   if (!tile.enter_block(j, n) || (masked && !load_mask(tile, j, n, x.mask))) return;
-  widen_tokens(run, *run.key, run.key_dim, tile.b, tile.group, j, n, x.k, run.key_ld);
-  widen_tokens(run, *run.value, run.value_dim, tile.b, tile.group, j, n, x.v, run.value_ld);
+  widen_tokens(run, *run.key, nullptr, run.key_dim, tile.b, tile.group, j, n, x.k, run.key_ld);
+  widen_tokens(run, *run.value, nullptr, run.value_dim, tile.b, tile.group, j, n, x.v, run.value_ld);
   gemm(n, tile.rows, run.key_width, x.k, run.key_ld, 1, x.q_columns, x.s, ld, false);
   gemm(n, tile.rows, run.value_width, x.v, run.value_ld, 1, x.go_columns, x.dp, ld, false);
   for (int64_t t = 0; t < n; ++t)

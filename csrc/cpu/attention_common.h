@@ -7,9 +7,10 @@ constexpr int64_t TARGET_ROWS = 128;  // query rows of a register-blocked tile
 // A run as the kernels see it: the own cache or a segment.
 struct Run {
   const c2c_tensor *key = nullptr, *value = nullptr;
-  const c2c_segment *segment = nullptr;  // null: own cache
-  bool absorbed = false;                 // raw sharer tokens, read by all query heads at once at their own width
-  int64_t parts = 1;  // a stored token is parts x dim elements (sharer heads side by side where absorbed)
+  const c2c_tensor *key_scale = nullptr, *value_scale = nullptr;  // null: 1
+  const c2c_segment *segment = nullptr;                           // null: own cache
+  bool absorbed = false;  // raw sharer tokens, read by all query heads at once at their own width
+  int64_t parts = 1;      // a stored token is parts x dim elements (sharer heads side by side where absorbed)
   int64_t key_dim = 0, value_dim = 0;
   int64_t key_width = 0, value_width = 0;  // parts * dim
   int64_t key_ld = 0, value_ld = 0;        // widths padded to a panel
@@ -29,6 +30,8 @@ static void describe_run(Run &run, const c2c_attention_params &p, const c2c_segm
   run.segment = segment;
   run.key = segment ? &segment->key : &p.key;
   run.value = segment ? &segment->value : &p.value;
+  if (segment && segment->key_scale.data) run.key_scale = &segment->key_scale;
+  if (segment && segment->value_scale.data) run.value_scale = &segment->value_scale;
   run.len = segment ? segment->len : p.len;
   run.positioned = segment && segment->positions.data;
   run.absorbed = segment && segment->key_proj.data;
@@ -235,12 +238,23 @@ static void adjust_columns(const Tile &tile, int64_t n, float *s, int64_t ld, co
   }
 }
 
-// Tokens j .. j + n of a run in float32, one row of `width` after another.
-static void widen_tokens(const Run &run, const c2c_tensor &t, int64_t dim, int64_t b, int64_t group, int64_t j,
-                         int64_t n, float *to, int64_t ld) {
+// Scale of one token of one stored head.
+static ALWAYS_INLINE float scale_at(const c2c_tensor &scale, int64_t b, int64_t head, int64_t token) {
+  return number_at(scale, b * scale.stride[0] + head * scale.stride[1] + token * scale.stride[2]);
+}
+
+// Tokens j .. j + n of a run in float32, one row of `width` after another, scaled where there are scales.
+static void widen_tokens(const Run &run, const c2c_tensor &t, const c2c_tensor *scale, int64_t dim, int64_t b,
+                         int64_t group, int64_t j, int64_t n, float *to, int64_t ld) {
   for (int64_t token = 0; token < n; ++token)
-    for (int64_t part = 0; part < run.parts; ++part)
-      widen_row(to + token * ld + part * dim, t.dtype, at(t, b, run.absorbed ? part : group, j + token), dim);
+    for (int64_t part = 0; part < run.parts; ++part) {
+      const int64_t head = run.absorbed ? part : group;
+      float *row = to + token * ld + part * dim;
+      widen_row(row, t.dtype, at(t, b, head, j + token), dim);
+      if (!scale) continue;
+      const float factor = scale_at(*scale, b, head, j + token);
+      for (int64_t d = 0; d < dim; ++d) row[d] *= factor;
+    }
 }
 
 // Query rows of a tile in float32, scaled, [rows][ld]; padding is zero.

@@ -28,7 +28,7 @@ struct Carver {
 };
 
 struct TileScratch {
-  float *q, *panels, *s, *acc, *k, *v, *mask, *gates, *row_bias, *row_max, *row_sum, *factor;
+  float *q, *panels, *s, *scaled, *scales, *acc, *k, *v, *mask, *gates, *row_bias, *row_max, *row_sum, *factor;
   int32_t *lo, *hi, *coordinate;
   SoftmaxState *state;
 
@@ -37,6 +37,8 @@ struct TileScratch {
     q = carver.take(rows * run.key_ld);
     panels = carver.take(rows * run.key_ld);
     s = carver.take(BLOCK * (rows + 16));
+    scaled = carver.take(run.key_scale || run.value_scale ? BLOCK * STREAM_ROWS : 0);
+    scales = carver.take(BLOCK);
     acc = carver.take(rows * run.value_ld);
     k = carver.take(BLOCK * run.key_ld);
     v = carver.take(2 * BLOCK * run.value_ld);
@@ -111,15 +113,32 @@ static float softmax_row(float *s, SoftmaxState &state) {
   return factor;
 }
 
+static void load_scales(const c2c_tensor &scale, int64_t b, int64_t head, int64_t j, int64_t n, float *to) {
+  for (int64_t t = 0; t < n; ++t) to[t] = scale_at(scale, b, head, j + t);
+}
+
 static void stream_tile(Tile &tile, TileScratch &x) {
   const Run &run = tile.run;
   for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
     int64_t n = least(BLOCK, tile.end - j);
     if (!tile.enter_block(j, n)) continue;
     for (int64_t part = 0; part < run.parts; ++part) {
-      const void *keys = at(*run.key, tile.b, run.absorbed ? part : tile.group, j);
-      dot_tokens(x.q + part * run.key_dim, run.key_ld, tile.rows, run.key->dtype, keys, run.key->stride[2], n,
-                 run.key_dim, x.s, BLOCK, part > 0);
+      const int64_t head = run.absorbed ? part : tile.group;
+      const void *keys = at(*run.key, tile.b, head, j);
+      const float *q = x.q + part * run.key_dim;
+      if (!run.key_scale) {
+        dot_tokens(q, run.key_ld, tile.rows, run.key->dtype, keys, run.key->stride[2], n, run.key_dim, x.s, BLOCK,
+                   part > 0);
+        continue;
+      }
+      dot_tokens(q, run.key_ld, tile.rows, run.key->dtype, keys, run.key->stride[2], n, run.key_dim, x.scaled, BLOCK,
+                 false);
+      load_scales(*run.key_scale, tile.b, head, j, n, x.scales);
+      for (int64_t r = 0; r < tile.rows; ++r)
+        for (int64_t t = 0; t < n; ++t) {
+          const float dot = x.scaled[r * BLOCK + t] * x.scales[t];
+          x.s[r * BLOCK + t] = part > 0 ? x.s[r * BLOCK + t] + dot : dot;
+        }
     }
     for (int64_t r = 0; r < tile.rows; ++r) {
       adjust_row(tile, j, n, r / tile.queries, r % tile.queries, x.s + r * BLOCK, x.row_bias[r]);
@@ -130,8 +149,16 @@ static void stream_tile(Tile &tile, TileScratch &x) {
       }
     }
     for (int64_t part = 0; part < run.parts; ++part) {
-      const void *values = at(*run.value, tile.b, run.absorbed ? part : tile.group, j);
-      weigh_tokens(x.s, BLOCK, tile.rows, run.value->dtype, values, run.value->stride[2], n, run.value_dim,
+      const int64_t head = run.absorbed ? part : tile.group;
+      const void *values = at(*run.value, tile.b, head, j);
+      const float *weights = x.s;
+      if (run.value_scale) {
+        load_scales(*run.value_scale, tile.b, head, j, n, x.scales);
+        for (int64_t r = 0; r < tile.rows; ++r)
+          for (int64_t t = 0; t < n; ++t) x.scaled[r * BLOCK + t] = x.s[r * BLOCK + t] * x.scales[t];
+        weights = x.scaled;
+      }
+      weigh_tokens(weights, BLOCK, tile.rows, run.value->dtype, values, run.value->stride[2], n, run.value_dim,
                    x.acc + part * run.value_dim, run.value_ld);
     }
   }
@@ -178,11 +205,11 @@ static void block_tile(Tile &tile, TileScratch &x) {
     if (!tile.enter_block(j, n) || (masked && !load_mask(tile, j, n, x.mask))) continue;
     const float *keys = x.k;
     int64_t key_ld = run.key_ld;
-    if (run.key->dtype == C2C_F32 && run.parts == 1) {
+    if (run.key->dtype == C2C_F32 && run.parts == 1 && !run.key_scale) {
       keys = (const float *)at(*run.key, tile.b, run.absorbed ? 0 : tile.group, j);
       key_ld = run.key->stride[2];
     } else {
-      widen_tokens(run, *run.key, run.key_dim, tile.b, tile.group, j, n, x.k, key_ld);
+      widen_tokens(run, *run.key, run.key_scale, run.key_dim, tile.b, tile.group, j, n, x.k, key_ld);
     }
     gemm(n, tile.rows, run.key_width, keys, key_ld, 1, x.panels, x.s, ld, false);
     adjust_columns(tile, n, x.s, ld, run.absorbed ? x.row_bias : nullptr, masked ? x.mask : nullptr, nullptr);
@@ -192,7 +219,7 @@ static void block_tile(Tile &tile, TileScratch &x) {
           for (int64_t d = 0; d < run.value_ld; d += LANES)
             store(x.acc + r * run.value_ld + d, load(x.acc + r * run.value_ld + d) * x.factor[r]);
     float *rows = x.v + BLOCK * run.value_ld;
-    widen_tokens(run, *run.value, run.value_dim, tile.b, tile.group, j, n, rows, run.value_ld);
+    widen_tokens(run, *run.value, run.value_scale, run.value_dim, tile.b, tile.group, j, n, rows, run.value_ld);
     pack_panels(x.v, rows, run.value_ld, n, run.value_width);
     gemm(tile.rows, run.value_width, n, x.s, 1, ld, x.v, x.acc, run.value_ld, true);
   }

@@ -116,6 +116,11 @@ static c2c_status status(c2c_status_code code, int32_t segment = -1) {
   return result;
 }
 
+// Storage that attention reads in place: floats, or int8 with a scale for every token and head.
+static bool readable(const c2c_tensor &t, const c2c_tensor &scale) {
+  return is_float(t) || !t.data || (t.dtype == C2C_I8 && scale.data);
+}
+
 static const int64_t LENGTH_LIMIT = 2147483000;  // tokens are counted in 32 bits; offsets in 64
 
 static c2c_status check_segment(const c2c_segment &s, int32_t number, int64_t batch, int64_t q_heads) {
@@ -145,7 +150,7 @@ static c2c_status check_attention(const c2c_attention_params &p) {
   if (!within(p.lengths, p.batch, 1, 0, p.len)) return status(C2C_BAD_LENGTHS);
   for (int32_t i = 0; i < p.segment_count; ++i) {
     const c2c_segment &s = p.segments[i];
-    if (!is_float(s.key) || !is_float(s.value) || s.key_scale.data || s.value_scale.data || s.index.data)
+    if (!readable(s.key, s.key_scale) || !readable(s.value, s.value_scale) || s.index.data)
       return status(C2C_BAD_DTYPE, i);
     const bool absorbed = s.key_proj.data && s.value_proj.data;
     if (!absorbed && (s.key_proj.data || s.value_proj.data || s.key_bias.data || s.value_bias.data ||
@@ -168,7 +173,9 @@ extern "C" c2c_status c2c_merged_attention_backward_cpu(const c2c_attention_back
   c2c_status found = check_attention(params->forward);
   if (found.code != C2C_OK) return found;
   for (int32_t i = 0; i < params->forward.segment_count; ++i)
-    if (params->forward.segments[i].key_proj.data) return status(C2C_BAD_SHAPE, i);
+    if (params->forward.segments[i].key_proj.data || params->forward.segments[i].key_scale.data ||
+        params->forward.segments[i].value_scale.data)
+      return status(C2C_BAD_SHAPE, i);
   return status(active().merged_attention_backward(*params));
 }
 

@@ -31,9 +31,7 @@ static float e4m3_to_float(uint8_t x) {
 }
 
 static void widen_stored(float *to, int32_t dtype, const void *from, int64_t n) {
-  if (dtype == C2C_I8)
-    for (int64_t i = 0; i < n; ++i) to[i] = ((const int8_t *)from)[i];
-  else if (dtype == C2C_F8E4M3)
+  if (dtype == C2C_F8E4M3)
     for (int64_t i = 0; i < n; ++i) to[i] = e4m3_to_float(((const uint8_t *)from)[i]);
   else
     widen_row(to, dtype, from, n);

@@ -105,15 +105,17 @@ static inline void weigh_rows(const float *p, int64_t ldp, const T *tokens, int6
     }
 }
 
-// Calls f(pointer as its storage type) for a float, bf16 or f16 pointer.
+// Calls f(pointer as its storage type) for a float, bf16, f16 or int8 pointer.
 template <class F>
 static ALWAYS_INLINE void with_type(int32_t dtype, const void *data, F f) {
   if (dtype == C2C_F32)
     f((const float *)data);
   else if (dtype == C2C_BF16)
     f((const bf16 *)data);
-  else
+  else if (dtype == C2C_F16)
     f((const f16 *)data);
+  else
+    f((const int8_t *)data);
 }
 
 static ALWAYS_INLINE int64_t dtype_size(int32_t dtype) {

@@ -53,6 +53,7 @@ static ALWAYS_INLINE V select(VI mask, V yes, V no) {
 // ---- half precision ----
 
 static ALWAYS_INLINE float to_float(float x) { return x; }
+static ALWAYS_INLINE float to_float(int8_t x) { return x; }
 static ALWAYS_INLINE float to_float(bf16 x) { return bit_cast<float>((uint32_t)x.bits << 16); }
 static ALWAYS_INLINE float to_float(f16 x) {
   // Shift the exponent into place and rescale by 2^112; subnormals come out right, infinities and NaN need a repair.
@@ -105,6 +106,18 @@ static ALWAYS_INLINE V load(const f16 *p) {
   VI special = bit_cast<VI>(magnitude) >= 0x0f800000;
   V whole = select(special, bit_cast<V>(magnitude | 0x7f800000u), scaled);
   return bit_cast<V>(bit_cast<VU>(whole) | (bits & 0x8000) << 16);
+#endif
+}
+
+static ALWAYS_INLINE V load(const int8_t *p) {
+#if defined(C2C_AVX512)
+  return (V)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i *)p)));
+#elif defined(C2C_AVX2)
+  return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+  V x;
+  for (int i = 0; i < LANES; ++i) x[i] = p[i];
+  return x;
 #endif
 }
 

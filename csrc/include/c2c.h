@@ -75,8 +75,8 @@ typedef struct {
   int32_t causal;  // hide tokens from query positions before theirs
 } c2c_segment;
 
-// out = softmax over own tokens and segments; see README.md. Quantised or indexed segments and scales are not read
-// here: c2c_project_kv_cpu brings them into receiver space.
+// out = softmax over own tokens and segments; see README.md. int8 segments are read in place with their scales;
+// float8 and indexed ones are not: c2c_project_kv_cpu brings them into receiver space.
 typedef struct {
   c2c_tensor query;            // [batch, q_heads, q_len, head_dim] last stride 1
   c2c_tensor key;              // [batch, kv_heads, len, head_dim] last stride 1
