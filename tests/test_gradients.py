@@ -98,6 +98,13 @@ def test_reference_gradcheck(name):
     assert torch.autograd.gradcheck(function, tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_backward_is_split_over_tokens(dtype):
+    """One KV head and over a thousand tokens: several parts, each with its share of the queries' gradients."""
+    part = SegmentPlan(700, 2, 16, 16, "dense", gate="full", lengths=True)
+    check(Plan(dtype, 1, 1, 2, 90, 1100, 32, 24, is_causal=True, lengths=True, segments=[part]), 7)
+
+
 def test_gradient_of_a_closed_gate():
     """d out / d g at g = 0 by a one-sided difference."""
     generator = torch.Generator().manual_seed(3)

@@ -29,6 +29,7 @@ _DTYPES = {
     torch.bool: 7,
 }
 _ABSENT = (0, 0, 0, 0, 0, 0)
+MATERIALIZED_SIZE = 4  # bytes of an element of a materialised segment: float32
 _NO_OPTIONS = _ABSENT * 4
 _NO_PROJECTORS = _ABSENT * 6
 _NO_SELECTION = _ABSENT * 3
@@ -140,12 +141,12 @@ def _in_receiver_space(segment: SegmentTensors) -> bool:
     return segment.key_proj is None and segment.value_proj is None and unbiased and not _needs_preparing(segment)
 
 
-def _materialized(backend: str, segment: SegmentTensors, dtype: torch.dtype) -> SegmentTensors:
-    """The segment in receiver space, projected by the kernel."""
+def _materialized(backend: str, segment: SegmentTensors) -> SegmentTensors:
+    """The segment in receiver space, projected by the kernel; float32, so that nothing is rounded on the way."""
 
     def target(raw: Tensor, proj: Tensor | None) -> Tensor:
         heads, dim = (raw.shape[1], raw.shape[3]) if proj is None else (proj.shape[0], proj.shape[1])
-        return raw.new_empty((raw.shape[0], heads, segment.length, dim), dtype=dtype)
+        return raw.new_empty((raw.shape[0], heads, segment.length, dim), dtype=torch.float32)
 
     key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
     project_kv(backend, segment, None, key, value)
@@ -172,12 +173,12 @@ def _by_strategy(backend: str, segment: SegmentTensors, strategy: str, query: Te
     if _can_absorb(segment) and segment.length:
         if strategy == "auto":
             _, q_heads, q_len, head_dim = query.shape
-            chosen = cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, query.element_size()).strategy
+            chosen = cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, MATERIALIZED_SIZE).strategy
             if chosen == "absorb" and not _needs_preparing(segment):
                 return segment
         elif strategy == "absorb":
             return _prepared(segment) if _needs_preparing(segment) else segment
-    return _materialized(backend, segment, query.dtype)
+    return _materialized(backend, segment)
 
 
 def _attention_numbers(
@@ -248,7 +249,7 @@ def merged_attention_backward(
     their gradients taken back through the projector: memory stays linear in length.
     """
     batch, q_heads = query.shape[:2]
-    direct = [s if s.plain else _materialized(backend, s, query.dtype) for s in segments]
+    direct = [s if s.plain else _materialized(backend, s) for s in segments]
     if strategy == "absorb" and any(_can_absorb(s) for s in segments):
         # Weights are exp(score - lse): both have to come from the same keys, to the last bit.
         exact, lse, _ = merged_attention(
