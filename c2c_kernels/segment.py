@@ -131,7 +131,7 @@ class Rope:
 def _split_projector(name: str, projector: Projector) -> tuple[Tensor | None, Tensor | None]:
     if projector is None or isinstance(projector, Tensor):
         return projector, None
-    if isinstance(projector, (tuple, list)) and len(projector) == 2:
+    if isinstance(projector, (tuple, list)) and len(projector) == 2 and all(isinstance(p, Tensor) for p in projector):
         return projector[0], projector[1]
     raise TypeError(
         f"{name} must be a tensor (kv_heads, head_dim, sharer_width), a pair (U, A), or None; "

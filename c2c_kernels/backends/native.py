@@ -66,10 +66,17 @@ def _broadcast(tensor: Tensor | None, shape: tuple[int, ...], keep: list[Tensor]
     """The numbers of a tensor expanded to `shape`."""
     if tensor is None:
         return _ABSENT
-    if tensor.shape != shape or tensor.dtype == torch.float64:
-        tensor = _supported(tensor).expand(shape)
+    if tensor.dtype == torch.float64:
+        tensor = _supported(tensor)
         keep.append(tensor)
-    return _numbers(tensor)
+    size, stride = tensor.shape, tensor.stride()
+    if size != shape:
+        # What expand() would do, without making a tensor.
+        stride = (
+            *_PADDING[4 - len(shape) + len(size)],
+            *(0 if n == 1 else s for n, s in zip(size, stride, strict=True)),
+        )
+    return (tensor.data_ptr(), _DTYPES[tensor.dtype], *stride, *_PADDING[len(stride)])
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -82,16 +89,15 @@ def _supported(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
-def _raise(status: int, operator: str) -> None:
+def _raise(status: int, operator: str, segment: str = "") -> None:
+    """The error of a status. `segment` names the one segment of a call; in attention the status says which."""
     code, where = status & 0xFF, (status >> 8) - 1
-    name = (
-        f"segments[{where}]." if where >= 0 and operator == "merged_attention" else ("segment." if where >= 0 else "")
-    )
+    name = segment or f"segments[{where}]"
     texts = {
         1: "lengths has values outside 0..len",
-        2: f"{name}lengths has values outside 0..len",
-        3: f"{name}gate must be finite and >= 0 everywhere; it has negative, infinite or NaN values",
-        4: f"{name}index has values outside 0..len - 1",
+        2: f"{name}.lengths has values outside 0..len",
+        3: f"{name}.gate must be finite and >= 0 everywhere; it has negative, infinite or NaN values",
+        4: f"{name}.index has values outside 0..len - 1",
     }
     if code in texts:
         raise ValueError(texts[code])
@@ -141,7 +147,7 @@ def _in_receiver_space(segment: SegmentTensors) -> bool:
     return segment.key_proj is None and segment.value_proj is None and unbiased and not _needs_preparing(segment)
 
 
-def _materialized(backend: str, segment: SegmentTensors) -> SegmentTensors:
+def _materialized(backend: str, segment: SegmentTensors, name: str) -> SegmentTensors:
     """The segment in receiver space, projected by the kernel; float32, so that nothing is rounded on the way."""
 
     def target(raw: Tensor, proj: Tensor | None) -> Tensor:
@@ -149,7 +155,7 @@ def _materialized(backend: str, segment: SegmentTensors) -> SegmentTensors:
         return raw.new_empty((raw.shape[0], heads, segment.length, dim), dtype=torch.float32)
 
     key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
-    project_kv(backend, segment, None, key, value)
+    project_kv(backend, segment, None, key, value, name)
     return _plain(segment, key, value)
 
 
@@ -158,15 +164,19 @@ def _plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensor
     return SegmentTensors._make((*(None,) * len(SLOTS), False))._replace(key=key, value=value, **kept)
 
 
-def _prepared(segment: SegmentTensors) -> SegmentTensors:
+def _prepared(segment: SegmentTensors, name: str) -> SegmentTensors:
     """The segment with scales and index applied, so that it can be absorbed."""
-    dtype = segment.key_proj.dtype
-    key = reference.prepare_raw(segment.key, segment.key_scale, segment.selected, None, None, dtype)
-    value = reference.prepare_raw(segment.value, segment.value_scale, segment.selected, None, None, dtype)
+    index = segment.selected
+    if index is not None and index.numel() and not (index.min() >= 0 and index.max() < segment.key.shape[2]):
+        raise ValueError(f"{name}.index has values outside 0..{segment.key.shape[2] - 1}")
+    key = reference.prepare_raw(segment.key, segment.key_scale, segment.selected, None, None, torch.float32)
+    value = reference.prepare_raw(segment.value, segment.value_scale, segment.selected, None, None, torch.float32)
     return segment._replace(key=key, value=value, key_scale=None, value_scale=None, selected=None)
 
 
-def _by_strategy(backend: str, segment: SegmentTensors, strategy: str, query: Tensor, value_dim: int) -> SegmentTensors:
+def _by_strategy(
+    backend: str, segment: SegmentTensors, name: str, strategy: str, query: Tensor, value_dim: int
+) -> SegmentTensors:
     """The segment as the attention kernel reads it: with its projectors (absorb) or in receiver space."""
     if segment.plain or _in_receiver_space(segment):
         return segment
@@ -177,8 +187,8 @@ def _by_strategy(backend: str, segment: SegmentTensors, strategy: str, query: Te
             if chosen == "absorb" and not _needs_preparing(segment):
                 return segment
         elif strategy == "absorb":
-            return _prepared(segment) if _needs_preparing(segment) else segment
-    return _materialized(backend, segment)
+            return _prepared(segment, name) if _needs_preparing(segment) else segment
+    return _materialized(backend, segment, name)
 
 
 def _attention_numbers(
@@ -212,7 +222,10 @@ def merged_attention(
     """Forward kernel; lse and mass are computed where asked for (an empty mass otherwise)."""
     batch, q_heads, q_len, _ = query.shape
     value_dim = value.shape[3]
-    segments = [_by_strategy(backend, segment, strategy, query, value_dim) for segment in segments]
+    segments = [
+        _by_strategy(backend, segment, f"segments[{number}]", strategy, query, value_dim)
+        for number, segment in enumerate(segments)
+    ]
     out = query.new_empty((batch, q_heads, q_len, value_dim), dtype=out_dtype)
     lse = query.new_empty((batch, q_heads, q_len), dtype=torch.float32) if return_lse else None
     mass_shape = (batch, q_heads, q_len, 1 + len(segments)) if return_mass else (0,)
@@ -249,7 +262,7 @@ def merged_attention_backward(
     their gradients taken back through the projector: memory stays linear in length.
     """
     batch, q_heads = query.shape[:2]
-    direct = [s if s.plain else _materialized(backend, s) for s in segments]
+    direct = [s if s.plain else _materialized(backend, s, f"segments[{number}]") for number, s in enumerate(segments)]
     if strategy == "absorb" and any(_can_absorb(s) for s in segments):
         # Weights are exp(score - lse): both have to come from the same keys, to the last bit.
         exact, lse, _ = merged_attention(
@@ -265,9 +278,8 @@ def merged_attention_backward(
     grad_rows = _rows(grad_out)
     grads = [query.new_empty(t.shape, dtype=torch.float32) for t in (query, key, value)]
     segment_grads = []
-    for segment in direct:
-        gate_shape = (batch, q_heads, segment.length)
-        gate = None if segment.gate is None else query.new_empty(gate_shape, dtype=torch.float32)
+    for segment, wants in zip(direct, _gate_needs(segments, needs), strict=True):
+        gate = query.new_empty((batch, q_heads, segment.length), dtype=torch.float32) if wants else None
         pair = [t.new_empty(t.shape, dtype=torch.float32) for t in (segment.key, segment.value)]
         segment_grads.append((*pair, gate))
     pointers = [0 if t is None else t.data_ptr() for t in (*grads, *(t for group in segment_grads for t in group))]
@@ -278,7 +290,7 @@ def merged_attention_backward(
         _raise(status, "merged_attention")
     grad_sinks = None
     if sinks is not None:
-        weight = torch.exp(sinks.float()[None, :, None] - lse)
+        weight = torch.exp(sinks.float()[None, :, None] - lse).masked_fill(lse == -torch.inf, 0)
         grad_sinks = -(weight * _sink_delta(delta, grad_mass)).sum((0, 2))
     found = [*grads, grad_sinks]
     inputs = [query, key, value, sinks]
@@ -293,6 +305,16 @@ def merged_attention_backward(
         for t, grad, need in zip(inputs, found, needs, strict=True)
         if need
     ]
+
+
+def _gate_needs(segments: list[SegmentTensors], needs: list[bool]) -> list[bool]:
+    """Whether each segment's gate has a gradient asked for, out of the flags of all tensors in order."""
+    flags = iter(needs[4:])
+    wants = []
+    for segment in segments:
+        by_slot = {slot: next(flags) for slot, t in zip(SLOTS, segment.tensors, strict=True) if t is not None}
+        wants.append(by_slot.get("gate", False))
+    return wants
 
 
 def _sink_delta(delta: Tensor, grad_mass: Tensor | None) -> Tensor:
@@ -313,14 +335,16 @@ def _segment_grads(
     return flat
 
 
-def project_kv(backend: str, segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor) -> None:
-    """Forward kernel, written to key_out and value_out."""
+def project_kv(
+    backend: str, segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor, name: str = "segment"
+) -> None:
+    """Forward kernel, written to key_out and value_out; errors call the segment `name`."""
     targets = []
-    for name, tensor in (("key", key_out), ("value", value_out)):
+    for half, tensor in (("key", key_out), ("value", value_out)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"out {name} has stride {tensor.stride(-1)} in its last dimension, wanted 1")
+            raise ValueError(f"out {half} has stride {tensor.stride(-1)} in its last dimension, wanted 1")
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"out {name} has dtype {tensor.dtype}, wanted float32, bfloat16 or float16")
+            raise TypeError(f"out {half} has dtype {tensor.dtype}, wanted float32, bfloat16 or float16")
         targets.append(tensor)
     batch, kv_heads, length, head_dim = key_out.shape
     keep: list[Tensor] = []
@@ -343,7 +367,7 @@ def project_kv(backend: str, segment: SegmentTensors, rope: Rope | None, key_out
     ]  # fmt: skip
     status = _cpu.project_kv(numbers)
     if status:
-        _raise(status, "project_kv")
+        _raise(status, "project_kv", name)
 
 
 def _rope_table(table: Tensor | None, batch: int, length: int) -> Tensor | None:

@@ -9,7 +9,9 @@ from ..segment import SLOTS, Rope, SegmentTensors
 
 STRATEGIES = ("auto", "absorb", "materialize")
 _INTEGERS = (torch.int32, torch.int64)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
+_WINDOW_LIMIT = 2**62
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -33,14 +35,21 @@ def _expect_broadcastable(name: str, tensor: Tensor, wanted: tuple, words: str) 
         raise ValueError(f"{name} has shape {shape_of(tensor)}, wanted broadcastable to {words} = {tuple(wanted)}")
 
 
+def _expect_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
 def _expect_integers(name: str, tensor: Tensor) -> None:
+    _expect_tensor(name, tensor)
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name} has dtype {tensor.dtype}, wanted int32 or int64")
 
 
 def _expect_float(name: str, tensor: Tensor) -> None:
-    if not tensor.dtype.is_floating_point or tensor.dtype in _QUANTISED:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, wanted a floating-point dtype")
+    _expect_tensor(name, tensor)
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, wanted float32, bfloat16, float16 or float64")
 
 
 def _expect_device(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -127,9 +136,19 @@ def check_segment(
     key, value = segment.key, segment.value
     if key.shape[0] != batch:
         raise ValueError(f"{name}.key has batch {key.shape[0]}, wanted {batch} like the query")
+    fits = key.shape[1] == kv_heads and key.shape[3] == head_dim and value.shape[3] == value_dim
+    if not (fits and segment.plain):
+        _check_halves(name, segment, kv_heads, head_dim, value_dim)
+    if segment.gate is not None:
+        _expect_float(f"{name}.gate", segment.gate)
+        _expect_broadcastable(f"{name}.gate", segment.gate, (batch, q_heads, segment.length), "(batch, q_heads, len)")
+
+
+def _check_halves(name: str, segment: SegmentTensors, kv_heads: int, head_dim: int, value_dim: int) -> None:
+    """Keys and values with their projectors and biases against the receiver's heads."""
     for slot, raw, proj, proj_in, bias, dim in (
-        ("key", key, segment.key_proj, segment.key_proj_in, segment.key_bias, head_dim),
-        ("value", value, segment.value_proj, segment.value_proj_in, segment.value_bias, value_dim),
+        ("key", segment.key, segment.key_proj, segment.key_proj_in, segment.key_bias, head_dim),
+        ("value", segment.value, segment.value_proj, segment.value_proj_in, segment.value_bias, value_dim),
     ):
         if proj is None:
             if raw.shape[1] != kv_heads or raw.shape[3] != dim:
@@ -142,9 +161,6 @@ def check_segment(
         if bias is not None:
             _expect_float(f"{name}.{slot}_bias", bias)
             _expect(f"{name}.{slot}_bias", bias, (kv_heads, dim), "(kv_heads, head_dim)")
-    if segment.gate is not None:
-        _expect_float(f"{name}.gate", segment.gate)
-        _expect_broadcastable(f"{name}.gate", segment.gate, (batch, q_heads, segment.length), "(batch, q_heads, len)")
 
 
 def check_merged_attention(
@@ -153,8 +169,10 @@ def check_merged_attention(
     value: Tensor,
     segments: list[SegmentTensors],
     attn_mask: Tensor | None,
+    is_causal: bool,
     query_positions: Tensor | None,
     lengths: Tensor | None,
+    scale: float | None,
     window: int | None,
     segment_window: int | None,
     softcap: float | None,
@@ -195,6 +213,7 @@ def check_merged_attention(
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, wanted {device} like the query")
     if attn_mask is not None:
+        _expect_tensor("attn_mask", attn_mask)
         if attn_mask.dtype != torch.bool:
             _expect_float("attn_mask", attn_mask)
         _expect_device("attn_mask", attn_mask, device)
@@ -212,10 +231,22 @@ def check_merged_attention(
         _expect_device("sinks", sinks, device)
         _expect("sinks", sinks, (q_heads,), "(q_heads,)")
     for name, size in (("window", window), ("segment_window", segment_window)):
-        if size is not None and size <= 0:
+        if size is None:
+            continue
+        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an integer or None, got {type(size).__name__}")
+        if size <= 0 or size > _WINDOW_LIMIT:
             raise ValueError(f"{name} must be positive or None, got {size}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    for name, number in (("softcap", softcap), ("scale", scale)):
+        if number is not None and not isinstance(number, (int, float, torch.SymFloat)):
+            raise TypeError(f"{name} must be a number or None, got {type(number).__name__}")
+    # Numbers reach the kernels as float32.
+    if softcap is not None and not 1e-30 < softcap < 1e30:
+        raise ValueError(f"softcap must be positive or None (within 1e-30 .. 1e30), got {softcap}")
+    if scale is not None and not abs(scale) < 1e30:
+        raise ValueError(f"scale must be finite (within +-1e30), got {scale}")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, got {type(is_causal).__name__}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
     for number, segment in enumerate(segments):
@@ -251,6 +282,8 @@ def _check_rope(name: str, tables: tuple[Tensor, Tensor] | None, batch: int, len
         return
     if not isinstance(tables, (tuple, list)) or len(tables) != 2:
         raise TypeError(f"{name} must be a pair (cos, sin) of tensors, got {type(tables).__name__}")
+    for part, table in zip(("cos", "sin"), tables, strict=True):
+        _expect_tensor(f"{name} {part}", table)
     for part, table in zip(("cos", "sin"), tables, strict=True):
         _expect_float(f"{name} {part}", table)
         _expect_device(f"{name} {part}", table, device)
@@ -305,7 +338,29 @@ def check_project_kv(
             _expect_float(f"out {slot}", tensor)
             _expect_device(f"out {slot}", tensor, device)
             _expect(f"out {slot}", tensor, wanted, "(batch, kv_heads, len, head_dim)")
+            if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+                raise ValueError(f"out {slot} has stride 0 {tensor.stride()}: its elements share memory")
+            for source in segment.tensors:
+                if source is not None and _may_overlap(tensor, source):
+                    raise ValueError(f"out {slot} shares memory with the segment: project into other memory")
+        if out[0].numel() and out[0].data_ptr() == out[1].data_ptr():
+            raise ValueError("out key and out value are the same memory")
     return shapes[0], shapes[1]
+
+
+def _may_overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges of two tensors meet; of interleaved views of one buffer this says yes."""
+    if torch.compiler.is_compiling() or a.numel() == 0 or b.numel() == 0 or a.device.type == "meta":
+        return False
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+
+    def span(t: Tensor) -> tuple[int, int]:
+        reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
+
+    (a_first, a_end), (b_first, b_end) = span(a), span(b)
+    return a_first < b_end and b_first < a_end
 
 
 def check_merge_states(outs: list[Tensor], lses: list[Tensor]) -> None:

@@ -58,22 +58,25 @@ def _fake(outs, lses, backend):
 
 def _setup_context(ctx, inputs, output) -> None:
     outs, lses, _ = inputs
-    ctx.save_for_backward(*outs, *lses, *output)
+    ctx.save_for_backward(*outs, *lses, output[1])
     ctx.count = len(outs)
 
 
 def _autograd_backward(ctx, grad_out, grad_lse):
     count = ctx.count
     outs, lses = ctx.saved_tensors[:count], ctx.saved_tensors[count : 2 * count]
-    out, lse = ctx.saved_tensors[2 * count :]
-    grad_out, inner = grad_out.float(), (grad_out.float() * out.float()).sum(-1)
-    grad_outs, grad_lses = [], []
-    for state, state_lse in zip(outs, lses, strict=True):
-        empty = state_lse == -torch.inf
-        weight = torch.exp(state_lse.float() - lse).masked_fill(empty, 0)
-        along = (grad_out * state.float()).sum(-1).masked_fill(empty, 0)
-        grad_outs.append((weight.unsqueeze(-1) * grad_out).to(state.dtype))
-        grad_lses.append((weight * (along - inner + grad_lse)).to(state_lse.dtype))
+    lse = ctx.saved_tensors[2 * count]
+    grad_out = grad_out.float()
+    empties = [state_lse == -torch.inf for state_lse in lses]
+    weights = [torch.exp(x.float() - lse).masked_fill(empty, 0) for x, empty in zip(lses, empties, strict=True)]
+    # out . grad_out from the states: out itself has been rounded.
+    along = [(grad_out * x.float()).sum(-1).masked_fill(empty, 0) for x, empty in zip(outs, empties, strict=True)]
+    inner = sum(weight * part for weight, part in zip(weights, along, strict=True))
+    grad_outs = [(weight.unsqueeze(-1) * grad_out).to(state.dtype) for weight, state in zip(weights, outs, strict=True)]
+    grad_lses = [
+        (weight * (part - inner + grad_lse)).to(state_lse.dtype)
+        for weight, part, state_lse in zip(weights, along, lses, strict=True)
+    ]
     return grad_outs, grad_lses, None
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from ..backends import choose, native, reference
 from ..segment import SegmentTensors, SharerSegment, pack, to_tensors, unpack
 from ._checks import check_lengths, check_merged_attention, check_segment_values
-from ._library import LIBRARY, implement, needs_dispatcher, wants_grad
+from ._library import LIBRARY, implement, needs_dispatcher, refuse_second_derivative, wants_grad
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor[] segments, int[] layout, Tensor? attn_mask, bool is_causal, "
-    "Tensor? query_positions, Tensor? lengths, float scale, int? window, int? segment_window, float? softcap, "
+    "Tensor? query_positions, Tensor? lengths, float scale, SymInt? window, SymInt? segment_window, float? softcap, "
     "Tensor? sinks, str strategy"
 )
 LIBRARY.define(
@@ -72,8 +72,9 @@ def merged_attention(
         softcap: z = softcap * tanh(z / softcap) before gates and masks.
         sinks: (q_heads,), a logit per head that joins the normalisation and has no value.
         strategy: "absorb" folds a segment's projector into query and output, "materialize" projects the segment
-            first, "auto" takes the cheaper by the cost model of `backends.cost` (where autograd records the call,
-            "materialize", which its backward pass needs anyway). Same result within rounding.
+            first, "auto" takes the cheaper by the cost model of `backends.cost` from the tensors' sizes, padding
+            included (where autograd records the call, "materialize", which its backward pass needs anyway). Same
+            result within rounding.
         return_lse: also return lse (batch, q_heads, q_len) float32, ln of the normaliser Z.
         return_mass: also return mass (batch, q_heads, q_len, 1 + len(segments)) float32, the share of Z that each
             segment holds, own cache first. The shares sum to 1, less what the sink takes.
@@ -87,11 +88,14 @@ def merged_attention(
 
     Source: arXiv 2510.03215 for the setting; softmax merging as in FlashAttention (arXiv 2205.14135).
     """
+    if not isinstance(segments, (list, tuple)):
+        raise TypeError(f"segments must be a list or tuple of SharerSegment, got {type(segments).__name__}")
     packed = [to_tensors(segment, f"segments[{number}]") for number, segment in enumerate(segments)]
     if segment_window is None:
         segment_window = window
     check_merged_attention(
-        query, key, value, packed, attn_mask, query_positions, lengths, window, segment_window, softcap, sinks, strategy
+        query, key, value, packed, attn_mask, is_causal, query_positions, lengths, scale, window, segment_window,
+        softcap, sinks, strategy,
     )  # fmt: skip
     if scale is None:
         scale = query.shape[3] ** -0.5
@@ -215,4 +219,5 @@ implement("merged_attention", _forward)
 implement("merged_attention_backward", _backward)
 torch.library.register_fake("c2c::merged_attention", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("c2c::merged_attention_backward", _fake_backward, lib=LIBRARY)
+refuse_second_derivative("merged_attention_backward")
 torch.library.register_autograd("c2c::merged_attention", _autograd_backward, setup_context=_setup_context, lib=LIBRARY)

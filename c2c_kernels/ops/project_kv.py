@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import choose, native, reference
 from ..segment import Rope, SegmentTensors, SharerSegment, pack, to_tensors, unpack
 from ._checks import check_project_kv, check_segment_values
-from ._library import LIBRARY, implement, needs_dispatcher, wants_grad
+from ._library import LIBRARY, implement, needs_dispatcher, refuse_second_derivative, wants_grad
 
 _ARGUMENTS = "Tensor[] segment, int[] layout, Tensor[] rope, bool removes"
 LIBRARY.define(
@@ -56,12 +56,13 @@ def project_kv(
     packed = to_tensors(segment)
     key_shape, value_shape = check_project_kv(packed, rope, out)
     dtype = _result_dtype(packed)
-    record = choose("project_kv", backend, packed.key.device, dtype if out is None else out[0].dtype)
-    if out is not None and wants_grad(packed.tensors):
-        raise ValueError("out= is written in place without autograd, but a tensor of the segment requires grad")
+    tables, removes = _rope_tables(rope)
+    refusal = "has no gradient for rope tables" if wants_grad(tables) else ""
+    record = choose("project_kv", backend, packed.key.device, dtype if out is None else out[0].dtype, refusal)
+    if out is not None and wants_grad((*packed.tensors, *tables, *out)):
+        raise ValueError("out= is written in place without autograd, but out or a tensor of the segment requires grad")
     if record.name == "reference":
         return _reference(packed, rope, dtype, out)
-    tables, removes = _rope_tables(rope)
     if needs_dispatcher((*packed.tensors, *tables, *(out or ()))):
         tensors, layout = pack([packed])
         if out is not None:
@@ -70,7 +71,7 @@ def project_kv(
         return torch.ops.c2c.project_kv(tensors, layout, tables, removes, dtype, record.name)
     if out is None:
         out = (packed.key.new_empty(key_shape, dtype=dtype), packed.key.new_empty(value_shape, dtype=dtype))
-    native.project_kv(record.name, packed, rope, out[0], out[1])
+    _write(record.name, packed, rope, out[0], out[1])
     return out[0], out[1]
 
 
@@ -126,7 +127,15 @@ def _forward(segments, layout, rope, removes, dtype, backend):
 
 
 def _forward_out(segments, layout, rope, removes, key_out, value_out, backend) -> None:
-    native.project_kv(backend, unpack(segments, layout)[0], _rope_from(rope, removes), key_out, value_out)
+    _write(backend, unpack(segments, layout)[0], _rope_from(rope, removes), key_out, value_out)
+
+
+def _write(backend, segment, rope, key_out, value_out) -> None:
+    """The kernel into tensors of the caller's, whose versions autograd keeps count of."""
+    native.project_kv(backend, segment, rope, key_out, value_out)
+    for tensor in (key_out, value_out):
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _backward(grad_key, grad_value, segments, layout, rope, removes, needs, backend):
@@ -172,4 +181,5 @@ implement("project_kv_backward", _backward)
 torch.library.register_fake("c2c::project_kv", _empty_results, lib=LIBRARY)
 torch.library.register_fake("c2c::project_kv_out", lambda *arguments: None, lib=LIBRARY)
 torch.library.register_fake("c2c::project_kv_backward", _fake_backward, lib=LIBRARY)
+refuse_second_derivative("project_kv_backward")
 torch.library.register_autograd("c2c::project_kv", _autograd_backward, setup_context=_setup_context, lib=LIBRARY)

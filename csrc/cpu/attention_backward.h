@@ -21,7 +21,7 @@ struct Backward {
 struct BackwardScratch {
   float *q, *q_columns, *q_panels, *go, *go_columns, *go_panels, *k, *k_panels, *v, *s, *dp, *slope, *mask, *gates;
   float *row_lse, *row_delta, *grad_q;
-  int32_t *lo, *hi, *coordinate;
+  int64_t *lo, *hi, *coordinate;
 
   BackwardScratch(Carver &carver, const Run &run, const c2c_attention_params &p) {
     const int64_t rows = round_up(run.group_heads * run.tile_queries, PANEL), ld = rows + 16;
@@ -42,15 +42,15 @@ struct BackwardScratch {
     row_lse = carver.take(rows);
     row_delta = carver.take(rows);
     grad_q = carver.take(rows * run.key_ld);
-    lo = (int32_t *)carver.take(rows);
-    hi = (int32_t *)carver.take(rows);
-    coordinate = (int32_t *)carver.take(BLOCK);
+    lo = (int64_t *)carver.take(2 * rows);
+    hi = (int64_t *)carver.take(2 * rows);
+    coordinate = (int64_t *)carver.take(2 * BLOCK);
   }
 };
 
-// Parts of a run's tokens that are differentiated independently: a function of heads and length alone.
-static int64_t backward_splits(const Run &run) {
-  return most<int64_t>(1, least(div_up(8, run.groups), run.len / (4 * BLOCK)));
+// Parts of a row's tokens that are differentiated independently: a function of heads and the row's own length alone.
+static int64_t backward_splits(const Run &run, int64_t length) {
+  return most<int64_t>(1, least(div_up(8, run.groups), length / (4 * BLOCK)));
 }
 
 static void load_tile_rows(const Backward &backward, int64_t which, const Tile &tile, BackwardScratch &x) {
@@ -75,26 +75,40 @@ static void load_tile_rows(const Backward &backward, int64_t which, const Tile &
   pack_panels(x.go_panels, x.go, run.value_ld, tile.rows, run.value_width);
 }
 
-// From scores s[n][ld] and dp[n][ld]: s becomes the weights, dp the gradients of q . k; adds to the gates' gradients.
+// Gradient of the gate 0 of one token and head from scores without gates: what a weight would add, bounded where its
+// score is far above all others.
+static float closed_gate_gradient(const float *s, const float *dp, const float *lse, const float *delta, int64_t n) {
+  float total = 0.0f;
+  for (int64_t i = 0; i < n; ++i) total += exp1(least(s[i] - lse[i], 80.0f)) * (dp[i] - delta[i]);
+  return total;
+}
+
+// From scores without gates s[n][ld] and dp[n][ld]: s becomes the weights, dp the gradients of q . k; adds to the
+// gates' gradients. A gate joins the exponent, as in the forward pass: no weight exceeds 1.
 static void weigh_gradients(const Tile &tile, int64_t n, int64_t ld, BackwardScratch &x, float *grad_gate) {
-  const int64_t padded = round_up(tile.rows, LANES);
+  const int64_t padded = round_up(tile.rows, LANES), queries = tile.queries;
   for (int64_t t = 0; t < n; ++t) {
     float *s = x.s + t * ld, *dp = x.dp + t * ld;
+    for (int64_t g = 0; tile.gated && g < tile.run.group_heads; ++g) {
+      const float gate = x.gates[g * BLOCK + t];
+      float *part = s + g * queries;
+      if (gate == 0.0f && grad_gate)
+        grad_gate[g * tile.run.len + t] +=
+            closed_gate_gradient(part, dp + g * queries, x.row_lse + g * queries, x.row_delta + g * queries, queries);
+      const float log_gate = gate > 0.0f ? logf(gate) : -INF;
+      for (int64_t i = 0; i < queries; ++i) part[i] = gate > 0.0f ? part[i] + log_gate : -INF;
+    }
     for (int64_t r = 0; r < padded; r += LANES) {
       V weight = vexp(load(s + r) - load(x.row_lse + r));
       store(s + r, weight);
       store(dp + r, weight * (load(dp + r) - load(x.row_delta + r)));
     }
-    for (int64_t g = 0; tile.gated && g < tile.run.group_heads; ++g) {
+    for (int64_t g = 0; tile.gated && grad_gate && g < tile.run.group_heads; ++g) {
       const float gate = x.gates[g * BLOCK + t];
-      float *part_s = s + g * tile.queries, *part_dp = dp + g * tile.queries;
+      if (!(gate > 0.0f)) continue;
       float total = 0.0f;
-      for (int64_t i = 0; i < tile.queries; ++i) {
-        total += part_dp[i];
-        part_s[i] *= gate;
-        part_dp[i] *= gate;
-      }
-      if (grad_gate) grad_gate[g * tile.run.len + t] += total;
+      for (int64_t i = 0; i < queries; ++i) total += dp[g * queries + i];
+      grad_gate[g * tile.run.len + t] += total / gate;
     }
     if (tile.p.softcap > 0.0f)
       for (int64_t r = 0; r < padded; r += LANES) store(dp + r, load(dp + r) * load(x.slope + t * ld + r));
@@ -133,22 +147,25 @@ static void differentiate(const Backward &backward, int64_t number, float *scrat
   number -= job.first_job;
   const int64_t split = number % job.splits, group = number / job.splits % run.groups;
   const int64_t b = number / job.splits / run.groups;
-  const int64_t chunk = round_up(div_up(run.len, job.splits), BLOCK);
-  const int64_t begin = least(run.len, split * chunk), end = least(run.len, begin + chunk);
-
+  const int64_t length = run_length(run, p, b), parts = backward_splits(run, length);
+  const int64_t chunk = round_up(div_up(length, parts), BLOCK);
+  const int64_t begin = least(length, split * chunk), end = least(length, begin + chunk);
+  // Padding has the gradient 0; the last part writes it.
+  const int64_t stop = split == job.splits - 1 ? run.len : end;
   const int64_t token = (b * p.kv_heads + group) * run.len + begin;
-  memset(job.grad_key + token * run.key_width, 0, (end - begin) * run.key_width * sizeof(float));
-  memset(job.grad_value + token * run.value_width, 0, (end - begin) * run.value_width * sizeof(float));
-  for (int64_t g = 0; job.grad_gate && g < run.group_heads; ++g)
-    memset(job.grad_gate + (b * p.q_heads + group * run.group_heads + g) * run.len + begin, 0,
-           (end - begin) * sizeof(float));
+  if (stop > begin) {
+    memset(job.grad_key + token * run.key_width, 0, (stop - begin) * run.key_width * sizeof(float));
+    memset(job.grad_value + token * run.value_width, 0, (stop - begin) * run.value_width * sizeof(float));
+    for (int64_t g = 0; job.grad_gate && g < run.group_heads; ++g)
+      memset(job.grad_gate + (b * p.q_heads + group * run.group_heads + g) * run.len + begin, 0,
+             (stop - begin) * sizeof(float));
+  }
 
   Carver carver{scratch};
   BackwardScratch x(carver, run, p);
-  const int64_t length = run_length(run, p, b);
   for (int64_t i0 = 0; i0 < p.q_len; i0 += run.tile_queries) {
     const int64_t queries = least(run.tile_queries, p.q_len - i0);
-    Tile tile{p, run, b, group, i0, queries, begin, least(end, length)};
+    Tile tile{p, run, b, group, i0, queries, begin, end};
     tile.backward = true;
     tile.keep_closed = job.grad_gate != nullptr;
     tile.prepare(x.lo, x.hi, x.coordinate, x.gates, length);
@@ -180,7 +197,7 @@ static c2c_status_code merged_attention_backward(const c2c_attention_backward_pa
       job.grad_value = params.grad_segment_value[s];
       job.grad_gate = params.grad_gate[s];
     }
-    job.splits = backward_splits(job.run);
+    job.splits = backward_splits(job.run, job.run.len);
     backward.job_count += p.batch * job.run.groups * job.splits;
     partial.take(job.splits * query_size);
     Carver carver{nullptr};

@@ -64,29 +64,26 @@ static ALWAYS_INLINE int64_t split_count(const Run &run, int64_t length) {
   return most<int64_t>(1, least(wanted, length / (4 * BLOCK)));
 }
 
-static ALWAYS_INLINE int32_t clamp32(int64_t x) {
-  return (int32_t)most<int64_t>(-2147483647, least<int64_t>(2147483646, x));
-}
+constexpr int64_t FAR = (int64_t)1 << 62;  // beyond every index and position, and far from overflow
 
 // Tokens that the queries i0 .. i0 + n see: those with lo < coordinate <= hi. The coordinate is a token's index, or
 // its position where the segment has positions.
 struct Limits {
-  int32_t *lo, *hi;  // [queries]
-  int32_t lo_least, lo_most, hi_least, hi_most;
+  int64_t *lo, *hi;  // [queries]
+  int64_t lo_least, lo_most, hi_least, hi_most;
 
   void fill(const Run &run, const c2c_attention_params &p, int64_t b, int64_t i0, int64_t n, int64_t length) {
-    lo_least = hi_least = 2147483647;
-    lo_most = hi_most = -2147483647 - 1;
+    lo_least = hi_least = FAR;
+    lo_most = hi_most = -FAR;
     for (int64_t i = 0; i < n; ++i) {
-      int64_t low = -2147483648LL, high = 2147483647;
+      lo[i] = -FAR;
+      hi[i] = FAR;
       if (!run.segment || run.positioned) {
-        int64_t at_query = run_query(run, p, b, i0 + i, length);
-        if (run.causal) high = clamp32(at_query);
-        if (run.window > 0) low = clamp32(at_query - run.window);
+        const int64_t at_query = run_query(run, p, b, i0 + i, length);
+        if (run.causal) hi[i] = at_query;
+        if (run.window > 0) lo[i] = most(-FAR, at_query - least(run.window, FAR));
       }
-      if (!run.positioned) high = least(high, length - 1);
-      lo[i] = (int32_t)low;
-      hi[i] = (int32_t)high;
+      if (!run.positioned) hi[i] = least(hi[i], length - 1);
       lo_least = least(lo_least, lo[i]);
       lo_most = most(lo_most, lo[i]);
       hi_least = least(hi_least, hi[i]);
@@ -111,7 +108,7 @@ struct Tile {
   int64_t begin, end;  // tokens
   int64_t rows = run.group_heads * queries;
   Limits limits = {};
-  int32_t *coordinate = nullptr;  // [BLOCK] of the current block
+  int64_t *coordinate = nullptr;  // [BLOCK] of the current block
   float *gates = nullptr;         // [group_heads][BLOCK] of the current block: ln g, or g itself for the backward pass
   bool backward = false;
   bool keep_closed = false;  // the backward pass wants tokens whose gate is 0 too, where the gate has a gradient
@@ -121,33 +118,33 @@ struct Tile {
 
   // Takes the scratch for limits and blocks, and narrows the token range to what some query can see, where coordinates
   // are indices; keeps blocks aligned.
-  void prepare(int32_t *lo, int32_t *hi, int32_t *coordinates, float *gate_block, int64_t length) {
+  void prepare(int64_t *lo, int64_t *hi, int64_t *coordinates, float *gate_block, int64_t length) {
     limits.lo = lo;
     limits.hi = hi;
     coordinate = coordinates;
     gates = gate_block;
     limits.fill(run, p, b, i0, queries, length);
     if (run.positioned) return;
-    end = least<int64_t>(end, (int64_t)limits.hi_most + 1);
-    int64_t first = (int64_t)limits.lo_least + 1;
+    end = least(end, limits.hi_most + 1);
+    int64_t first = limits.lo_least + 1;
     if (first > begin) begin += (first - begin) / BLOCK * BLOCK;
   }
 
   // Looks at tokens j .. j + n; false where no row sees any of them.
   bool enter_block(int64_t j, int64_t n) {
-    int32_t first = (int32_t)j, last = (int32_t)(j + n - 1);
+    int64_t first = j, last = j + n - 1;
     if (run.positioned) {
       const c2c_tensor &positions = run.segment->positions;
-      first = 2147483647;
-      last = -2147483647 - 1;
+      first = FAR;
+      last = -FAR;
       for (int64_t t = 0; t < n; ++t) {
         int64_t offset = b * positions.stride[0] + (j + t) * positions.stride[1];
-        coordinate[t] = clamp32(integer_at(positions, offset));
+        coordinate[t] = integer_at(positions, offset);
         first = least(first, coordinate[t]);
         last = most(last, coordinate[t]);
       }
     } else {
-      for (int64_t t = 0; t < n; ++t) coordinate[t] = first + (int32_t)t;
+      for (int64_t t = 0; t < n; ++t) coordinate[t] = j + t;
     }
     if (last <= limits.lo_least || first > limits.hi_most) return false;
     limited = first <= limits.lo_most || last > limits.hi_least;
@@ -220,7 +217,7 @@ static void adjust_columns(const Tile &tile, int64_t n, float *s, int64_t ld, co
         store(column + r, bent * cap);
         if (cap_slope) store(cap_slope + t * ld + r, 1.0f - bent * bent);
       }
-    const int32_t x = tile.coordinate[t];
+    const int64_t x = tile.coordinate[t];
     for (int64_t g = 0; g < tile.run.group_heads; ++g) {
       float *part = column + g * queries;
       if (tile.gated && !tile.backward) {
@@ -229,7 +226,10 @@ static void adjust_columns(const Tile &tile, int64_t n, float *s, int64_t ld, co
       }
       if (mask) {
         const float *add = mask + ((mask_shared ? 0 : g * BLOCK) + t) * queries;
-        for (int64_t i = 0; i < queries; ++i) part[i] += add[i];
+        if (tile.p.mask.dtype == C2C_BOOL)
+          for (int64_t i = 0; i < queries; ++i) part[i] = add[i] == 0.0f ? part[i] : -INF;
+        else
+          for (int64_t i = 0; i < queries; ++i) part[i] += add[i];
       }
       if (tile.limited)
         for (int64_t i = 0; i < queries; ++i)

@@ -29,7 +29,7 @@ struct Carver {
 
 struct TileScratch {
   float *q, *panels, *s, *scaled, *scales, *acc, *k, *v, *mask, *gates, *row_bias, *row_max, *row_sum, *factor;
-  int32_t *lo, *hi, *coordinate;
+  int64_t *lo, *hi, *coordinate;
   SoftmaxState *state;
 
   TileScratch(Carver &carver, const Run &run, const c2c_attention_params &p) {
@@ -48,9 +48,9 @@ struct TileScratch {
     row_max = carver.take(rows);
     row_sum = carver.take(rows);
     factor = carver.take(rows);
-    lo = (int32_t *)carver.take(rows);
-    hi = (int32_t *)carver.take(rows);
-    coordinate = (int32_t *)carver.take(BLOCK);
+    lo = (int64_t *)carver.take(2 * rows);
+    hi = (int64_t *)carver.take(2 * rows);
+    coordinate = (int64_t *)carver.take(2 * BLOCK);
     state = (SoftmaxState *)carver.take(2 * rows);
   }
 };
@@ -78,10 +78,13 @@ static void adjust_row(const Tile &tile, int64_t j, int64_t n, int64_t g, int64_
     const c2c_tensor &mask = p.mask;
     int64_t offset =
         tile.b * mask.stride[0] + tile.head(g) * mask.stride[1] + (tile.i0 + i) * mask.stride[2] + j * mask.stride[3];
-    for (int64_t t = 0; t < n; ++t) s[t] += mask_at(mask, offset + t * mask.stride[3]);
+    for (int64_t t = 0; t < n; ++t) {
+      const float add = mask_at(mask, offset + t * mask.stride[3]);
+      s[t] = mask.dtype == C2C_BOOL && add != 0.0f ? -INF : s[t] + add;
+    }
   }
   if (tile.limited) {
-    const int32_t lo = tile.limits.lo[i], hi = tile.limits.hi[i];
+    const int64_t lo = tile.limits.lo[i], hi = tile.limits.hi[i];
     for (int64_t t = 0; t < n; ++t) s[t] = (tile.coordinate[t] > lo) & (tile.coordinate[t] <= hi) ? s[t] : -INF;
   }
 }
@@ -196,7 +199,7 @@ static bool softmax_columns(float *s, int64_t ld, int64_t n, int64_t rows, TileS
 
 static void block_tile(Tile &tile, TileScratch &x) {
   const Run &run = tile.run;
-  const int64_t padded = round_up(tile.rows, PANEL), ld = padded + 16;
+  const int64_t padded = round_up(tile.rows, LANES), ld = round_up(tile.rows, PANEL) + 16;
   const bool masked = !run.segment && tile.p.mask.data;
   pack_panels_transposed(x.panels, x.q, run.key_ld, run.key_width, tile.rows);
   for (int64_t r = 0; r < padded; ++r) x.row_max[r] = -INF, x.row_sum[r] = 0.0f;
@@ -212,6 +215,8 @@ static void block_tile(Tile &tile, TileScratch &x) {
       widen_tokens(run, *run.key, run.key_scale, run.key_dim, tile.b, tile.group, j, n, x.k, key_ld);
     }
     gemm(n, tile.rows, run.key_width, keys, key_ld, 1, x.panels, x.s, ld, false);
+    for (int64_t t = 0; t < n; ++t)
+      for (int64_t r = tile.rows; r < padded; ++r) x.s[t * ld + r] = 0.0f;
     adjust_columns(tile, n, x.s, ld, run.absorbed ? x.row_bias : nullptr, masked ? x.mask : nullptr, nullptr);
     if (softmax_columns(x.s, ld, n, padded, x))
       for (int64_t r = 0; r < tile.rows; ++r)

@@ -15,7 +15,7 @@ static ALWAYS_INLINE int64_t fetch_ahead(int64_t stride) {
 }
 
 // s[r][j] (+)= x[r] . token[j] for ROWS rows and n tokens of `dim` stored elements.
-// x is padded with zeros to whole vectors.
+// Nothing beyond `dim` elements of a row or token is read.
 template <int ROWS, class T>
 static inline void dot_rows(const float *x, int64_t ldx, const T *tokens, int64_t stride, int64_t n, int64_t dim,
                             float *s, int64_t lds, bool add) {
@@ -42,7 +42,7 @@ static inline void dot_rows(const float *x, int64_t ldx, const T *tokens, int64_
     if (whole < dim)
       for (int t = 0; t < 4; ++t) {
         V k = load_first(token[t] + whole, dim - whole);
-        for (int r = 0; r < ROWS; ++r) acc[r][t] = load(x + r * ldx + whole) * k + acc[r][t];
+        for (int r = 0; r < ROWS; ++r) acc[r][t] = load_first(x + r * ldx + whole, dim - whole) * k + acc[r][t];
       }
     for (int r = 0; r < ROWS; ++r) {
       V4 dots = sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
@@ -54,14 +54,15 @@ static inline void dot_rows(const float *x, int64_t ldx, const T *tokens, int64_
       V acc = {};
       const T *token = tokens + j * stride;
       for (int64_t d = 0; d < whole; d += LANES) acc = load(x + r * ldx + d) * load(token + d) + acc;
-      if (whole < dim) acc = load(x + r * ldx + whole) * load_first(token + whole, dim - whole) + acc;
+      if (whole < dim)
+        acc = load_first(x + r * ldx + whole, dim - whole) * load_first(token + whole, dim - whole) + acc;
       // The same order of additions as sum4, so that a token's score does not depend on its place in a block.
       float dot = sum4(acc, acc, acc, acc)[0];
       s[r * lds + j] = add ? s[r * lds + j] + dot : dot;
     }
 }
 
-// acc[r] += sum_j p[r][j] token[j] for ROWS rows; acc is padded to whole vectors.
+// acc[r] += sum_j p[r][j] token[j] for ROWS rows; nothing beyond `dim` elements is read or written.
 template <int ROWS, class T>
 static inline void weigh_rows(const float *p, int64_t ldp, const T *tokens, int64_t stride, int64_t n, int64_t dim,
                               float *acc, int64_t lda) {
@@ -89,9 +90,11 @@ static inline void weigh_rows(const float *p, int64_t ldp, const T *tokens, int6
       }
     }
     if (whole < dim)
-      for (int t = 0; t < 4; ++t) {
-        V v = load_first(token[t] + whole, dim - whole);
-        for (int r = 0; r < ROWS; ++r) store(acc + r * lda + whole, weight[r][t] * v + load(acc + r * lda + whole));
+      for (int r = 0; r < ROWS; ++r) {
+        float *tail = acc + r * lda + whole;
+        V a = load_first(tail, dim - whole);
+        for (int t = 0; t < 4; ++t) a = weight[r][t] * load_first(token[t] + whole, dim - whole) + a;
+        store_first(tail, a, dim - whole);
       }
   }
   for (; j < n; ++j)
@@ -100,8 +103,10 @@ static inline void weigh_rows(const float *p, int64_t ldp, const T *tokens, int6
       const T *token = tokens + j * stride;
       for (int64_t d = 0; d < whole; d += LANES)
         store(acc + r * lda + d, weight * load(token + d) + load(acc + r * lda + d));
-      if (whole < dim)
-        store(acc + r * lda + whole, weight * load_first(token + whole, dim - whole) + load(acc + r * lda + whole));
+      if (whole < dim) {
+        float *tail = acc + r * lda + whole;
+        store_first(tail, weight * load_first(token + whole, dim - whole) + load_first(tail, dim - whole), dim - whole);
+      }
     }
 }
 

@@ -129,6 +129,21 @@ static ALWAYS_INLINE V load_first(const T *p, int64_t n) {
   return load(buffer);
 }
 
+#if defined(C2C_AVX512)
+static ALWAYS_INLINE V load_first(const float *p, int64_t n) {
+  return (V)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+#endif
+
+// Writes the first n < LANES elements of x and nothing else.
+static ALWAYS_INLINE void store_first(float *p, V x, int64_t n) {
+#if defined(C2C_AVX512)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)x);
+#else
+  for (int64_t i = 0; i < n; ++i) p[i] = x[i];
+#endif
+}
+
 static ALWAYS_INLINE void store(bf16 *p, V x) {
   VU bits = bit_cast<VU>(x);
   VU rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
