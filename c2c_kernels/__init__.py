@@ -2,7 +2,7 @@
 
 from ._version import __version__
 from .backends import Backend, backends
-from .ops import merge_states, merged_attention, project_kv
+from .ops import merge_states, merged_attention, project_kv, quantize_kv
 from .segment import Rope, SharerSegment
 
 backends()  # found once, here, where nothing traces
@@ -16,4 +16,5 @@ __all__ = [
     "merge_states",
     "merged_attention",
     "project_kv",
+    "quantize_kv",
 ]

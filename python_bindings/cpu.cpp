@@ -130,6 +130,17 @@ int merge_states(const py::list &numbers) {
   return encode(c2c_merge_states_cpu(&p));
 }
 
+int quantize(const py::list &numbers) {
+  Reader in(numbers);
+  c2c_quantize_params p;
+  for (c2c_tensor *t : {&p.x, &p.out, &p.scale}) *t = in.tensor();
+  for (int64_t *n : {&p.batch, &p.heads, &p.len, &p.dim}) *n = in.number();
+  p.threads = static_cast<int32_t>(in.number());
+  in.end();
+  py::gil_scoped_release release;
+  return encode(c2c_quantize_cpu(&p));
+}
+
 void set_isa(const py::object &name) {
   std::string text = name.is_none() ? "" : py::cast<std::string>(name);
   if (c2c_set_cpu_isa(name.is_none() ? nullptr : text.c_str()))
@@ -145,6 +156,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("merged_attention_backward", &merged_attention_backward);
   m.def("project_kv", &project_kv);
   m.def("merge_states", &merge_states);
+  m.def("quantize", &quantize);
   m.def("isa", &c2c_cpu_isa);
   m.def("set_isa", &set_isa);
   m.def("status_text", [](int code) { return c2c_status_text(static_cast<c2c_status_code>(code)); });

@@ -440,3 +440,13 @@ def merge_states(backend: str, outs: list[Tensor], lses: list[Tensor]) -> tuple[
     if status:
         _raise(status, "merge_states")
     return out, lse
+
+
+def quantize(backend: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward kernel."""
+    x = _rows(x)
+    out, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:3], dtype=torch.float32)
+    status = _cpu.quantize([*_numbers(x), *_numbers(out), *_numbers(scale), *x.shape, torch.get_num_threads()])
+    if status:
+        _raise(status, "quantize_kv")
+    return out, scale

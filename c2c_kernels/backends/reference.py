@@ -255,6 +255,16 @@ def merged_attention(
     return out, lse, mass, [run / divisor.unsqueeze(3) for run in weights]
 
 
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 and scale (batch, heads, len): scale = max |x| / 127, q = x / scale rounded to nearest even."""
+    x = x.to(arithmetic_dtype(x.dtype))
+    scale = x.abs().amax(dim=-1) / 127 if x.shape[-1] else x.sum(dim=-1)
+    usable = (scale > 0) & scale.isfinite()
+    inverse = torch.where(usable, 1 / scale, 0).unsqueeze(-1)
+    scaled = torch.where(usable.unsqueeze(-1), x * inverse, 0)
+    return scaled.round().clamp(-127, 127).to(torch.int8), scale.float()
+
+
 def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """out = sum_s exp(lse_s - lse) out_s with lse = ln sum_s exp(lse_s); states with lse = -inf are not read."""
     dtype = arithmetic_dtype(outs[0].dtype)

@@ -3,5 +3,6 @@
 from .merge_states import merge_states
 from .merged_attention import merged_attention
 from .project_kv import project_kv
+from .quantize_kv import quantize_kv
 
-__all__ = ["merge_states", "merged_attention", "project_kv"]
+__all__ = ["merge_states", "merged_attention", "project_kv", "quantize_kv"]

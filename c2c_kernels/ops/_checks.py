@@ -379,3 +379,16 @@ def check_merge_states(outs: list[Tensor], lses: list[Tensor]) -> None:
             raise TypeError(f"outs[{number}] has dtype {out.dtype}, wanted {first.dtype} like outs[0]")
         _expect_device(f"outs[{number}]", out, first.device)
         _expect_device(f"lses[{number}]", lse, first.device)
+
+
+def check_quantize_kv(key: Tensor, value: Tensor) -> None:
+    """Shapes, dtypes and devices of a `quantize_kv` call."""
+    for name, tensor in (("key", key), ("value", value)):
+        _expect_float(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {shape_of(tensor)}, wanted (batch, heads, len, head_dim)")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value has shape {shape_of(value)}, wanted batch, heads and len of key {shape_of(key)}")
+    _expect_device("value", value, key.device)
+    if value.dtype != key.dtype:
+        raise TypeError(f"value has dtype {value.dtype}, wanted {key.dtype} like key")

@@ -189,6 +189,13 @@ extern "C" c2c_status c2c_project_kv_cpu(const c2c_project_params *params) {
   return found.code != C2C_OK ? found : status(active().project_kv(p));
 }
 
+extern "C" c2c_status c2c_quantize_cpu(const c2c_quantize_params *params) {
+  const c2c_quantize_params &p = *params;
+  if (p.batch < 0 || p.heads < 0 || p.len < 0 || p.dim < 0) return status(C2C_BAD_SHAPE);
+  if (!is_float(p.x) || p.out.dtype != C2C_I8 || p.scale.dtype != C2C_F32) return status(C2C_BAD_DTYPE);
+  return status(active().quantize(p));
+}
+
 extern "C" c2c_status c2c_merge_states_cpu(const c2c_merge_params *params) {
   const c2c_merge_params &p = *params;
   if (p.batch < 0 || p.q_heads < 0 || p.q_len < 0 || p.head_dim < 0 || p.state_count < 1) return status(C2C_BAD_SHAPE);

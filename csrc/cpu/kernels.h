@@ -19,6 +19,7 @@ struct Kernels {
   c2c_status_code (*merged_attention_backward)(const c2c_attention_backward_params &);
   c2c_status_code (*project_kv)(const c2c_project_params &);
   c2c_status_code (*merge_states)(const c2c_merge_params &);
+  c2c_status_code (*quantize)(const c2c_quantize_params &);
 };
 
 #if defined(__x86_64__)

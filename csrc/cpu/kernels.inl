@@ -20,6 +20,9 @@ namespace C2C_NAMESPACE {
 
 #include "merge.h"
 
-extern const Kernels kernels = {C2C_ISA_NAME, merged_attention, merged_attention_backward, project_kv, merge_states};
+#include "quantize.h"
+
+extern const Kernels kernels = {C2C_ISA_NAME, merged_attention, merged_attention_backward,
+                                project_kv,   merge_states,     quantize};
 
 }  // namespace C2C_NAMESPACE

@@ -138,10 +138,20 @@ typedef struct {
   int32_t threads;
 } c2c_merge_params;
 
+// scale = max |x| / 127 of a token and head, out = x / scale rounded to nearest even: |x - out * scale| <= scale / 2.
+typedef struct {
+  c2c_tensor x;      // [batch, heads, len, dim] last stride 1
+  c2c_tensor out;    // [batch, heads, len, dim] int8, last stride 1
+  c2c_tensor scale;  // [batch, heads, len] f32
+  int64_t batch, heads, len, dim;
+  int32_t threads;
+} c2c_quantize_params;
+
 C2C_API c2c_status c2c_merged_attention_cpu(const c2c_attention_params *params);
 C2C_API c2c_status c2c_merged_attention_backward_cpu(const c2c_attention_backward_params *params);
 C2C_API c2c_status c2c_project_kv_cpu(const c2c_project_params *params);
 C2C_API c2c_status c2c_merge_states_cpu(const c2c_merge_params *params);
+C2C_API c2c_status c2c_quantize_cpu(const c2c_quantize_params *params);
 
 // The instruction set in use: "avx512", "avx2", "baseline" or "neon". Chosen by cpuid on first use.
 C2C_API const char *c2c_cpu_isa(void);
