@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from c2c_kernels.cli.errors import CommandError
 
 ENVIRONMENT_VARIABLE = "C2C_CACHE_DIR"
 
@@ -32,11 +33,15 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def staging(prefix: str) -> Iterator[Path]:
-    """A new folder inside the cache folder, so that a rename out of it is atomic; removed at the end."""
-    root = cache_dir()
-    root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{prefix}-", dir=root))
+def staging(name: str) -> Iterator[Path]:
+    """The new folder `.name` inside the cache folder, so that a rename out of it is atomic; removed at the end.
+
+    What a killed run left under that name is removed first: call it under a lock that guards the name.
+    """
+    folder = cache_dir() / f".{name}"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
     try:
         yield folder
     finally:
@@ -45,13 +50,23 @@ def staging(prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Holds the lock `name` of the cache folder: a second process waits and then finds the work done."""
+    """Holds the lock `name` of the cache folder: a second process waits and then finds the work done.
+
+    Raises CommandError where the folder cannot be made or the block cannot write there (rights, a full disk).
+    """
     from filelock import FileLock
 
     root = cache_dir()
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".{name}.lock"):
-        yield
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{name}.lock"):
+            yield
+    except BrokenPipeError:  # of standard error, not of a file
+        raise
+    except OSError as error:
+        raise CommandError(
+            f"the cache folder {root} cannot be used: {error.strerror or error} (${ENVIRONMENT_VARIABLE} names another)"
+        ) from error
 
 
 def replace_folder(new: Path, target: Path) -> None:

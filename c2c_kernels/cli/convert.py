@@ -49,7 +49,7 @@ def convert(gguf: Path, source_sha256: str) -> Path:
             return target
         if target.exists():
             note(f"{target} is damaged or from another version: it is made again")
-        with staging("convert") as folder:
+        with staging(f"convert-{target.name}") as folder:
             new = folder / "model"
             new.mkdir()
             with stage("build the tokenizer"):
@@ -89,6 +89,7 @@ def without_bars() -> Iterator[None]:
 def _save_weights(model: PreTrainedModel, folder: Path) -> None:
     """Saves `model` as an ordinary one: a fresh instance around its weights, which knows of no GGUF."""
     import torch
+    from safetensors import SafetensorError
 
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
@@ -97,8 +98,11 @@ def _save_weights(model: PreTrainedModel, folder: Path) -> None:
         plain = type(model)(config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
-    with without_bars():
-        plain.save_pretrained(folder)
+    try:
+        with without_bars():
+            plain.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{folder.parent} cannot be written, {error}") from error
 
 
 def _made(source_sha256: str) -> dict[str, Any]:

@@ -73,8 +73,11 @@ def run(options: argparse.Namespace) -> int:
         from c2c_kernels.cli import plot
 
         pieces = [[receiver.tokenizer.decode([token]) for token in row.cache.tokens] for row in rows]
-        with stage(f"draw {options.plot}"):
-            plot.draw(outcome, pieces, Path(options.plot))
+        try:
+            with stage(f"draw {options.plot}"):
+                plot.draw(outcome, pieces, Path(options.plot))
+        except OSError as error:
+            raise CommandError(f"--plot {options.plot} cannot be written: {error.strerror or error}") from error
     return 0
 
 
@@ -209,10 +212,20 @@ def _check_servable(model: PreTrainedModel, backend: str | None) -> None:
 
 
 def _check_plot(path: Path) -> None:
+    """CommandError unless a PNG file can be written at `path`; leaves what is there as it is."""
+    if path.is_dir():
+        raise CommandError(f"--plot {path} is a folder: a file name that ends in .png is wanted")
     if path.suffix.lower() != ".png":
         raise CommandError(f"--plot {path}: a file name that ends in .png is wanted")
     if not path.absolute().parent.is_dir():
         raise CommandError(f"--plot {path}: there is no folder {path.parent}")
+    was_there = path.exists()
+    try:
+        path.open("ab").close()
+        if not was_there:
+            path.unlink()
+    except OSError as error:
+        raise CommandError(f"--plot {path} cannot be written: {error.strerror}") from error
 
 
 def _check_length(model: PreTrainedModel, prompts: Sequence[Prompt], max_new_tokens: int) -> None:

@@ -40,10 +40,7 @@ def choose_questions(asked: Sequence[str] | None, own_document: bool) -> list[st
     """The questions asked, else the default document's, else one that fits any text."""
     if asked is None:
         return [QUESTION_FOR_ANY_TEXT] if own_document else default_questions()
-    questions = [" ".join(question.split()) for question in asked]
-    if not all(questions):
-        raise CommandError("--question is empty: a question is wanted")
-    return questions
+    return [" ".join(question.split()) for question in asked]
 
 
 def deal(documents: Sequence[Document], sharers: int) -> list[Document]:

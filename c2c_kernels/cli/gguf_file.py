@@ -32,7 +32,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
                 key, at = _string(data, at)
                 (kind,) = struct.unpack_from("<I", data, at)
                 metadata[key], at = _value(data, at + 4, kind)
-        except (struct.error, UnicodeDecodeError, KeyError) as error:
+        except (struct.error, ValueError, KeyError, MemoryError, OverflowError, RecursionError) as error:
             raise CommandError(f"{path} is a damaged GGUF file: its metadata breaks off at byte {at}") from error
     return metadata
 

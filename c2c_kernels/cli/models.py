@@ -99,13 +99,20 @@ def load_source(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
     try:
         with stage(f"load {path.name}"), convert.without_bars():
             if path.is_file():
-                model, tokenizer = convert.load_gguf(path, dtype), gguf_tokenizer.load_tokenizer(path)
+                # the tokenizer first: its reader finds damage in the metadata at once
+                tokenizer = gguf_tokenizer.load_tokenizer(path)
+                model = convert.load_gguf(path, dtype)
             else:
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
                 tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CommandError(f"{path} cannot be loaded as a causal language model: {without_addresses(first)}") from error
+    except CommandError:
+        raise
+    except Exception as error:  # whatever the readers make of a damaged file
+        first = (str(error).strip().splitlines() or ["no reason given"])[0]
+        kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
+        raise CommandError(
+            f"{path} cannot be loaded as a causal language model: {kind}{without_addresses(first)}"
+        ) from error
     return model.eval(), tokenizer
 
 

@@ -26,7 +26,7 @@ def stage(label: str, total: int | None = None, *, in_bytes: bool = False) -> It
             yield lambda completed: None
         return
     amount = [progress.DownloadColumn() if in_bytes else progress.MofNCompleteColumn()] if total else []
-    columns = [progress.TextColumn("{task.description:<36}"), progress.BarColumn(30), *amount]
+    columns = [progress.TextColumn("{task.description:<36}", markup=False), progress.BarColumn(30), *amount]
     with progress.Progress(*columns, progress.TimeElapsedColumn(), console=terminal) as bars:
         task = bars.add_task(label, total=total)
         yield lambda completed: bars.update(task, completed=completed)

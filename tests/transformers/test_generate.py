@@ -100,3 +100,15 @@ def test_embeddings_instead_of_ids(family):
         embeddings = model.get_input_embeddings()(question)
         got = model.generate(inputs_embeds=embeddings, max_new_tokens=NEW, do_sample=False)[:, -NEW:]
     assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_an_assistant_that_exits_early_reads_the_context(family):
+    """The model's own first layers draft, with the context of the session."""
+    plain, model = build(family), enable(build(family))
+    prefix, question = tokens(1, PREFIX, seed=1), tokens(1, QUESTION, seed=2)
+    wanted = generate(plain, torch.cat([prefix, question], dim=1))
+    with session(model, SharedContext.from_caches(read(plain, prefix))), record_mass(model) as record:
+        got = generate(model, question, assistant_early_exit=2)
+    assert torch.equal(got, wanted)
+    assert len(record.mass[0]) > len(record.mass[3]) > 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 
 import pytest
 import torch
@@ -82,6 +84,52 @@ def test_sessions_end_with_their_exceptions(model, context):
     assert torch.equal(logits(model), plain)
 
 
+def test_sessions_belong_to_one_thread(model, context, other):
+    plain, by_context, by_other = (logits(model, c2c=c) for c in (None, context, other))
+    results = {}
+
+    def in_thread(name, use):
+        thread = threading.Thread(target=lambda: results.update({name: use()}))
+        thread.start()
+        thread.join()
+        return results[name]
+
+    def with_session():
+        with session(model, other):
+            return logits(model)
+
+    with session(model, context):
+        assert torch.equal(in_thread("none", lambda: logits(model)), plain)
+        assert torch.equal(in_thread("own", with_session), by_other)
+        assert torch.equal(logits(model), by_context)
+    assert torch.equal(logits(model), plain)
+
+    def held():
+        with session(model, context):
+            yield
+
+    generator = held()
+    next(generator)
+    in_thread("ended elsewhere", generator.close)
+    assert torch.equal(logits(model), plain)
+    disable(model)
+
+
+def test_sessions_of_one_thread_overlap(model, context, other):
+    plain, by_context, by_other = (logits(model, c2c=c) for c in (None, context, other))
+
+    def held(shared):
+        with session(model, shared):
+            yield
+
+    generators = [held(context), held(other), held(context)]
+    for generator in generators:
+        next(generator)
+    for ended, wanted in zip((0, 2, 1), (by_context, by_other, plain), strict=True):
+        generators[ended].close()
+        assert torch.equal(logits(model), wanted)
+
+
 def test_sessions_belong_to_one_model(model, context):
     second = enable(build("gemma3"), backend="reference")
     plain = logits(second)
@@ -126,6 +174,33 @@ def test_positions_follow_the_cache_where_none_are_given(model, context, cache_c
             positions = torch.arange(start, start + ids.shape[1])
             given = model(ids, past_key_values=right, position_ids=positions, c2c=context).logits
             assert torch.equal(implied, given)
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache, None])
+def test_masks_longer_than_the_text(model, context, cache_class):
+    """A mask over all that a cache can hold, left padding included, gives the positions of one that ends in time."""
+    rows = [tokens(1, length, seed=length)[0] for length in (6, 3)]
+    batch, mask = pad_left(rows)
+    steps = [batch] if cache_class is None else [batch, tokens(2, 2, seed=8), tokens(2, 1, seed=9)]
+    full = torch.cat([mask, torch.ones(2, 12 - mask.shape[1], dtype=torch.long)], dim=1)
+
+    @torch.no_grad()
+    def outputs(ending):
+        cache, read_so_far, found = None, 0, []
+        if cache_class is not None:
+            cache = StaticCache(model.config, max_cache_len=12) if cache_class is StaticCache else DynamicCache()
+        for ids in steps:
+            start, read_so_far = read_so_far, read_so_far + ids.shape[1]
+            positions = (full.cumsum(-1) - 1).masked_fill(full == 0, 0)[:, start:read_so_far]
+            extra = {"attention_mask": full} if ending is None else {"attention_mask": full[:, :read_so_far]}
+            if ending:
+                extra["position_ids"] = positions
+            found.append(model(ids, past_key_values=cache, use_cache=cache is not None, c2c=context, **extra).logits)
+        return torch.cat(found, dim=1)[full[:, :read_so_far] != 0]
+
+    wanted = outputs(True)
+    torch.testing.assert_close(outputs(None), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs(False), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_left_padding_counts_as_generate_counts(model, context):
@@ -206,6 +281,44 @@ def test_both_levels_enabled(model, context):
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("inner_first", [True, False])
+@pytest.mark.parametrize("inner_leaves_first", [True, False])
+def test_one_of_two_levels_is_disabled(context, inner_first, inner_leaves_first):
+    model = build("gemma3")
+    levels = [model.model, model]
+    wanted = logits(enable(build("gemma3"), backend="reference"), c2c=context)
+    for level in levels if inner_first else reversed(levels):
+        enable(level, backend="reference")
+    first, last = levels if inner_leaves_first else reversed(levels)
+    disable(first)
+    assert model.config._attn_implementation == "c2c"
+    with session(last, context):
+        assert torch.equal(logits(model), wanted)
+        with pytest.raises(RuntimeError, match="a session is open"), torch.no_grad():
+            last.forward(QUESTION_IDS)
+    disable(last)
+    assert model.config._attn_implementation == "eager"
+    assert not any(name.startswith("_c2c") for module in model.modules() for name in vars(module))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in levels)
+
+
+def test_models_loaded_with_the_implementation_can_be_disabled(context):
+    model = build("gemma3", attention="c2c")
+    wanted = logits(enable(build("gemma3")), c2c=context)
+    enable(model)
+    assert torch.equal(logits(model, c2c=context), wanted)
+    assert disable(model).config._attn_implementation == "sdpa"
+
+
+def test_enable_again_takes_a_changed_model_over(model, context):
+    wanted = logits(model, c2c=context)
+    model.set_attn_implementation("sdpa")
+    enable(model, backend="reference")
+    assert model.config._attn_implementation == "c2c"
+    assert torch.equal(logits(model, c2c=context), wanted)
+    assert disable(model).config._attn_implementation == "sdpa"
+
+
 def test_a_changed_implementation_does_not_drop_the_context(model, context):
     model.set_attn_implementation("sdpa")
     assert logits(model).isfinite().all()
@@ -225,6 +338,23 @@ def test_deep_copies_are_independent(model, context):
     assert torch.equal(logits(clone, c2c=context), wanted)
     cache = copy.deepcopy(context.attach(DynamicCache()))
     assert torch.equal(logits(clone, past_key_values=cache), wanted)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_made_inside_a_session_have_none(model, context, duplicate):
+    plain, wanted = logits(model), logits(model, c2c=context)
+    with session(model, context), record_mass(model) as record:
+        clone = duplicate(model)
+        assert torch.equal(logits(clone), plain)
+    assert record.mass[0] == []
+    assert torch.equal(logits(clone), plain)
+    with session(clone, context):
+        assert torch.equal(logits(clone), wanted)
+        assert torch.equal(logits(model), plain)
+    assert disable(clone).config._attn_implementation == "eager"
+    assert not clone._forward_pre_hooks
+    assert not clone._forward_hooks
+    assert torch.equal(logits(model, c2c=context), wanted)
 
 
 def test_accelerate_hooks_pass_the_context_on(model, context):
@@ -290,6 +420,15 @@ def test_attention_weights(family):
         wanted = torch.cat([wanted[..., PREFIX:], wanted[..., :PREFIX]], dim=-1)
         torch.testing.assert_close(got[layer], wanted, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(plain[layer], eager_plain[layer], rtol=1e-10, atol=1e-12)
+
+
+def test_attention_weights_by_the_config():
+    model = build("llama")
+    shared = SharedContext.from_caches(read(model, PREFIX_IDS))
+    model.config.output_attentions = True
+    enable(model)
+    with torch.no_grad():
+        assert model(QUESTION_IDS, c2c=shared).attentions[0].shape == (1, 6, 7, 7 + PREFIX)
 
 
 def test_attention_weights_from_generate():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import transformers
@@ -123,6 +125,74 @@ def test_attention_dropout(context):
     assert model(QUESTION_IDS, c2c=context).logits.isfinite().all()
     with pytest.raises(ValueError, match=r"attention dropout \(0.1\)"):
         model.train()(QUESTION_IDS)
+
+
+LAYERS = {**SMALL, "vocab_size": 101, "num_key_value_heads": 2, "intermediate_size": 32}
+
+
+def of_kind(name, **settings):
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    return kind(kind.config_class(**LAYERS, **settings)).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("NemotronForCausalLM", r"did not reach the attention of layers \[0, 1\]: NemotronForCausalLM"),
+        ("DiffLlamaForCausalLM", r"attention of layers \[0, 1\] ran more than once: DiffLlamaForCausalLM"),
+    ],
+)
+def test_layers_that_do_not_read_the_context_once(name, reason):
+    model = of_kind(name)
+    shared = SharedContext.from_caches(read(model, PREFIX_IDS))
+    before = model(QUESTION_IDS).logits
+    enable(model, backend="reference")
+    torch.testing.assert_close(model(QUESTION_IDS).logits, before, rtol=1e-4, atol=1e-5)
+    with record_mass(model):
+        refused(model, RuntimeError, reason)
+    if name.startswith("Nemotron"):
+        refused(model, RuntimeError, reason, c2c=shared)
+        with session(model, shared):
+            refused(model, RuntimeError, r"do not hand \*\*kwargs on")
+
+
+def test_one_layer_that_loses_the_context(model, context):
+    """Layers without a segment count too."""
+    layer = model.model.layers[2]
+    kept = layer.forward
+    layer.forward = lambda *args, c2c, **kwargs: kept(*args, **kwargs)
+    sparse = SharedContext([context.layers[0], [], [], []])
+    refused(model, RuntimeError, r"attention of layers \[2\]", c2c=sparse)
+    layer.forward = kept
+    assert model(QUESTION_IDS, c2c=sparse).logits.isfinite().all()
+
+
+def test_caches_that_do_not_hold_what_attention_reads():
+    model = of_kind("JetMoeForCausalLM", kv_channels=8, num_local_experts=2, num_experts_per_tok=2)
+    shared = SharedContext.from_caches(read(model, PREFIX_IDS))
+    refused(enable(model), ValueError, "such a cache does not hold the keys that attention reads", c2c=shared)
+
+
+def test_masks_shorter_than_the_text(model, context):
+    refused(model, ValueError, "cover the 0 tokens .* 7 new ones, got 5", attention_mask=torch.ones(2, 5), c2c=context)
+
+
+def test_data_parallel_threads_inside_a_session(model, context):
+    replica = model._replicate_for_data_parallel()
+    errors = []
+
+    def run():
+        try:
+            replica(QUESTION_IDS)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with session(model, context):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert "DataParallel" in errors[0]
 
 
 def test_bidirectional_calls(model):

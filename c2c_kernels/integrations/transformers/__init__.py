@@ -12,12 +12,14 @@
 A context reaches a forward pass in one of three ways, the first of which wins: `receiver(..., c2c=context)`, where
 `c2c=None` means none; a cache that carries one (`context.attach(cache)`); the innermost open `session`. A forward
 pre-hook on the enabled model picks it up, so it acts on `receiver(...)` and `receiver.generate(...)`. Calling
-`receiver.forward(...)` or an inner module directly bypasses the hook, which raises while a session is open.
+`receiver.forward(...)` or an inner module directly bypasses the hook, which raises while a session is open. A session
+belongs to the thread that opens it: another thread sees none, also one started inside.
 
 The receiver's position ids, given or built as `generate` builds them, are moved by the context's `position_offset`.
 
 With `output_attentions=True` (served by the reference backend) the weights of a layer are those of the own tokens,
 as eager attention gives them, followed by those of every segment's tokens: (batch, q_heads, q_len, len + all segments).
+`config.output_attentions = True` does the same where it is set before `enable`; later Transformers refuses to set it.
 
 Rotary scalings that change with the text's length (dynamic NTK, LongRoPE) are exact while sharer and receiver stay on
 the same side of the change, as for any cache. Checked against Transformers 5.23 (DESIGN.md 2.4).

@@ -18,8 +18,9 @@ from c2c_kernels.segment import to_tensors
 
 # Transformers dispatches names with "flash", "sdpa", "/" or "paged|" in them specially.
 NAME = "c2c"
-# Where `enable` leaves its record on the model and on every attention module.
+# Where `enable` leaves its record on the model, and on every attention module the list of all levels' records.
 PATCH = "_c2c_patch"
+LEVELS = "_c2c_levels"
 
 Groups = Sequence[Sequence[SharerSegment]]
 _NO_SHARER: Groups = ((),)
@@ -43,7 +44,10 @@ class Call:
     Attributes:
         layers: per receiver layer, per group of rows that read the same context row, the segments. None: no context.
         spaces: per receiver layer what its keys and values must look like.
+        windows: per receiver layer the sliding window of its mask, for attention that does not name it. None: none.
         positions: (batch, q_len) integers, the queries' positions. None: no segment has positions.
+        seen: the layers that ran, as they ran, until the forward pass ends. None: nobody asks.
+        owner: the `Patch` that made the call.
     """
 
     def __init__(self, backend: str | None, record: MassRecord | None = None, weights: bool = False) -> None:
@@ -52,6 +56,9 @@ class Call:
         self.weights = weights
         self.layers: list[list[list[SharerSegment]]] | None = None
         self.spaces: list[LayerSpace | None] = []
+        self.windows: list[int | None] = []
+        self.seen: list[int] | None = None
+        self.owner: Any = None
         self.positions: Tensor | None = None
 
 
@@ -91,10 +98,14 @@ def attention_forward(
         key, value = key[:, :, :q_len], value[:, :, :q_len]
 
     layer, positions, groups = module.layer_idx, call.positions, _NO_SHARER
+    if call.seen is not None:
+        call.seen.append(layer)
     if call.layers is not None and (space := call.spaces[layer]) is not None:
         groups = call.layers[layer]
         if (key.shape[1], key.shape[3], value.shape[3], key.device) != space:
-            _misfit(layer, key, value, space)
+            _misfit(module, key, value, space)
+        if sliding_window is None:
+            sliding_window = call.windows[layer]
         if positions is not None and positions.device != key.device:
             positions = positions.to(key.device)
 
@@ -174,15 +185,14 @@ def _unhooked(module: nn.Module, given: Any) -> Call:
             f"c2c: a layer got a {type(given).__name__} that no pre-hook has read: pass c2c= to the enabled model "
             "itself, as model(...), not to model.forward(...) or an inner module"
         )
-    patch = getattr(module, PATCH, None)
-    if patch is None:
-        return Call(None)
-    if patch.sessions:
+    levels = getattr(module, LEVELS, ())
+    if any(patch.sessions.stack for patch in levels):
         raise RuntimeError(
-            "a session is open, but the forward pass did not go through the enabled model's __call__ (it is "
-            "model.forward(...) or an inner module that was called), so its context would not be read"
+            "a session is open, but its context does not reach the layers: the forward pass did not go through the "
+            "enabled model's __call__ (it is model.forward(...) or an inner module that was called), or the model's "
+            "decoder layers do not hand **kwargs on to their attention and cannot be served"
         )
-    return Call(patch.backend)
+    return Call(levels[-1].backend if levels else None)
 
 
 def _refuse(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
@@ -196,14 +206,23 @@ def _refuse(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: d
         raise ValueError(f"{type(module).__name__} adds a position bias to its scores, which is not supported")
 
 
-def _misfit(layer: int, key: Tensor, value: Tensor, space: LayerSpace) -> NoReturn:
+def _misfit(module: Any, key: Tensor, value: Tensor, space: LayerSpace) -> NoReturn:
     own = LayerSpace(key.shape[1], key.shape[3], value.shape[3], key.device)
     differences = ", ".join(
         f"{name} {wanted} in the layer, {got} in the context"
         for name, wanted, got in zip(LayerSpace._fields, own, space, strict=True)
         if wanted != got
     )
-    raise ValueError(f"c2c: the context does not fit layer {layer}: {differences}")
+    config = getattr(module, "config", None)
+    expands = key.shape[1] > (getattr(config, "num_key_value_heads", None) or key.shape[1])
+    hint = ""
+    if expands or getattr(config, "kv_lora_rank", None):
+        # Latent attention (DeepSeek), or heads repeated after the cache (JetMoE).
+        hint = (
+            f" ({type(module).__name__} may compute its keys and values from what its cache holds: such a cache does "
+            "not hold the keys that attention reads, and cannot be read as a context without a projector)"
+        )
+    raise ValueError(f"c2c: the context does not fit layer {module.layer_idx}: {differences}{hint}")
 
 
 AttentionInterface.register(NAME, attention_forward)

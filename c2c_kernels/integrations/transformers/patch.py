@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
 import c2c_kernels as c2c
-from c2c_kernels.integrations.transformers.attention import NAME, PATCH, Call, MassRecord
+from c2c_kernels.integrations.transformers.attention import LEVELS, NAME, PATCH, Call, MassRecord
 from c2c_kernels.integrations.transformers.context import CARRIED, SharedContext
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -22,18 +24,46 @@ _UNSET: Any = object()
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-class Patch:
-    """What `enable` knows about a model; its `before_forward` is the model's forward pre-hook."""
+class _Session:
+    """One open session; compared by identity, as the same context may be open twice."""
 
-    def __init__(self, model: PreTrainedModel, backend: str | None, attention: list[nn.Module]) -> None:
+    def __init__(self, context: SharedContext | None) -> None:
+        self.context = context
+
+
+class _Sessions(threading.local):
+    """The sessions that the current thread has opened, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Session] = []
+
+
+class Patch:
+    """What `enable` knows about a model; its `before_forward` and `after_forward` are the model's forward hooks.
+
+    Copies and pickles of an enabled model have neither its sessions nor its record.
+    """
+
+    def __init__(self, model: PreTrainedModel, backend: str | None, attention: list[nn.Module], previous: str) -> None:
         self.backend = backend
-        self.previous: str = model.config._attn_implementation
+        self.previous = previous
         self.attention = attention
+        self.windows = _windows(model)
         self.arguments = [name for name in inspect.signature(model.forward).parameters if name != "self"]
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self.sessions: list[SharedContext | None] = []
+        self.sessions = _Sessions()
+        self.opened: list[_Session] = []  # of all threads
         self.record: MassRecord | None = None
-        self.hook = model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        self.hooks = [
+            model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            model.register_forward_hook(self.after_forward, with_kwargs=True),
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("sessions", "opened", "record")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, sessions=_Sessions(), opened=[], record=None)
 
     def before_forward(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -47,8 +77,11 @@ class Patch:
             return args, {**kwargs, "c2c": context}
         if context is _UNSET:
             context = getattr(kwargs.get("past_key_values"), CARRIED, None)
-            if context is None and self.sessions:
-                context = self.sessions[-1]
+            stack = self.sessions.stack
+            if context is None and stack:
+                context = stack[-1].context
+        if getattr(model, "_is_replica", False) and (context is not None or self.opened):
+            raise RuntimeError("nn.DataParallel splits the batch but not the context: use DistributedDataParallel")
         if model.config._attn_implementation != NAME:
             if context is not None:
                 raise RuntimeError(
@@ -64,8 +97,33 @@ class Patch:
         call = Call(self.backend, self.record, bool(weights))
         if context is not None:
             self._share(call, _checked_context(context, "c2c"), model, args, kwargs)
+        if (context is not None or self.record is not None) and not torch.compiler.is_compiling():
+            call.seen = []
+        call.owner = self
         kwargs["c2c"] = call
         return args, kwargs
+
+    def after_forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """RuntimeError unless every layer has read the forward pass's context, or was recorded, exactly once."""
+        call = kwargs.get("c2c")
+        if type(call) is not Call or call.owner is not self or call.seen is None:
+            return
+        # Checkpointed layers run again in the backward pass, after this.
+        seen, call.seen = call.seen, None
+        count = model.config.num_hidden_layers  # `generate` lowers it for an assistant that exits early
+        dropping = model.training and getattr(model.config, "layerdrop", 0)
+        missing = [] if dropping else sorted(set(range(count)) - set(seen))
+        repeated = sorted({layer for layer in seen if seen.count(layer) > 1})
+        if missing:
+            raise RuntimeError(
+                f"c2c: the call did not reach the attention of layers {missing}: {type(model).__name__} does not hand "
+                "**kwargs on to it, or does not go through the AttentionInterface there, and cannot be served"
+            )
+        if repeated:
+            raise RuntimeError(
+                f"c2c: the attention of layers {repeated} ran more than once: {type(model).__name__} computes a layer "
+                "from several attentions, each of which would read the context, and cannot be served"
+            )
 
     def _share(
         self,
@@ -81,8 +139,6 @@ class Patch:
         if inputs is None:
             raise ValueError("c2c: the forward pass has neither input_ids nor inputs_embeds")
         batch, q_len = inputs.shape[:2]
-        if getattr(model, "_is_replica", False):
-            raise RuntimeError("nn.DataParallel splits the batch but not the context: use DistributedDataParallel")
         if len(context.layers) != len(self.attention):
             raise ValueError(
                 f"c2c: the context is made for {len(context.layers)} layers, the model has {len(self.attention)}"
@@ -93,6 +149,7 @@ class Patch:
             context = context.with_leaves()
         call.layers = context.rows(batch)
         call.spaces = context.spaces
+        call.windows = self.windows
         offset = context.offset_rows(batch)
         if offset is None and not context.positioned:
             return
@@ -115,7 +172,11 @@ class Patch:
 def enable(model: Model, backend: str | None = None) -> Model:
     """Makes every attention layer of `model` run merged attention; returns the model.
 
-    Without a context the model computes what it did. Calling it again changes the backend.
+    Without a context the model computes what it did. Calling it again changes the backend, and takes the model over
+    again where something has set another attention implementation meanwhile.
+
+    Some models cannot be told from their looks: a forward pass with a context, or under `record_mass`, raises
+    RuntimeError where a layer did not see the context exactly once (not inside a torch.compile of the whole model).
 
     Args:
         model: a decoder-only language model whose layers go through Transformers' AttentionInterface.
@@ -132,28 +193,43 @@ def enable(model: Model, backend: str | None = None) -> Model:
         raise TypeError(f"model must be a Transformers PreTrainedModel, got {type(model).__name__}: {hint}")
     _check_backend(backend)
     patch = model.__dict__.get(PATCH)
-    if patch is not None:
-        patch.backend = backend
-        return model
-    attention = _attention_modules(model)
-    patch = Patch(model, backend, attention)
+    attention = _attention_modules(model) if patch is None else patch.attention
+    levels = list(getattr(attention[0], LEVELS, ()))
+    previous = _previous(model, levels)
     model.set_attn_implementation(NAME)
-    for module in (model, *attention):
-        setattr(module, PATCH, patch)
+    if patch is None:
+        patch = Patch(model, backend, attention, previous)
+        setattr(model, PATCH, patch)
+        levels.append(patch)
+        for module in attention:
+            setattr(module, LEVELS, levels)
+    patch.backend = backend
+    for level in levels:
+        level.previous = previous
     return model
 
 
 def disable(model: Model) -> Model:
-    """Gives `model` its previous attention back; returns the model. Does nothing where it was not enabled."""
+    """Gives `model` its previous attention back; returns the model. Does nothing where it was not enabled.
+
+    Where an outer or inner model is enabled too, that one goes on, and the attention returns with the last of them.
+    A model loaded with attn_implementation="c2c" gets Transformers' default.
+    """
     patch = model.__dict__.get(PATCH)
     if patch is None:
         return model
-    if patch.sessions:
+    if patch.opened:
         raise RuntimeError("disable() inside a session: leave the session first")
-    patch.hook.remove()
-    for module in (model, *patch.attention):
-        module.__dict__.pop(PATCH, None)
-    if model.config._attn_implementation == NAME:
+    for hook in patch.hooks:
+        hook.remove()
+    del model.__dict__[PATCH]
+    levels = [level for level in getattr(patch.attention[0], LEVELS) if level is not patch]
+    for module in patch.attention:
+        if levels:
+            setattr(module, LEVELS, levels)
+        else:
+            delattr(module, LEVELS)
+    if not levels and model.config._attn_implementation == NAME:
         model.set_attn_implementation(patch.previous)
     return model
 
@@ -162,23 +238,30 @@ def disable(model: Model) -> Model:
 def session(model: PreTrainedModel, context: SharedContext | None) -> Iterator[SharedContext | None]:
     """Every forward pass of `model` inside reads `context`; sessions nest, and None means no context.
 
-    Acts on `model(...)` and `model.generate(...)`, not on another model that `generate` calls (an assistant).
+    Acts on `model(...)` and `model.generate(...)`, not on another model that `generate` calls (an assistant), and on
+    the thread that opens it only: where a new thread runs `generate` (streaming), open the session in that thread.
+    Sessions may end in any order (in generators); the innermost that is still open counts.
     """
     patch = _patch_of(model)
     if context is not None:
         _checked_context(context, "context")
-    patch.sessions.append(context)
+    own, stacks = _Session(context), (patch.sessions.stack, patch.opened)
+    for stack in stacks:
+        stack.append(own)
     try:
         yield context
     finally:
-        patch.sessions.pop()
+        # The opening thread's stack, in whichever thread a generator ends.
+        for stack in stacks:
+            stack.remove(own)
 
 
 @contextmanager
 def record_mass(model: PreTrainedModel) -> Iterator[MassRecord]:
     """Records in every forward pass inside which share of attention the own tokens and each segment hold.
 
-    Yields a `MassRecord`; `mass[layer]` grows by a tensor (batch, q_heads, q_len, 1 + segments) per call.
+    Yields a `MassRecord`; `mass[layer]` grows by a tensor (batch, q_heads, q_len, 1 + segments) per call. Unlike a
+    session it acts on every thread.
     """
     patch = _patch_of(model)
     previous, patch.record = patch.record, MassRecord(len(patch.attention))
@@ -218,12 +301,44 @@ def _own_positions(kwargs: dict[str, Any], batch: int, q_len: int, device: torch
                 "pad the batch and pass its attention_mask"
             )
         return positions
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        seen = mask.long().cumsum(-1) - 1
-        return seen.masked_fill(mask == 0, 0)[:, -q_len:]
     cache = kwargs.get("past_key_values")
     past = 0 if cache is None else cache.get_seq_length()
-    return (torch.arange(q_len, device=device) + past)[None]
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return (torch.arange(q_len, device=device) + past)[None]
+    seen = mask.long().cumsum(-1) - 1
+    seen = seen.masked_fill(mask == 0, 0)
+    # A static cache counts in a tensor, which stays on its device in traces and CUDA graphs.
+    if isinstance(past, Tensor):
+        if past.device.type != "cpu" or torch.compiler.is_compiling():
+            return seen.index_select(1, torch.arange(q_len, device=mask.device) + past.to(mask.device))
+        past = int(past)
+    if mask.shape[1] < past + q_len:
+        raise ValueError(
+            f"attention_mask must cover the {past} tokens in the cache and the {q_len} new ones, got {mask.shape[1]}"
+        )
+    return seen[:, past : past + q_len]
+
+
+def _previous(model: PreTrainedModel, levels: list[Patch]) -> str:
+    """The attention implementation to return to from merged attention."""
+    current: str = model.config._attn_implementation
+    if current != NAME:
+        return current
+    # Enabled already, inside or outside of this model, or loaded with the name.
+    return levels[0].previous if levels else model.get_correct_attn_implementation(None)
+
+
+def _windows(model: PreTrainedModel) -> list[int | None]:
+    """Per layer the sliding window that the model's own mask has there, None for none."""
+    config = model.config
+    window = getattr(config, "sliding_window", None) or None
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return [window if kind == "sliding_attention" else None for kind in types]
+    # Without layer types, models that make sliding masks at all make them for every layer.
+    modules = (sys.modules.get(kind.__module__) for kind in type(model).__mro__)
+    slides = any(hasattr(module, "create_sliding_window_causal_mask") for module in modules)
+    return [window if slides else None] * config.num_hidden_layers
 
 
 def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:

@@ -1,0 +1,108 @@
+"""PyTorch's attention over one cache, sharer tokens first: what merged attention stands beside."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from c2c_kernels.bench.check import ULPS
+from c2c_kernels.bench.inputs import AttentionInputs, joined
+from c2c_kernels.bench.work import Call, LeftOutError
+
+# The reference holds scores and caches several times in float32, and projects the segment in every call.
+_REFERENCE_NUMBERS = 1 << 22
+_REFERENCE_PRODUCTS = 1 << 29
+_FLEX_TOLERANCE = 64 * ULPS  # of its error against SDPA, in ulp
+
+
+def mask(inputs: AttentionInputs) -> Tensor | None:
+    """(q_len, shared + own) additive: every sharer token, own ones up to the query; None where nothing is hidden."""
+    q_len, own = inputs.query.shape[2], inputs.key.shape[2]
+    shared = sum(segment.key.shape[2] for segment in inputs.segments)
+    if q_len == 1:
+        return None
+    hidden = torch.ones(q_len, own, dtype=torch.bool).triu(own - q_len + 1)
+    zero = torch.zeros(q_len, shared + own, dtype=inputs.query.dtype)
+    zero[:, shared:].masked_fill_(hidden, -torch.inf)
+    return zero
+
+
+def sdpa_options(inputs: AttentionInputs) -> dict[str, Any]:
+    """Keyword arguments of scaled_dot_product_attention; is_causal where its upper-left alignment is ours."""
+    if inputs.segment is None and inputs.query.shape[2] == inputs.key.shape[2]:
+        return {"is_causal": inputs.query.shape[2] > 1, "enable_gqa": True}
+    return {"attn_mask": mask(inputs), "enable_gqa": True}
+
+
+def sdpa(inputs: AttentionInputs) -> Call:
+    """scaled_dot_product_attention over the projected and concatenated cache, which is made beforehand."""
+    key, value = joined(inputs)
+    options = sdpa_options(inputs)
+    return lambda: F.scaled_dot_product_attention(inputs.query, key, value, **options)
+
+
+def sdpa_raw(inputs: AttentionInputs) -> Call:
+    """The same with projection and concatenation in the call."""
+    options = sdpa_options(inputs)
+
+    def run() -> Tensor:
+        key, value = joined(inputs)
+        return F.scaled_dot_product_attention(inputs.query, key, value, **options)
+
+    return run
+
+
+def reference(inputs: AttentionInputs) -> Call:
+    """This package's specification; LeftOutError where it would take long."""
+    batch, q_heads, q_len, head_dim = inputs.query.shape
+    kv_heads = inputs.key.shape[1]
+    products, tokens = 0, inputs.key.shape[2]
+    for segment in inputs.segments:
+        shared = segment.key.shape[2]
+        tokens += shared
+        if segment.key_proj is not None:
+            products += batch * shared * kv_heads * head_dim * segment.key.shape[1] * segment.key.shape[3]
+    numbers = batch * tokens * max(q_heads * q_len, kv_heads * head_dim)
+    if numbers > _REFERENCE_NUMBERS or products > _REFERENCE_PRODUCTS:
+        raise LeftOutError("small shapes only")
+    return lambda: inputs.merged(backend="reference")
+
+
+def flex(inputs: AttentionInputs) -> Call:
+    """flex_attention, compiled here for these shapes; LeftOutError with the reason where that fails."""
+    key, value = joined(inputs)
+    shared, own, q_len = key.shape[2] - inputs.key.shape[2], inputs.key.shape[2], inputs.query.shape[2]
+    try:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        torch.compiler.reset()  # the number of shapes that one function is compiled for is limited
+        compiled = torch.compile(flex_attention, dynamic=False)
+        block_mask = None
+        if q_len > 1:
+            block_mask = create_block_mask(
+                lambda b, h, i, j: j - shared <= i + own - q_len, None, None, q_len, shared + own, device="cpu"
+            )
+
+        def run() -> Tensor:
+            return compiled(inputs.query, key, value, block_mask=block_mask, enable_gqa=True)
+
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = run()
+    except Exception as error:  # a compiler's failures have many types
+        raise LeftOutError(f"does not compile: {first_line(error)}") from error
+    wanted = sdpa(inputs)()
+    allowed = _FLEX_TOLERANCE * torch.finfo(wanted.dtype).eps
+    if (found.float() - wanted.float()).abs().max().item() > allowed:
+        raise LeftOutError("its result differs from SDPA's")
+    return run
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, shortened."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:120]

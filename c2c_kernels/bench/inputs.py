@@ -1,0 +1,143 @@
+"""Tensors of a case, the same for every contender."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import c2c_kernels as c2c
+from c2c_kernels.bench.shapes import DTYPES, Case
+
+# Queries are spread so that attention is on a few tokens: a token that is read wrongly then shows.
+_SPREAD = 3.0
+_QUANTISED_MAX = 127
+
+
+@dataclass
+class AttentionInputs:
+    """What one attention call reads.
+
+    Attributes:
+        query: (batch, q_heads, q_len, head_dim).
+        key, value: (batch, kv_heads, own, head_dim).
+        segment: the sharer's, None where there is none.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    segment: c2c.SharerSegment | None
+
+    @property
+    def segments(self) -> list[c2c.SharerSegment]:
+        """As `merged_attention` takes them."""
+        return [] if self.segment is None else [self.segment]
+
+    def merged(self, strategy: str = "auto", backend: str | None = None) -> Tensor:
+        """out (batch, q_heads, q_len, head_dim) of merged attention, causal as in a model."""
+        out = c2c.merged_attention(
+            self.query, self.key, self.value, self.segments, is_causal=True, strategy=strategy, backend=backend
+        )
+        return cast(Tensor, out)
+
+
+class Random:
+    """Normal numbers, the same on every run for the same case."""
+
+    def __init__(self, case: Case) -> None:
+        self._generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+        self._dtype = DTYPES[case.dtype]
+
+    def __call__(self, *shape: int, spread: float = 1.0) -> Tensor:
+        """(shape) in the case's dtype."""
+        return torch.randn(shape, generator=self._generator).mul_(spread).to(self._dtype)
+
+
+def attention(case: Case) -> list[AttentionInputs]:
+    """One set of inputs for every layer of the case."""
+    random, receiver = Random(case), case.receiver
+    return [
+        AttentionInputs(
+            random(case.batch, receiver.q_heads, case.q_len, receiver.head_dim, spread=_SPREAD),
+            random(case.batch, receiver.kv_heads, case.own, receiver.head_dim),
+            random(case.batch, receiver.kv_heads, case.own, receiver.head_dim),
+            _segment(case, random),
+        )
+        for _ in range(case.layers)
+    ]
+
+
+def _segment(case: Case, random: Random) -> c2c.SharerSegment | None:
+    if case.sharer is not None:
+        return raw_segment(case, random)
+    if not case.family.endswith("materialised"):
+        return None
+    receiver = case.receiver
+    shape = (case.batch, receiver.kv_heads, case.shared, receiver.head_dim)
+    return c2c.SharerSegment(random(*shape), random(*shape))
+
+
+def raw_segment(case: Case, random: Random) -> c2c.SharerSegment:
+    """A sharer's tokens with dense projectors; stored as int8 in the families that say so."""
+    receiver, sharer = case.receiver, case.sharer
+    assert sharer is not None, f"{case.name} has no sharer"
+    shape = (case.batch, sharer.heads, case.shared, sharer.head_dim)
+    weights = (receiver.kv_heads, receiver.head_dim, sharer.width)
+    key, value = random(*shape), random(*shape)
+    key_proj, value_proj = (random(*weights, spread=sharer.width**-0.5) for _ in range(2))
+    if not case.family.endswith("int8"):
+        return c2c.SharerSegment(key, value, key_proj, value_proj)
+    key, key_scale = _quantise(key)
+    value, value_scale = _quantise(value)
+    return c2c.SharerSegment(key, value, key_proj, value_proj, key_scale=key_scale, value_scale=value_scale)
+
+
+def _quantise(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 with a scale (batch, heads, len) for each token and head."""
+    scale = cache.float().abs().amax(dim=3) / _QUANTISED_MAX
+    return (cache.float() / scale.unsqueeze(3)).round().to(torch.int8), scale
+
+
+def dequantised(segment: c2c.SharerSegment, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Raw keys and values as numbers of `dtype`."""
+    if segment.key_scale is None or segment.value_scale is None:
+        return segment.key, segment.value
+    return tuple(  # type: ignore[return-value]
+        (tensor * scale.unsqueeze(3)).to(dtype)
+        for tensor, scale in ((segment.key, segment.key_scale), (segment.value, segment.value_scale))
+    )
+
+
+def project_with_torch(segment: c2c.SharerSegment, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The segment in receiver space by matrix products in `dtype`: (batch, kv_heads, len, head_dim), views."""
+
+    def apply(raw: Tensor, proj: Tensor) -> Tensor:
+        flat = raw.transpose(1, 2).flatten(2)
+        return F.linear(flat, proj.flatten(0, 1)).unflatten(2, proj.shape[:2]).transpose(1, 2)
+
+    key, value = dequantised(segment, dtype)
+    assert isinstance(segment.key_proj, Tensor) and isinstance(segment.value_proj, Tensor)
+    return apply(key, segment.key_proj), apply(value, segment.value_proj)
+
+
+def receiver_space(segment: c2c.SharerSegment, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values that a receiver can attend to as they are."""
+    return (segment.key, segment.value) if segment.key_proj is None else project_with_torch(segment, dtype)
+
+
+def joined(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """The cache that attention without segments needs: sharer tokens, then the own ones, copied into one."""
+    if inputs.segment is None:
+        return inputs.key, inputs.value
+    key, value = receiver_space(inputs.segment, inputs.query.dtype)
+    return torch.cat([key, inputs.key], dim=2), torch.cat([value, inputs.value], dim=2)
+
+
+def storage_bytes(*tensors: Tensor | None) -> int:
+    """Bytes of the tensors' elements."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
