@@ -95,22 +95,21 @@ def step_inputs(length: int, sharer: int):
 
 def test_compile_does_not_recompile_when_lengths_change():
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     counted = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     for length, sharer in ((9, 5), (12, 6), (31, 70), (200, 8)):
         inputs = step_inputs(length, sharer)
-        torch.testing.assert_close(compiled(*inputs), step(*inputs))
         torch.testing.assert_close(counted(*inputs), step(*inputs))
     assert counter.frame_count == 1
 
 
 def test_first_call_may_be_a_compiled_one(tmp_path):
+    """With inductor, in a process of its own: it imports setuptools, which other tests have brought in another way."""
     code = """
 import torch, c2c_kernels as c2c
-call = torch.compile(lambda q: c2c.merged_attention(q, q, q), fullgraph=True, backend="aot_eager")
+call = torch.compile(lambda q: c2c.merged_attention(q, q, q) * 2, fullgraph=True)
 q = torch.randn(1, 2, 3, 8)
-assert torch.equal(call(q), c2c.merged_attention(q, q, q))
+assert torch.equal(call(q), c2c.merged_attention(q, q, q) * 2)
 torch._dynamo.config.error_on_recompile = True
 call(q)
 """

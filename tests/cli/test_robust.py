@@ -223,9 +223,12 @@ def _nested() -> bytes:
     return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<I", 9) + arrays
 
 
-@pytest.mark.parametrize("damage", ["tensors", "counts", "noise", "empty", "nested", "cut"])
+@pytest.mark.parametrize(
+    "damage", ["tensors", "counts", "noise", "empty", "nested", "cut", "count", "id", "heads", "merge"]
+)
 def test_a_damaged_gguf_file_is_named(tiny, tmp_path, damage):
     good = tiny.read_bytes()
+    count = len(tiny_gguf.SPECIAL) + 256 + len(tiny_gguf.MERGES)  # tokens
     made = {
         "tensors": good[:8] + struct.pack("<Q", 2**60) + good[16:],
         "counts": good[:16] + struct.pack("<Q", 2**63) + good[24:],
@@ -233,8 +236,15 @@ def test_a_damaged_gguf_file_is_named(tiny, tmp_path, damage):
         "empty": b"GGUF" + struct.pack("<IQQ", 3, 0, 0),
         "nested": _nested(),
         "cut": good[:-5000],
+        "count": good.replace(
+            b"token_type" + struct.pack("<III", 9, 5, count), b"token_type" + struct.pack("<III", 9, 5, 2**31)
+        ),
+        "id": good.replace(b"bos_token_id" + struct.pack("<II", 4, 1), b"bos_token_id" + struct.pack("<II", 4, 99999)),
+        "heads": good.replace(b"head_count" + struct.pack("<II", 4, 4), b"head_count" + struct.pack("<II", 4, 0)),
+        "merge": good.replace(b"h e", b"h_e"),
     }
     path = tmp_path / "bad.gguf"
+    assert made[damage] != good
     path.write_bytes(made[damage])
     with pytest.raises(CommandError, match=r"bad\.gguf (is a damaged|cannot be loaded)") as caught:
         models.load_model(str(path))

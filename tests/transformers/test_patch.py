@@ -195,7 +195,7 @@ def test_masks_longer_than_the_text(model, context, cache_class):
             extra = {"attention_mask": full} if ending is None else {"attention_mask": full[:, :read_so_far]}
             if ending:
                 extra["position_ids"] = positions
-            found.append(model(ids, past_key_values=cache, use_cache=cache is not None, c2c=context, **extra).logits)
+            found.append(model(ids, past_key_values=cache, c2c=context, **extra).logits)
         return torch.cat(found, dim=1)[full[:, :read_so_far] != 0]
 
     wanted = outputs(True)

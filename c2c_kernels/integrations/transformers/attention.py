@@ -96,9 +96,6 @@ def attention_forward(
         # The prefill of an empty StaticCache: what follows the first q_len tokens is not filled yet.
         unused = key.shape[2] - q_len
         key, value = key[:, :, :q_len], value[:, :, :q_len]
-    elif attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
-        # A mask over more than has been read, without a cache to hold the rest.
-        attention_mask = attention_mask[..., : key.shape[2]]
 
     layer, positions, groups = module.layer_idx, call.positions, _NO_SHARER
     if call.seen is not None:
