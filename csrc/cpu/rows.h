@@ -1,112 +1,196 @@
-// The two memory-bound loops: a few float32 rows against many stored tokens, each read once and in order.
+// The two memory-bound loops: a few float32 rows against many stored tokens, each read once and in the order of
+// addresses: reading four tokens side by side halves what memory delivers, whatever is fetched ahead.
 // Included inside an instruction set's namespace.
 
 #if LANES == 16
-constexpr int MAX_ROWS = 4;  // rows in registers: 4 x 4 accumulators of 32 registers
+constexpr int ROW_VECTORS = 16;  // of 32 registers hold rows (dot_rows) or their sums (weigh_rows)
+constexpr int MAX_ROWS = 4;
+constexpr int CHUNK = 8;  // vectors of a token at a time
 #else
-constexpr int MAX_ROWS = 3;  // 3 x 4 accumulators of 16 registers
+constexpr int ROW_VECTORS = 32;  // rows stay in the first-level cache: what a token needs of them is read beside it
+constexpr int MAX_ROWS = 4;
+constexpr int CHUNK = 16;
 #endif
 
-// Elements from a token to the one that is fetched while it is read: 4 to 6 KB ahead, by measurement (2x without).
+constexpr int64_t AHEAD = 8192;  // bytes from what is read to what is fetched, by measurement (1 to 32 KB are alike)
+
 template <class T>
-static ALWAYS_INLINE int64_t fetch_ahead(int64_t stride) {
-  const int64_t bytes = sizeof(T) == 4 ? 4096 : 6144;
-  return most<int64_t>(4, bytes / (most<int64_t>(stride, 1) * (int64_t)sizeof(T))) * stride;
+static ALWAYS_INLINE void fetch(const T *p) {
+  __builtin_prefetch((const char *)p + AHEAD, 0, 2);
 }
 
-// s[r][j] (+)= x[r] . token[j] for ROWS rows and n tokens of `dim` stored elements.
-// Nothing beyond `dim` elements of a row or token is read.
-template <int ROWS, class T>
-static inline void dot_rows(const float *x, int64_t ldx, const T *tokens, int64_t stride, int64_t n, int64_t dim,
-                            float *s, int64_t lds, bool add) {
-  const int64_t whole = dim / LANES * LANES, ahead = fetch_ahead<T>(stride);
-  int64_t j = 0;
-  for (; j + 4 <= n; j += 4) {
-    V acc[ROWS][4] = {};
-    const T *token[4] = {tokens + j * stride, tokens + (j + 1) * stride, tokens + (j + 2) * stride,
-                         tokens + (j + 3) * stride};
-    for (int64_t d = 0; d < whole; d += LANES) {
-      V k[4];
-#pragma GCC unroll 4
-      for (int t = 0; t < 4; ++t) {
-        __builtin_prefetch(token[t] + d + ahead);
-        k[t] = load(token[t] + d);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) {
-        V q = load(x + r * ldx + d);
-#pragma GCC unroll 4
-        for (int t = 0; t < 4; ++t) acc[r][t] = q * k[t] + acc[r][t];
-      }
-    }
-    if (whole < dim)
-      for (int t = 0; t < 4; ++t) {
-        V k = load_first(token[t] + whole, dim - whole);
-        for (int r = 0; r < ROWS; ++r) acc[r][t] = load_first(x + r * ldx + whole, dim - whole) * k + acc[r][t];
-      }
-    for (int r = 0; r < ROWS; ++r) {
-      V4 dots = sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-      for (int t = 0; t < 4; ++t) s[r * lds + j + t] = add ? s[r * lds + j + t] + dots[t] : dots[t];
+// Order of a stored token's elements in registers. A pair of bf16 vectors is widened as one: its even elements, then
+// its odd ones, which takes half the instructions; rows that meet them are arranged alike.
+template <class T>
+struct Order {
+  template <int VECTORS>
+  static ALWAYS_INLINE void load_token(const T *p, V (&to)[VECTORS]) {
+#pragma GCC unroll 16
+    for (int v = 0; v < VECTORS; ++v) {
+      if (v * LANES * sizeof(T) % 64 == 0) fetch(p + v * LANES);
+      to[v] = load(p + v * LANES);
     }
   }
-  for (; j < n; ++j)
+  template <int VECTORS>
+  static ALWAYS_INLINE void arrange(V (&)[VECTORS]) {}
+  template <int VECTORS>
+  static ALWAYS_INLINE void restore(V (&)[VECTORS]) {}
+};
+
+template <>
+struct Order<bf16> {
+  template <int VECTORS>
+  static ALWAYS_INLINE void load_token(const bf16 *p, V (&to)[VECTORS]) {
+#pragma GCC unroll 16
+    for (int v = 0; v + 2 <= VECTORS; v += 2) {
+      if (v * LANES * sizeof(bf16) % 64 == 0) fetch(p + v * LANES);
+      VU both = bit_cast<VU>(*(const UnalignedVI *)(p + v * LANES));
+      to[v] = bit_cast<V>(both << 16);
+      to[v + 1] = bit_cast<V>(both & 0xffff0000u);
+    }
+    if (VECTORS % 2) to[VECTORS - 1] = load(p + (VECTORS - 1) * LANES);
+  }
+  template <int VECTORS>
+  static ALWAYS_INLINE void arrange(V (&x)[VECTORS]) {
+#pragma GCC unroll 16
+    for (int v = 0; v + 2 <= VECTORS; v += 2) {
+      V first = x[v], second = x[v + 1];
+      x[v] = even(first, second);
+      x[v + 1] = odd(first, second);
+    }
+  }
+  template <int VECTORS>
+  static ALWAYS_INLINE void restore(V (&x)[VECTORS]) {
+#pragma GCC unroll 16
+    for (int v = 0; v + 2 <= VECTORS; v += 2) {
+      V first = x[v], second = x[v + 1];
+      x[v] = interleave_low(first, second);
+      x[v + 1] = interleave_high(first, second);
+    }
+  }
+};
+
+// s[r][j] (+)= x[r] . token[j] over VECTORS whole vectors, for ROWS rows and n tokens.
+template <int ROWS, int VECTORS, class T>
+static void dot_chunk(const float *x, int64_t ldx, const T *tokens, int64_t stride, int64_t n, float *s, int64_t lds,
+                      bool add) {
+  V row[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 0; v < VECTORS; ++v) row[r][v] = load(x + r * ldx + v * LANES);
+    Order<T>::arrange(row[r]);
+  }
+  auto products = [&](const T *token, V(&sum)[ROWS]) __attribute__((always_inline)) {
+    V k[VECTORS];
+    Order<T>::load_token(token, k);
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      V acc = {};
-      const T *token = tokens + j * stride;
-      for (int64_t d = 0; d < whole; d += LANES) acc = load(x + r * ldx + d) * load(token + d) + acc;
-      if (whole < dim)
-        acc = load_first(x + r * ldx + whole, dim - whole) * load_first(token + whole, dim - whole) + acc;
-      // The same order of additions as sum4, so that a token's score does not depend on its place in a block.
-      float dot = sum4(acc, acc, acc, acc)[0];
+      sum[r] = row[r][0] * k[0];
+#pragma GCC unroll 16
+      for (int v = 1; v < VECTORS; ++v) sum[r] = row[r][v] * k[v] + sum[r];
+    }
+  };
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4, tokens += 4 * stride) {
+    V sum[4][ROWS];
+    products(tokens, sum[0]);
+    products(tokens + stride, sum[1]);
+    products(tokens + 2 * stride, sum[2]);
+    products(tokens + 3 * stride, sum[3]);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      V4 dots = sum4(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
+      V4 *to = (V4 *)__builtin_assume_aligned(s + r * lds + j, 4);
+      V4 before = {};
+      if (add) memcpy(&before, to, sizeof(V4));
+      dots += before;
+      memcpy((void *)to, &dots, sizeof(V4));
+    }
+  }
+  for (; j < n; ++j, tokens += stride) {
+    V sum[ROWS];
+    products(tokens, sum);
+    for (int r = 0; r < ROWS; ++r) {
+      // The same order of additions as above, so that a token's score does not depend on its place in a block.
+      float dot = sum4(sum[r], sum[r], sum[r], sum[r])[0];
+      s[r * lds + j] = add ? s[r * lds + j] + dot : dot;
+    }
+  }
+}
+
+// acc[r] += sum_j p[r][j] token[j] over VECTORS whole vectors, for ROWS rows.
+template <int ROWS, int VECTORS, class T>
+static void weigh_chunk(const float *p, int64_t ldp, const T *tokens, int64_t stride, int64_t n, float *acc,
+                        int64_t lda) {
+  V sum[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = load(acc + r * lda + v * LANES);
+    Order<T>::arrange(sum[r]);
+  }
+  for (int64_t j = 0; j < n; ++j, tokens += stride) {
+    V value[VECTORS];
+    Order<T>::load_token(tokens, value);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      const V weight = set1(p[r * ldp + j]);
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = weight * value[v] + sum[r][v];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    Order<T>::restore(sum[r]);
+    for (int v = 0; v < VECTORS; ++v) store(acc + r * lda + v * LANES, sum[r][v]);
+  }
+}
+
+// The last dim < LANES elements of tokens; nothing beyond them is read or written.
+template <class T>
+static void dot_tail(const float *x, int64_t ldx, int64_t rows, const T *tokens, int64_t stride, int64_t n, int64_t dim,
+                     float *s, int64_t lds, bool add) {
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t r = 0; r < rows; ++r) {
+      float dot = sum(load_first(x + r * ldx, dim) * load_first(tokens + j * stride, dim));
       s[r * lds + j] = add ? s[r * lds + j] + dot : dot;
     }
 }
-
-// acc[r] += sum_j p[r][j] token[j] for ROWS rows; nothing beyond `dim` elements is read or written.
-template <int ROWS, class T>
-static inline void weigh_rows(const float *p, int64_t ldp, const T *tokens, int64_t stride, int64_t n, int64_t dim,
-                              float *acc, int64_t lda) {
-  const int64_t whole = dim / LANES * LANES, ahead = fetch_ahead<T>(stride);
-  int64_t j = 0;
-  for (; j + 4 <= n; j += 4) {
-    V weight[ROWS][4];
-    for (int r = 0; r < ROWS; ++r)
-      for (int t = 0; t < 4; ++t) weight[r][t] = set1(p[r * ldp + j + t]);
-    const T *token[4] = {tokens + j * stride, tokens + (j + 1) * stride, tokens + (j + 2) * stride,
-                         tokens + (j + 3) * stride};
-    for (int64_t d = 0; d < whole; d += LANES) {
-      V v[4];
-#pragma GCC unroll 4
-      for (int t = 0; t < 4; ++t) {
-        __builtin_prefetch(token[t] + d + ahead);
-        v[t] = load(token[t] + d);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) {
-        V a = load(acc + r * lda + d);
-#pragma GCC unroll 4
-        for (int t = 0; t < 4; ++t) a = weight[r][t] * v[t] + a;
-        store(acc + r * lda + d, a);
-      }
-    }
-    if (whole < dim)
-      for (int r = 0; r < ROWS; ++r) {
-        float *tail = acc + r * lda + whole;
-        V a = load_first(tail, dim - whole);
-        for (int t = 0; t < 4; ++t) a = weight[r][t] * load_first(token[t] + whole, dim - whole) + a;
-        store_first(tail, a, dim - whole);
-      }
+template <class T>
+static void weigh_tail(const float *p, int64_t ldp, int64_t rows, const T *tokens, int64_t stride, int64_t n,
+                       int64_t dim, float *acc, int64_t lda) {
+  for (int64_t r = 0; r < rows; ++r) {
+    V sum = load_first(acc + r * lda, dim);
+    for (int64_t j = 0; j < n; ++j) sum = set1(p[r * ldp + j]) * load_first(tokens + j * stride, dim) + sum;
+    store_first(acc + r * lda, sum, dim);
   }
-  for (; j < n; ++j)
-    for (int r = 0; r < ROWS; ++r) {
-      V weight = set1(p[r * ldp + j]);
-      const T *token = tokens + j * stride;
-      for (int64_t d = 0; d < whole; d += LANES)
-        store(acc + r * lda + d, weight * load(token + d) + load(acc + r * lda + d));
-      if (whole < dim) {
-        float *tail = acc + r * lda + whole;
-        store_first(tail, weight * load_first(token + whole, dim - whole) + load_first(tail, dim - whole), dim - whole);
-      }
+}
+
+// Calls f(Count<N>) for the compile-time N = n of 1 .. LIMIT.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <int LIMIT, class F>
+static ALWAYS_INLINE void with_count(int64_t n, F f) {
+  if constexpr (LIMIT == 1) {
+    f(Count<1>{});
+  } else {
+    if (n == LIMIT)
+      f(Count<LIMIT>{});
+    else
+      with_count<LIMIT - 1>(n, f);
+  }
+}
+
+// Walks rows and dimensions of a product in chunks that registers hold:
+// f(first row, count of rows, first dimension, vectors).
+template <class F>
+static ALWAYS_INLINE void each_chunk(int64_t rows, int64_t dim, F f) {
+  const int64_t vectors = dim / LANES;
+  const int64_t together = most<int64_t>(1, least<int64_t>(MAX_ROWS, ROW_VECTORS / most<int64_t>(1, least<int64_t>(CHUNK, vectors))));
+  for (int64_t r = 0; r < rows; r += together)
+    for (int64_t v = 0; v < vectors;) {
+      const int64_t left = vectors - v;
+      const int64_t take = left >= CHUNK ? CHUNK : left >= CHUNK / 2 ? CHUNK / 2 : left >= CHUNK / 4 ? CHUNK / 4 : 1;
+      f(r, least(together, rows - r), v * LANES, take);
+      v += take;
     }
 }
 
@@ -135,40 +219,46 @@ static ALWAYS_INLINE const void *at(const c2c_tensor &t, int64_t i, int64_t j = 
   return (const char *)t.data + (i * t.stride[0] + j * t.stride[1] + k * t.stride[2]) * dtype_size(t.dtype);
 }
 
-// dot_rows and weigh_rows for any number of rows and any storage. Tokens start at `tokens`, `stride` elements apart.
-static void dot_tokens(const float *x, int64_t ldx, int64_t rows, int32_t dtype, const void *tokens, int64_t stride,
-                       int64_t n, int64_t dim, float *s, int64_t lds, bool add) {
-  with_type(dtype, tokens, [&](auto *token) {
-    for (int64_t r = 0; r < rows; r += MAX_ROWS) {
-      const float *from = x + r * ldx;
-      float *to = s + r * lds;
-      switch (least<int64_t>(MAX_ROWS, rows - r)) {
-        case 1: dot_rows<1>(from, ldx, token, stride, n, dim, to, lds, add); break;
-        case 2: dot_rows<2>(from, ldx, token, stride, n, dim, to, lds, add); break;
-        case 3: dot_rows<3>(from, ldx, token, stride, n, dim, to, lds, add); break;
-#if LANES == 16
-        case 4: dot_rows<4>(from, ldx, token, stride, n, dim, to, lds, add); break;
-#endif
-      }
-    }
+// Calls f(Count<rows>, Count<vectors>) for the sizes that each_chunk gives.
+template <class F>
+static ALWAYS_INLINE void with_chunk(int64_t rows, int64_t vectors, F f) {
+  with_count<MAX_ROWS>(rows, [&](auto r) __attribute__((always_inline)) {
+    constexpr int R = decltype(r)::value;
+    if (vectors == 1) return f(r, Count<1>{});
+    if (vectors == CHUNK / 4) return f(r, Count<CHUNK / 4>{});
+    if (vectors == CHUNK / 2) return f(r, Count<CHUNK / 2>{});
+    if constexpr (R * CHUNK <= ROW_VECTORS) f(r, Count<CHUNK>{});
   });
 }
 
+// s[r][j] (+)= x[r] . token[j] for any number of rows and any storage: n tokens of `dim` stored elements, `stride`
+// elements apart. Nothing beyond `dim` elements of a row or token is read.
+static void dot_tokens(const float *x, int64_t ldx, int64_t rows, int32_t dtype, const void *tokens, int64_t stride,
+                       int64_t n, int64_t dim, float *s, int64_t lds, bool add) {
+  with_type(dtype, tokens, [&](auto *token) {
+    each_chunk(rows, dim, [&](int64_t row, int64_t count, int64_t first, int64_t vectors) {
+      with_chunk(count, vectors, [&](auto r, auto v) {
+        dot_chunk<decltype(r)::value, decltype(v)::value>(x + row * ldx + first, ldx, token + first, stride, n,
+                                                          s + row * lds, lds, add || first > 0);
+      });
+    });
+    const int64_t whole = dim / LANES * LANES;
+    if (whole < dim) dot_tail(x + whole, ldx, rows, token + whole, stride, n, dim - whole, s, lds, add || whole > 0);
+  });
+}
+
+// acc[r] += sum_j p[r][j] token[j]; nothing beyond `dim` elements is read or written.
 static void weigh_tokens(const float *p, int64_t ldp, int64_t rows, int32_t dtype, const void *tokens, int64_t stride,
                          int64_t n, int64_t dim, float *acc, int64_t lda) {
   with_type(dtype, tokens, [&](auto *token) {
-    for (int64_t r = 0; r < rows; r += MAX_ROWS) {
-      const float *from = p + r * ldp;
-      float *to = acc + r * lda;
-      switch (least<int64_t>(MAX_ROWS, rows - r)) {
-        case 1: weigh_rows<1>(from, ldp, token, stride, n, dim, to, lda); break;
-        case 2: weigh_rows<2>(from, ldp, token, stride, n, dim, to, lda); break;
-        case 3: weigh_rows<3>(from, ldp, token, stride, n, dim, to, lda); break;
-#if LANES == 16
-        case 4: weigh_rows<4>(from, ldp, token, stride, n, dim, to, lda); break;
-#endif
-      }
-    }
+    each_chunk(rows, dim, [&](int64_t row, int64_t count, int64_t first, int64_t vectors) {
+      with_chunk(count, vectors, [&](auto r, auto v) {
+        weigh_chunk<decltype(r)::value, decltype(v)::value>(p + row * ldp, ldp, token + first, stride, n,
+                                                            acc + row * lda + first, lda);
+      });
+    });
+    const int64_t whole = dim / LANES * LANES;
+    if (whole < dim) weigh_tail(p, ldp, rows, token + whole, stride, n, dim - whole, acc + whole, lda);
   });
 }
 

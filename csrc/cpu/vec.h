@@ -176,6 +176,34 @@ static inline void narrow(T *dst, const float *src, int64_t n) {
   for (; i < n; ++i) from_float(dst + i, src[i]);
 }
 
+// ---- order of elements ----
+
+#if LANES == 16
+#define C2C_SHUFFLE(a, b, f)                                                                                  \
+  __builtin_shufflevector(a, b, f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), \
+                          f(14), f(15))
+#elif LANES == 8
+#define C2C_SHUFFLE(a, b, f) __builtin_shufflevector(a, b, f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7))
+#else
+#define C2C_SHUFFLE(a, b, f) __builtin_shufflevector(a, b, f(0), f(1), f(2), f(3))
+#endif
+#define C2C_EVEN(i) (2 * (i))
+#define C2C_ODD(i) (2 * (i) + 1)
+#define C2C_LOW(i) ((i) / 2 + (i) % 2 * LANES)
+#define C2C_HIGH(i) (LANES / 2 + (i) / 2 + (i) % 2 * LANES)
+
+// Elements 0, 2, 4 .. (1, 3, 5 ..) of a followed by b; and back.
+static ALWAYS_INLINE V even(V a, V b) { return C2C_SHUFFLE(a, b, C2C_EVEN); }
+static ALWAYS_INLINE V odd(V a, V b) { return C2C_SHUFFLE(a, b, C2C_ODD); }
+static ALWAYS_INLINE V interleave_low(V even, V odd) { return C2C_SHUFFLE(even, odd, C2C_LOW); }
+static ALWAYS_INLINE V interleave_high(V even, V odd) { return C2C_SHUFFLE(even, odd, C2C_HIGH); }
+
+#undef C2C_SHUFFLE
+#undef C2C_EVEN
+#undef C2C_ODD
+#undef C2C_LOW
+#undef C2C_HIGH
+
 // ---- reductions ----
 
 typedef float V4 __attribute__((vector_size(16)));
@@ -201,14 +229,20 @@ static ALWAYS_INLINE float sum(V x) {
 
 // (sum a, sum b, sum c, sum d): four horizontal sums for little more than the price of one.
 static ALWAYS_INLINE V4 sum4(V a, V b, V c, V d) {
+#if defined(C2C_AVX512)
+  V ab = (V)_mm512_unpacklo_ps((__m512)a, (__m512)b) + (V)_mm512_unpackhi_ps((__m512)a, (__m512)b);
+  V cd = (V)_mm512_unpacklo_ps((__m512)c, (__m512)d) + (V)_mm512_unpackhi_ps((__m512)c, (__m512)d);
+  return fold_to_4((V)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0x44) + (V)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0xee));
+#elif defined(__x86_64__)
   V4 p = fold_to_4(a), q = fold_to_4(b), r = fold_to_4(c), s = fold_to_4(d);
-#if defined(__x86_64__)
   __m128 ab = _mm_add_ps(_mm_unpacklo_ps((__m128)p, (__m128)q), _mm_unpackhi_ps((__m128)p, (__m128)q));
   __m128 cd = _mm_add_ps(_mm_unpacklo_ps((__m128)r, (__m128)s), _mm_unpackhi_ps((__m128)r, (__m128)s));
   return (V4)_mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
 #elif defined(__aarch64__)
+  V4 p = fold_to_4(a), q = fold_to_4(b), r = fold_to_4(c), s = fold_to_4(d);
   return (V4)vpaddq_f32(vpaddq_f32((float32x4_t)p, (float32x4_t)q), vpaddq_f32((float32x4_t)r, (float32x4_t)s));
 #else
+  V4 p = fold_to_4(a), q = fold_to_4(b), r = fold_to_4(c), s = fold_to_4(d);
   return V4{p[0] + p[1] + p[2] + p[3], q[0] + q[1] + q[2] + q[3], r[0] + r[1] + r[2] + r[3], s[0] + s[1] + s[2] + s[3]};
 #endif
 }
