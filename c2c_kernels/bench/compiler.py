@@ -84,8 +84,15 @@ def _load(path: Path, command: list[str], parallel: bool) -> Program:
         raise NoCompilerError(f"what {command[0]} compiled cannot be loaded: {error}") from error
     library.bench_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_size_t]
     library.bench_read.restype = ctypes.c_uint64
-    library.bench_multiply_add.argtypes = [ctypes.c_int64, ctypes.c_int]
-    library.bench_multiply_add.restype = ctypes.c_float
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=_SECONDS).stdout
-    first = (version.strip().splitlines() or [command[0]])[0]
-    return Program(library, first, library.bench_vector_bits(), parallel)
+    for entry in (library.bench_multiply_add, library.bench_bfloat16):
+        entry.argtypes = [ctypes.c_int64, ctypes.c_int]
+        entry.restype = ctypes.c_float
+    return Program(library, _version(command), library.bench_vector_bits(), parallel)
+
+
+def _version(command: list[str]) -> str:
+    try:
+        text = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=_SECONDS).stdout
+    except (OSError, subprocess.SubprocessError):
+        text = ""
+    return (text.strip().splitlines() or [command[0]])[0]

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from c2c_kernels.bench import compiler, topology
 
 _GRAIN = 16384  # bytes; what a thread reads is a multiple of it
 _BEYOND = 256 * 2**20  # at least, and eight times the last-level cache
+_SHRINK = (1, 2, 4, 8)  # by which the last-level cache is taken to be smaller than the system says
+_CACHE_GAIN = 1.5  # times the memory's rate at least, else the data is not in the cache
 _PATTERNS = [(streams, ahead) for streams in (1, 2, 4) for ahead in (0, 4096)]
 _RUNS, _SECONDS = 15, 0.2  # at least, for each pattern
 _ROUNDS = 200_000  # of multiply-adds: 0.3 ms and more
+_PRODUCT = 1536  # rows and columns of torch's matrix product: some 30 ms on two cores
 _SHARE_ALONE = 0.5  # of the threads' rate if each were alone; less is not explained by clock rates
+
+Reader = Callable[[Tensor], float]  # from a tensor to the bytes/s at which it is read
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Machine:
         threads: in use for all figures.
         memory: bytes/s read out of memory.
         cache: bytes/s read out of the last-level cache.
-        peak: FLOP/s in float32, a multiply-add counted as two.
+        peaks: FLOP/s by dtype of the factors, sums in float32; a multiply-add is counted as two.
         cache_bytes: size of the last-level cache.
         method: how each was measured.
         notes: what was left out and why.
@@ -44,50 +51,63 @@ class Machine:
     threads: int
     memory: float
     cache: float
-    peak: float
+    peaks: dict[str, float]
     cache_bytes: int
     method: str
     notes: tuple[str, ...] = ()
 
-    def floor(self, bytes_moved: float, flops: float, touched: float) -> Floor:
+    def floor(self, bytes_moved: float, flops: float, touched: float, dtype: str) -> Floor:
         """max(bytes / bandwidth, FLOPs / peak); the bandwidth is the cache's where all that is `touched` fits."""
         inside = touched <= self.cache_bytes
         reading = bytes_moved / (self.cache if inside else self.memory)
-        computing = flops / self.peak
+        computing = flops / self.peaks[dtype]
         if computing > reading:
             return Floor(computing, "compute")
         return Floor(reading, "cache" if inside else "memory")
 
+    def limits(self) -> dict[str, float]:
+        """Every rate by name."""
+        peaks = {f"{dtype} peak": rate for dtype, rate in self.peaks.items()}
+        return {"memory bandwidth": self.memory, "cache bandwidth": self.cache, **peaks}
+
 
 def measure(threads: int | None = None) -> Machine:
-    """Measures this machine with `threads` threads (torch's number by default), in three to six seconds.
+    """Measures this machine with `threads` threads (torch's number by default), in four to ten seconds.
 
     A C program compiled here does it, with the widest vectors and the access pattern that reads fastest; without a
-    compiler torch does (the sum of a large tensor, a matrix product), which reaches less.
+    compiler torch does (the sum of a large tensor, a matrix product), which reaches less. The peaks of bfloat16 and
+    float16 are those of float32 unless the processor's dot products of bfloat16, or torch's matrix product, which may
+    use units that the program does not know, reach more.
     """
     threads = threads or torch.get_num_threads()
-    cache_bytes, origin = topology.last_level_cache(threads)
-    inside = torch.ones(cache_bytes // 2 // 4)
-    beyond = torch.ones(_beyond_bytes(cache_bytes) // 4)
-    notes = [f"size of the last-level cache {origin}"] if origin.startswith("assumed") else []
-    if len(topology.cores()) == 1:
-        notes.append("one core: nothing is measured with several threads")
-    try:
-        program = compiler.build()
-    except compiler.NoCompilerError as error:
-        notes.append(f"limits measured with torch, which reaches less than the machine can: {error}")
-        limits = _with_torch(threads, inside, beyond)
-    else:
-        if not program.parallel and threads > 1:
-            notes.append("the compiler has no OpenMP: limits of one thread, times the number of threads")
-        limits = _with_program(program, threads, inside, beyond)
-        alone = _multiply_adds(program.library, 1)
-        if limits.peak < _SHARE_ALONE * threads * alone:
-            notes.append(
-                f"other processes are busy: {threads} threads reach {limits.peak / alone:.1f} times the rate of one; "
-                "limits and times are not to be relied on"
-            )
-    return replace(limits, cache_bytes=cache_bytes, notes=tuple(notes))
+    notes = _thread_notes(threads)
+    with _torch_threads(threads):
+        peaks = {"float32": 0.0, "bfloat16": _product(torch.bfloat16), "float16": _product(torch.float16)}
+        try:
+            program = compiler.build()
+        except compiler.NoCompilerError as error:
+            notes.append(f"limits measured with torch, which reaches less than the machine can: {error}")
+            method, read = "torch: sum of a tensor, matrix product", _torch_reader
+            peaks["float32"] = _product(torch.float32)
+        else:
+            method, read = f"C program, {program.bits}-bit vectors, {program.compiler}", _reader(program, threads)
+            peaks["float32"] = _multiply_adds(program, threads)
+            peaks["bfloat16"] = max(peaks["bfloat16"], _multiply_adds(program, threads, bfloat16=True))
+            notes += _program_notes(program, threads, peaks["float32"])
+        peaks = {dtype: max(rate, peaks["float32"]) for dtype, rate in peaks.items()}
+        named, origin = topology.last_level_cache(threads)
+        memory = read(torch.ones(_beyond_bytes(named) // 4))
+        cache, cache_bytes = _inside(read, named, memory)
+    if origin.startswith("assumed"):
+        notes.append(f"size of the last-level cache {origin}")
+    if cache_bytes != named:
+        notes.append(
+            f"the system says {named / 2**20:.0f} MiB of last-level cache, of which this process gets a part: "
+            f"{cache_bytes / 2**20:.0f} MiB are read faster than memory"
+        )
+    if cache < _CACHE_GAIN * memory:
+        notes.append("the last-level cache is read hardly faster than memory")
+    return Machine(threads, memory, cache, peaks, cache_bytes, method, tuple(notes))
 
 
 def _beyond_bytes(cache_bytes: int) -> int:
@@ -95,39 +115,84 @@ def _beyond_bytes(cache_bytes: int) -> int:
     return wanted if room is None else min(wanted, room // 4)
 
 
-def _with_program(program: compiler.Program, threads: int, inside: torch.Tensor, beyond: torch.Tensor) -> Machine:
-    library, used = program.library, threads if program.parallel else 1
-    scale = threads / used
+def _inside(read: Reader, named: int, memory: float) -> tuple[float, int]:
+    """(bytes/s, size) of the last-level cache: half of the largest size that is read faster than memory.
 
-    def bandwidth(data: torch.Tensor) -> float:
+    A virtual machine is told the size of a cache that it has a part of.
+    """
+    rates = []
+    for shrink in _SHRINK:
+        rates.append(read(torch.ones(named // shrink // 2 // 4)))
+        if rates[-1] >= _CACHE_GAIN * memory:
+            return rates[-1], named // shrink
+    return rates[0], named
+
+
+def _thread_notes(threads: int) -> list[str]:
+    cores = len(topology.cores())
+    if cores == 1:
+        return ["one core: nothing is measured with several threads"] if threads == 1 else [f"{threads} threads, one core"]
+    return [f"{threads} threads on {cores} cores"] if threads > cores else []
+
+
+def _program_notes(program: compiler.Program, threads: int, peak: float) -> list[str]:
+    if not program.parallel and threads > 1:
+        return ["the compiler has no OpenMP: limits of one thread, times the number of threads"]
+    alone = _multiply_adds(program, 1)
+    if peak >= _SHARE_ALONE * min(threads, len(topology.cores())) * alone:
+        return []
+    return [
+        f"other processes are busy: {threads} threads reach {peak / alone:.1f} times the rate of one; limits and times "
+        "are not to be relied on"
+    ]
+
+
+def _reader(program: compiler.Program, threads: int) -> Reader:
+    used = threads if program.parallel else 1
+
+    def read(data: Tensor) -> float:
         part = data.numel() * 4 // used // _GRAIN * _GRAIN
         times = [
-            _best(lambda s=streams, a=ahead: library.bench_read(data.data_ptr(), part, used, s, a))  # type: ignore[misc]
+            _best(lambda s=streams, a=ahead: program.library.bench_read(data.data_ptr(), part, used, s, a))  # type: ignore[misc]
             for streams, ahead in _PATTERNS
         ]
-        return scale * used * part / min(times)
+        return threads * part / min(times)
 
-    peak = scale * _multiply_adds(library, used)
-    method = f"C program, {program.bits}-bit vectors, {program.compiler}"
-    return Machine(threads, bandwidth(beyond), bandwidth(inside), peak, 0, method)
+    return read
 
 
-def _multiply_adds(library: ctypes.CDLL, threads: int) -> float:
-    flops = _ROUNDS * library.bench_flops_per_round() * threads
-    return flops / _best(lambda: library.bench_multiply_add(_ROUNDS, threads))
+def _multiply_adds(program: compiler.Program, threads: int, *, bfloat16: bool = False) -> float:
+    """FLOP/s of independent multiply-adds in float32, or of bfloat16 dot products; 0 where there are none."""
+    library: ctypes.CDLL = program.library
+    run = library.bench_bfloat16 if bfloat16 else library.bench_multiply_add
+    each = library.bench_bfloat16_flops_per_round() if bfloat16 else library.bench_flops_per_round()
+    if each == 0:
+        return 0.0
+    used = threads if program.parallel else 1
+    return threads * _ROUNDS * each / _best(lambda: run(_ROUNDS, used))
 
 
-def _with_torch(threads: int, inside: torch.Tensor, beyond: torch.Tensor) -> Machine:
+def _torch_reader(data: Tensor) -> float:
+    return data.numel() * 4 / _best(data.sum)
+
+
+def _product(dtype: torch.dtype) -> float:
+    """FLOP/s of torch's matrix product; 0 where it has none for this dtype."""
+    a, b, out = (torch.ones(_PRODUCT, _PRODUCT, dtype=dtype) for _ in range(3))
+    try:
+        return 2 * _PRODUCT**3 / _best(lambda: torch.mm(a, b, out=out))
+    except RuntimeError:
+        return 0.0
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        size = 1536
-        a, b, out = (torch.ones(size, size) for _ in range(3))
-        peak = 2 * size**3 / _best(lambda: torch.mm(a, b, out=out))
-        memory, cache = (data.numel() * 4 / _best(data.sum) for data in (beyond, inside))
+        yield
     finally:
         torch.set_num_threads(before)
-    return Machine(threads, memory, cache, peak, 0, "torch: sum of a tensor, matrix product")
 
 
 def _best(run: Callable[[], object]) -> float:

@@ -3,6 +3,9 @@
 SOURCE = r"""
 #include <stddef.h>
 #include <stdint.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define WIDTH 64
@@ -82,4 +85,30 @@ float bench_multiply_add(int64_t rounds, int threads) {
   }
   return total;
 }
+
+/* The same for dot products of pairs of bfloat16 added to float32: FLOPs of a round, 0 where they are missing. */
+#if defined(__AVX512BF16__)
+int bench_bfloat16_flops_per_round(void) { return FMA_CHAINS * 16 * 4; }
+
+float bench_bfloat16(int64_t rounds, int threads) {
+  float total = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : total)
+  for (int t = 0; t < threads; ++t) {
+    __m512 sum[FMA_CHAINS];
+    const __m512bh factor = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5f), _mm512_set1_ps((float)t));
+#pragma GCC unroll 24
+    for (int c = 0; c < FMA_CHAINS; ++c) sum[c] = _mm512_set1_ps((float)c);
+    for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 24
+      for (int c = 0; c < FMA_CHAINS; ++c) sum[c] = _mm512_dpbf16_ps(sum[c], factor, factor);
+    }
+#pragma GCC unroll 24
+    for (int c = 0; c < FMA_CHAINS; ++c) total += _mm512_reduce_add_ps(sum[c]);
+  }
+  return total;
+}
+#else
+int bench_bfloat16_flops_per_round(void) { return 0; }
+float bench_bfloat16(int64_t rounds, int threads) { return (float)(rounds * threads); }
+#endif
 """

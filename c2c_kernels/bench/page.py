@@ -18,7 +18,7 @@ from c2c_kernels.bench.table import (
     summary_table,
 )
 
-BEGIN, END = "<!-- figures: begin (generated) -->", "<!-- figures: end -->"
+BEGIN, END = "<!-- figures:start -->", "<!-- figures:end -->"
 
 
 def tables(report: Report) -> list[Table]:

@@ -61,7 +61,7 @@ static ALWAYS_INLINE int64_t run_length(const Run &run, const c2c_attention_para
 // the batch nor the number of threads changes a result.
 static ALWAYS_INLINE int64_t split_count(const Run &run, int64_t length) {
   int64_t wanted = div_up(64, run.groups * run.tiles);
-  return most<int64_t>(1, least(wanted, length / (4 * BLOCK)));
+  return most<int64_t>(1, least(wanted, length / (2 * BLOCK)));
 }
 
 constexpr int64_t FAR = (int64_t)1 << 62;  // beyond every index and position, and far from overflow

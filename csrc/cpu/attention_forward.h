@@ -98,13 +98,7 @@ static float softmax_row(float *s, SoftmaxState &state) {
     largest = vmax(x, largest);
     broken |= x != x;
   }
-  float tile_max = -INF;
-  bool nan = false;
-  for (int l = 0; l < LANES; ++l) {
-    tile_max = most(tile_max, largest[l]);
-    nan = nan || broken[l];
-  }
-  float factor = state.update(nan ? __builtin_nanf("") : tile_max);
+  float factor = state.update(any(broken) ? __builtin_nanf("") : largest_of(largest));
   const V base = set1(state.max == -INF ? 0.0f : state.max);
   V total = {};
   for (int64_t t = 0; t < BLOCK; t += LANES) {

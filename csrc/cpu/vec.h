@@ -227,6 +227,31 @@ static ALWAYS_INLINE float sum(V x) {
   return (y[0] + y[1]) + (y[2] + y[3]);
 }
 
+// The largest element; where one is NaN, any.
+static ALWAYS_INLINE float largest_of(V x) {
+#if LANES == 4
+  V4 y = x;
+#else
+  V4 part[LANES / 4], y;
+  memcpy(part, &x, sizeof(x));
+  y = part[0];
+  for (int i = 1; i < LANES / 4; ++i) y = part[i] > y ? part[i] : y;
+#endif
+  return most(most(y[0], y[1]), most(y[2], y[3]));
+}
+
+static ALWAYS_INLINE bool any(VI mask) {
+#if defined(C2C_AVX512)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(C2C_AVX2)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < LANES; ++i) all |= mask[i];
+  return all != 0;
+#endif
+}
+
 // (sum a, sum b, sum c, sum d): four horizontal sums for little more than the price of one.
 static ALWAYS_INLINE V4 sum4(V a, V b, V c, V d) {
 #if defined(C2C_AVX512)
