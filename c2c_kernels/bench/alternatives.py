@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from c2c_kernels.bench.check import ULPS
 from c2c_kernels.bench.inputs import AttentionInputs, joined
-from c2c_kernels.bench.work import Call, LeftOutError
+from c2c_kernels.bench.work import Call, LeftOutError, in_turn
 
 # The reference holds scores and caches several times in float32, and projects the segment in every call.
 _REFERENCE_NUMBERS = 1 << 22
@@ -72,10 +74,14 @@ def reference(inputs: AttentionInputs) -> Call:
     return lambda: inputs.merged(backend="reference")
 
 
-def flex(inputs: AttentionInputs) -> Call:
-    """flex_attention, compiled here for these shapes; LeftOutError with the reason where that fails."""
-    key, value = joined(inputs)
-    shared, own, q_len = key.shape[2] - inputs.key.shape[2], inputs.key.shape[2], inputs.query.shape[2]
+def flex(sets: Sequence[AttentionInputs], raw: bool) -> Call:
+    """flex_attention, compiled here; LeftOutError with the reason where that fails.
+
+    sets: alike in shape; compiled once, called in turn.
+    raw: projection and concatenation are in the call, as in `sdpa_raw`.
+    """
+    own, q_len = sets[0].key.shape[2], sets[0].query.shape[2]
+    shared = sum(segment.key.shape[2] for segment in sets[0].segments)
     try:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -86,20 +92,19 @@ def flex(inputs: AttentionInputs) -> Call:
             block_mask = create_block_mask(
                 lambda b, h, i, j: j - shared <= i + own - q_len, None, None, q_len, shared + own, device="cpu"
             )
-
-        def run() -> Tensor:
-            return compiled(inputs.query, key, value, block_mask=block_mask, enable_gqa=True)
-
+        attend = partial(compiled, block_mask=block_mask, enable_gqa=True)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = run()
+            found = attend(sets[0].query, *joined(sets[0]))
     except Exception as error:  # a compiler's failures have many types
         raise LeftOutError(f"does not compile: {first_line(error)}") from error
-    wanted = sdpa(inputs)()
+    wanted = sdpa(sets[0])()
     allowed = _FLEX_TOLERANCE * torch.finfo(wanted.dtype).eps
     if (found.float() - wanted.float()).abs().max().item() > allowed:
         raise LeftOutError("its result differs from SDPA's")
-    return run
+    if raw:
+        return in_turn([lambda i=inputs: attend(i.query, *joined(i)) for inputs in sets])
+    return in_turn([partial(attend, inputs.query, *joined(inputs)) for inputs in sets])
 
 
 def first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -30,11 +31,11 @@ def build(case: Case) -> Work:
         touched=len(sets) * min(cost.bytes for cost in _costs(case, sets[0], strategy)),
     )
     beside = {"sdpa": torchs, "reference": alternatives.reference}
-    if case.flex:
-        beside["flex"] = alternatives.flex
     if strategy == "absorb":
         beside["materialised"] = _materialised
     work.alternatives = {name: partial(_over_all, make, sets) for name, make in beside.items()}
+    if case.flex:
+        work.alternatives["flex"] = partial(alternatives.flex, sets, raw)
     return work
 
 
@@ -44,7 +45,7 @@ def call(inputs: AttentionInputs, strategy: str) -> Call:
     return lambda: inputs.merged(strategy)
 
 
-def _over_all(make, sets: list[AttentionInputs]) -> Call:
+def _over_all(make: Callable[[AttentionInputs], Call], sets: list[AttentionInputs]) -> Call:
     return in_turn([make(inputs) for inputs in sets])
 
 
@@ -96,14 +97,14 @@ def _absorbed_cost(case: Case, inputs: AttentionInputs) -> Cost:
 
 
 def _projected_cost(case: Case, inputs: AttentionInputs) -> Cost:
-    """Projection of every token, then attention at the receiver's width; the projected cache is counted once."""
+    """Projection of every token, then attention at the receiver's width; what is projected need not leave the cache."""
     assert case.sharer is not None
     receiver = case.receiver
     size = 2 * case.batch * case.shared * receiver.kv_heads * receiver.head_dim
     rows = case.batch * receiver.q_heads * case.q_len
     own = _own_only(case, inputs)
     flops = 2 * size * case.sharer.width + 4 * rows * receiver.head_dim * case.shared
-    return Cost(own.bytes + _raw_bytes(inputs) + size * inputs.query.element_size(), own.flops + flops)
+    return Cost(own.bytes + _raw_bytes(inputs), own.flops + flops)
 
 
 def _own_only(case: Case, inputs: AttentionInputs) -> Cost:

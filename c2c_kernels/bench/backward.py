@@ -19,7 +19,9 @@ from c2c_kernels.bench.work import Cost, Work
 from c2c_kernels.segment import to_tensors
 
 _NAMES = ("grad_query", "grad_key", "grad_value", "grad_key_proj", "grad_value_proj")
-_FORWARD, _BACKWARD = 4, 10  # FLOPs for each pair and dimension: two and five matrix products
+_PRODUCT = 2  # FLOPs of a multiply-add
+_TO_TOKENS = 2 + 5  # matrix products for each pair and dimension, forward and backward
+_TO_RAW_TOKENS = 2 + 3  # raw tokens have no gradients of their own
 
 
 def build(case: Case) -> Work:
@@ -39,12 +41,12 @@ def build(case: Case) -> Work:
     def torchs() -> tuple[Tensor, ...]:
         return with_gradients(lambda: F.scaled_dot_product_attention(inputs.query, *joined(inputs), **options))
 
-    cost = _cost(case, leaves)
+    costs = _costs(case, leaves, grad_out)
     return Work(
         ours=ours,
         problem=lambda: _problem(inputs, grad_out, ours(), torchs()),
-        costs=[cost],
-        touched=cost.bytes,
+        costs=costs,
+        touched=costs[0].bytes,
         alternatives={"sdpa": lambda: torchs},
     )
 
@@ -57,16 +59,24 @@ def _leaves(inputs: AttentionInputs) -> list[Tensor]:
     return leaves
 
 
-def _cost(case: Case, leaves: list[Tensor]) -> Cost:
-    """Every input read and every gradient written once; a projector's gradient takes one more matrix product."""
-    receiver = case.receiver
-    rows = case.batch * receiver.q_heads * receiver.head_dim
-    flops = (_FORWARD + _BACKWARD) * rows * visible_pairs(case)
-    raw = 0
-    if case.sharer is not None:
-        raw = 2 * case.batch * case.shared * case.sharer.width
-        flops += 2 * 2 * raw * receiver.kv_heads * receiver.head_dim
-    return Cost(2 * storage_bytes(*leaves) + raw * leaves[0].element_size(), flops)
+def _costs(case: Case, leaves: list[Tensor], grad_out: Tensor) -> list[Cost]:
+    """Every input read and every gradient written once; raw tokens projected, or read through folded queries."""
+    receiver, sharer = case.receiver, case.sharer
+    moved = 2 * storage_bytes(*leaves) + storage_bytes(grad_out)
+    heads = case.batch * receiver.q_heads
+    rows = heads * receiver.head_dim
+    if sharer is None:
+        return [Cost(moved, _PRODUCT * _TO_TOKENS * rows * visible_pairs(case))]
+    own = _PRODUCT * _TO_TOKENS * rows * (visible_pairs(case) - case.q_len * case.shared)
+    raw = 2 * case.batch * case.shared * sharer.width  # keys and values
+    moved += raw * grad_out.element_size()
+    # A projector is multiplied by its tokens, and its gradient is one more product.
+    projected = _PRODUCT * (2 * raw * receiver.kv_heads * receiver.head_dim)
+    projected += _PRODUCT * _TO_TOKENS * rows * case.q_len * case.shared
+    # Queries and results go through the projectors forward, their gradients backward, and into the projectors'.
+    absorbed = _PRODUCT * 6 * rows * case.q_len * sharer.width
+    absorbed += _PRODUCT * _TO_RAW_TOKENS * heads * sharer.width * case.q_len * case.shared
+    return [Cost(moved, own + projected), Cost(moved, own + absorbed)]
 
 
 def _problem(inputs: AttentionInputs, grad_out: Tensor, ours: tuple[Tensor, ...], torchs: tuple[Tensor, ...]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from c2c_kernels.bench.alternatives import first_line
 from c2c_kernels.bench.results import Generation
 from c2c_kernels.bench.shapes import matches
 
@@ -76,13 +77,17 @@ def run(
         try:
             loaded, tokenizer = load(model, getattr(torch, dtype))
         except Exception as error:  # whatever a broken package or a missing network raises
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             for context in contexts:
                 yield Generation(label(model, dtype, context), model, dtype, context, left_out=reason)
             continue
-        loaded.set_attn_implementation("sdpa")
         for context in contexts:
-            yield _measure(loaded, tokenizer, Generation(label(model, dtype, context), model, dtype, context), whole)
+            line = Generation(label(model, dtype, context), model, dtype, context)
+            try:
+                loaded.set_attn_implementation("sdpa")
+                yield _measure(loaded, tokenizer, line, whole)
+            except Exception as error:  # of generate or of the patch: the other lines go on
+                yield replace(line, left_out=f"{type(error).__name__}: {first_line(error)}")
 
 
 @torch.inference_mode()

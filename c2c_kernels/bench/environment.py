@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import c2c_kernels as c2c
+from c2c_kernels.backends import choose
 from c2c_kernels.bench import topology
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -20,8 +21,12 @@ _PACKAGES = ("torch", "transformers", "numpy")
 
 
 def collect(threads: int) -> dict[str, Any]:
-    """Device, processor, instruction set, threads, versions, commit and date, as plain data."""
-    record = next((record for record in c2c.backends() if record.name == "cpu"), None)
+    """Device, processor, backend, instruction set, threads, versions, commit and date, as plain data.
+
+    Raises:
+        ValueError: the environment asks for a backend that cannot run here.
+    """
+    record = choose("merged_attention", None, torch.device("cpu"), torch.float32)
     return {
         "device": "cpu",
         "cpu": topology.cpu_model(),
@@ -29,8 +34,8 @@ def collect(threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "cores": len(topology.cores()),
         "threads": threads,
-        "backend": "cpu" if record and record.available else "reference",
-        "isa": record.isa if record else "",
+        "backend": record.name,
+        "isa": record.isa,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "versions": {
             "c2c-kernels": c2c.__version__,

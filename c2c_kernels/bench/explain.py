@@ -24,6 +24,10 @@ _MARGIN = 1.1  # a choice is wrong where it takes this many times the other's ti
 _LONGEST = 1.0  # seconds predicted; longer calls are not measured
 
 
+class WrongResultError(Exception):
+    """A result does not match the reference: which, and by how much."""
+
+
 def grid(*, quick: bool = False, dtypes: Sequence[str] | None = None, text: str = "") -> list[Case]:
     """The shapes at which the choice is looked at, as cases of the family "explain"."""
     kinds = [name for name in ("float32", "bfloat16") if dtypes is None or name in dtypes]
@@ -39,7 +43,7 @@ def explain(case: Case) -> Choice | None:
     """What the model says about one shape and what is so; None where the calls would take long.
 
     Raises:
-        ArithmeticError: the result of a strategy does not match the reference.
+        WrongResultError: the result of a strategy does not match the reference; it is not timed.
     """
     with torch.no_grad():
         inputs = draw(replace(case, family="prefill-raw"))[0]
@@ -53,7 +57,7 @@ def explain(case: Case) -> Choice | None:
         for strategy, call in calls.items():
             problem = attention_problem(inputs, call(), theirs)
             if problem:
-                raise ArithmeticError(f"strategy {strategy}: {problem}")
+                raise WrongResultError(f"strategy {strategy}: {problem}")
         timings = alternate(calls, _EFFORT, warm=True)
     other = next(strategy for strategy in STRATEGIES if strategy != chosen)
     ours, theirs_timing = timings[chosen], timings[other]

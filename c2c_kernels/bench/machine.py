@@ -19,6 +19,7 @@ _SHRINK = (1, 2, 4, 8)  # by which the last-level cache is taken to be smaller t
 _CACHE_GAIN = 1.5  # times the memory's rate at least, else the data is not in the cache
 _PATTERNS = [(streams, ahead) for streams in (1, 2, 4) for ahead in (0, 4096)]
 _RUNS, _SECONDS = 15, 0.2  # at least, for each pattern
+_LONGEST = 2.0  # seconds after which there are no more runs
 _ROUNDS = 200_000  # of multiply-adds: 0.3 ms and more
 _PRODUCT = 1536  # rows and columns of torch's matrix product: some 30 ms on two cores
 _SHARE_ALONE = 0.5  # of the threads' rate if each were alone; less is not explained by clock rates
@@ -130,9 +131,9 @@ def _inside(read: Reader, named: int, memory: float) -> tuple[float, int]:
 
 def _thread_notes(threads: int) -> list[str]:
     cores = len(topology.cores())
-    if cores == 1:
-        return ["one core: nothing is measured with several threads"] if threads == 1 else [f"{threads} threads, one core"]
-    return [f"{threads} threads on {cores} cores"] if threads > cores else []
+    if threads > cores:
+        return [f"{threads} threads on {cores} core{'s' if cores > 1 else ''}"]
+    return ["one core: nothing is measured with several threads"] if cores == 1 else []
 
 
 def _program_notes(program: compiler.Program, threads: int, peak: float) -> list[str]:
@@ -199,7 +200,7 @@ def _best(run: Callable[[], object]) -> float:
     """Seconds of the shortest run: a limit is what the machine can do, and other processes only take from it."""
     run()
     times: list[float] = []
-    while len(times) < _RUNS or sum(times) < _SECONDS:
+    while (len(times) < _RUNS or sum(times) < _SECONDS) and sum(times) < _LONGEST:
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)

@@ -33,10 +33,11 @@ def tables(report: Report) -> list[Table]:
 
 def machine_lines(machine: Machine) -> list[str]:
     """The limits in words."""
+    peaks = ", ".join(f"{dtype} {amount(rate, 'FLOP/s')}" for dtype, rate in machine.peaks.items())
     return [
         f"read bandwidth {amount(machine.memory, 'B/s')} from memory, {amount(machine.cache, 'B/s')} from the "
-        f"last-level cache ({machine.cache_bytes / 2**20:.0f} MiB); multiply-add peak {amount(machine.peak, 'FLOP/s')} "
-        f"in float32; {machine.threads} thread{'s' if machine.threads > 1 else ''} ({machine.method})",
+        f"last-level cache ({machine.cache_bytes / 2**20:.0f} MiB); multiply-add peak {peaks}; "
+        f"{machine.threads} thread{'s' if machine.threads > 1 else ''} ({machine.method})",
         *machine.notes,
     ]
 
@@ -56,11 +57,11 @@ def text(report: Report) -> str:
     """The figures as Markdown: machine, command, summary, then every line folded away."""
     parts = [environment_line(report), "", *(f"- {line}" for line in machine_lines(report.machine))]
     if report.machine_after is not None:
-        after = report.machine_after
-        parts.append(
-            f"- measured again at the end: {amount(after.memory, 'B/s')}, {amount(after.cache, 'B/s')}, "
-            f"{amount(after.peak, 'FLOP/s')}"
+        rates = (
+            f"{name} {amount(rate, 'B/s' if 'bandwidth' in name else 'FLOP/s')}"
+            for name, rate in report.machine_after.limits().items()
         )
+        parts.append(f"- measured again at the end: {', '.join(rates)}")
     parts += ["", f"    {report.command}", ""]
     if report.lines:
         parts += [as_markdown(summary_table(report.lines)), "", *_slower(report)]

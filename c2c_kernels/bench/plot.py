@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from c2c_kernels.bench.results import Line, Report
 from c2c_kernels.bench.shapes import FAMILIES
 from c2c_kernels.bench.table import amount
@@ -15,9 +18,6 @@ _THEIRS = ("sdpa", "matmul", "torch")  # the alternative drawn beside ours, whic
 
 def draw(report: Report, path: Path) -> None:
     """Writes the picture as a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lines = [line for line in report.lines if line.timing is not None]
     figure = Figure(figsize=(15, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -31,18 +31,17 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _roofline(axis: Any, report: Report, lines: list[Line]) -> None:
-    machine = report.machine
-    intensities = [line.flops / line.bytes for line in lines] or [1.0]
-    low, high = min(intensities) / 2, max(max(intensities) * 2, 2 * machine.peak / machine.memory)
-    for name, bandwidth in (("memory", machine.memory), ("last-level cache", machine.cache)):
-        ridge = machine.peak / bandwidth
-        axis.plot(
-            [low, ridge, high],
-            [low * bandwidth / 1e9, machine.peak / 1e9, machine.peak / 1e9],
-            color="black",
-            linestyle="-" if name == "memory" else "--",
-            label=f"{name}, {amount(bandwidth, 'B/s')}",
-        )
+    machine, highest = report.machine, max(report.machine.peaks.values())
+    intensities = [line.flops / line.bytes for line in lines]
+    low, high = min(intensities) / 2, max(max(intensities) * 2, 2 * highest / machine.memory)
+    for name, bandwidth, style in (("memory", machine.memory, "-"), ("last-level cache", machine.cache, "--")):
+        ends = [low, highest / bandwidth]
+        label = f"{name}, {amount(bandwidth, 'B/s')}"
+        axis.plot(ends, [end * bandwidth / 1e9 for end in ends], color="black", linestyle=style, label=label)
+    for rate in sorted(set(machine.peaks.values())):
+        label = f"multiply-add peak {', '.join(d for d, r in machine.peaks.items() if r == rate)}"
+        ends = [rate / machine.cache, high]
+        axis.plot(ends, [rate / 1e9] * 2, color="black", linewidth=1, label=f"{label}, {amount(rate, 'FLOP/s')}")
     for line in lines:
         x = line.flops / line.bytes
         colour = _COLOURS[line.dtype]
@@ -54,7 +53,7 @@ def _roofline(axis: Any, report: Report, lines: list[Line]) -> None:
         axis.plot([], [], "o", color=colour, label=dtype)
     axis.plot([], [], "o", markerfacecolor="none", color="grey", label="PyTorch's SDPA or matrix product")
     axis.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOPs per byte", ylabel="GFLOP/s")
-    axis.set_title(f"roofs: multiply-add peak {amount(machine.peak, 'FLOP/s')}")
+    axis.set_title("every line under the machine's roofs")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 

@@ -108,6 +108,10 @@ class Report:
         command: the arguments that repeat it.
         environment: see environment.collect.
         machine: its limits; `machine_after` those measured again at the end.
+        lines, choices, generations: what was measured.
+        wrong: what does not match the reference and was not timed: which, and by how much.
+        notes: what was left out, and what a reader has to know.
+        seconds: of the whole run.
     """
 
     command: str
@@ -117,13 +121,9 @@ class Report:
     lines: list[Line] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-    @property
-    def wrong(self) -> list[Line]:
-        """Lines whose result does not match the reference."""
-        return [line for line in self.lines if line.status == "wrong"]
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; times in seconds, sizes in bytes."""

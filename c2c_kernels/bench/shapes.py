@@ -8,8 +8,6 @@ from itertools import product
 
 import torch
 
-import c2c_kernels as c2c
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAMILIES = {
     "decode": "one token, own cache alone",
@@ -60,6 +58,7 @@ LLAMA3_2 = Sharer("Llama-3.2-1B", 8, 64)
 QWEN3_4B = Sharer("Qwen3-4B", 8, 128)
 GEMMA3 = Sharer("Gemma-3-270M", 1, 256)
 RECEIVERS = (QWEN3, SMOLLM2)
+_WITH_FLEX = ("decode", "prefill")  # forward attention; compiling takes seconds for every shape
 PAIRS = ((QWEN3, QWEN2_5), (QWEN3, LLAMA3_2), (QWEN3, QWEN3_4B), (SMOLLM2, GEMMA3))
 
 
@@ -78,7 +77,7 @@ class Case:
         shared: tokens of the sharer.
         layers: how many sets of inputs take turns.
         states: attention states to merge.
-        flex: whether flex_attention is worth its compile time here.
+        flex: whether flex_attention, compiled for the shape, stands beside.
     """
 
     family: str
@@ -119,8 +118,8 @@ def grid(*, quick: bool = False, dtypes: Sequence[str] | None = None, text: str 
         text: words that all must be in a case's name, capitals or not.
     """
     cases = list(dict.fromkeys(_quick() if quick else _full()))
-    if not hasattr(c2c, "quantize_kv"):
-        cases = [case for case in cases if "int8" not in case.family]
+    if not quick:
+        cases = [replace(case, flex=case.family.partition("-")[0] in _WITH_FLEX) for case in cases]
     order = list(FAMILIES)
     cases = [case for case in cases if (dtypes is None or case.dtype in dtypes) and matches(case.name, text)]
     return sorted(cases, key=lambda case: order.index(case.family))
@@ -173,28 +172,29 @@ def _quick() -> Iterator[Case]:
 def _full() -> Iterator[Case]:
     low = ("float32", "bfloat16")
     for own in (256, 1024, 4096, 16384):
-        yield from _each(replace(_of("decode", own=own), flex=own == 4096))
+        yield from _each(_of("decode", own=own))
     for batch, own in ((4, 4096), (16, 1024)):
         yield from _each(_of("decode", own=own, batch=batch))
     for receiver in RECEIVERS:
         yield from _all_layers(_of("decode-layers", own=1024), receiver)
     for shared in (0, 2048, 8192, 32768):
-        yield from _each(replace(_of("decode-materialised", own=512, shared=shared), flex=shared == 8192))
+        yield from _each(_of("decode-materialised", own=512, shared=shared))
     yield from _each(_of("decode-materialised", own=512, shared=2048, batch=16), low)
     for shared in (1024, 16384, 32768):
         yield from _pairs(_of("decode-absorbed", own=512, shared=shared), DTYPES if shared == 16384 else low)
     for batch in (4, 16):
         yield from _pairs(_of("decode-absorbed", own=512, shared=4096, batch=batch), ("bfloat16",))
     for shared in (4096, 16384):
-        yield from _pairs(_of("decode-int8", own=512, shared=shared), low)
+        yield from _pairs(_of("decode-int8", own=512, shared=shared), DTYPES if shared == 16384 else low)
     for tokens in (128, 512, 2048):
-        yield from _each(replace(_of("prefill", q_len=tokens, own=tokens), flex=tokens == 2048))
+        yield from _each(_of("prefill", q_len=tokens, own=tokens))
     yield from _each(_of("prefill", q_len=512, own=4096), low)
     for tokens, shared in ((128, 8192), (512, 2048), (2048, 2048)):
         case = _of("prefill-materialised", q_len=tokens, own=tokens, shared=shared)
-        yield from _each(replace(case, flex=tokens == 512), low)
-    for tokens, shared in ((16, 2048), (512, 4096)):
-        yield from _pairs(_of("prefill-raw", q_len=tokens, own=tokens, shared=shared), low)
+        yield from _each(case, DTYPES if tokens == 512 else low)
+    for tokens, shared in ((16, 2048), (128, 2048), (512, 4096), (2048, 2048)):
+        case = _of("prefill-raw", q_len=tokens, own=tokens, shared=shared)
+        yield from _pairs(case, DTYPES if tokens == 128 else low)
     for tokens in (128, 512, 2048):
         yield from _each(_of("backward", q_len=tokens, own=tokens), DTYPES if tokens == 512 else low)
     yield from _pairs(_of("backward-raw", q_len=512, own=512, shared=2048), low)

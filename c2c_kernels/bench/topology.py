@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 _CPUS = Path("/sys/devices/system/cpu")
+_CGROUP = Path("/sys/fs/cgroup")
 _ASSUMED_CACHE = 32 * 2**20
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -56,11 +57,21 @@ def cpu_model() -> str:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be taken without swapping; None where the system does not say."""
+    """Bytes that can be taken without swapping, also under a container's limit; None where the system does not say."""
+    found = [_group_memory()]
     for line in _text(Path("/proc/meminfo")).splitlines():
         if line.startswith("MemAvailable:"):
-            return _integer(line.split()[1]) * 1024
-    return None
+            found.append(_integer(line.split()[1]) * 1024)
+    return min((room for room in found if room is not None), default=None)
+
+
+def _group_memory() -> int | None:
+    """What is left of the control group's limit, file caches not counted as used; None where there is no limit."""
+    limit, used = _text(_CGROUP / "memory.max"), _text(_CGROUP / "memory.current")
+    if not (limit.isdigit() and used.isdigit()):
+        return None
+    counts = dict(line.split() for line in _text(_CGROUP / "memory.stat").splitlines())
+    return max(0, int(limit) - int(used) + _integer(counts.get("inactive_file", "")))
 
 
 def _text(path: Path) -> str:

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     _check_packages((*_PACKAGES, "matplotlib") if options.plot else _PACKAGES)
     backend = _check_backend(options.backend, options.dtype)
     if options.plot:
-        _check_plot(Path(options.plot))
+        outputs.check("--plot", Path(options.plot), ".png")
     read = texts.read_documents(options.document)
     questions = texts.choose_questions(options.question, options.document is not None)
     portions = texts.deal(read, len(options.sharer or [""]))
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             with stage(f"draw {options.plot}"):
                 plot.draw(outcome, pieces, Path(options.plot))
         except OSError as error:
-            raise CommandError(f"--plot {options.plot} cannot be written: {error.strerror or error}") from error
+            raise outputs.unwritten("--plot", Path(options.plot), error) from error
     return 0
 
 
@@ -209,23 +209,6 @@ def _check_servable(model: PreTrainedModel, backend: str | None) -> None:
         c2c_hf.disable(c2c_hf.enable(model, backend=backend))
     except (TypeError, ValueError) as error:
         raise CommandError(f"the receiver cannot be served: {error}") from error
-
-
-def _check_plot(path: Path) -> None:
-    """CommandError unless a PNG file can be written at `path`; leaves what is there as it is."""
-    if path.is_dir():
-        raise CommandError(f"--plot {path} is a folder: a file name that ends in .png is wanted")
-    if path.suffix.lower() != ".png":
-        raise CommandError(f"--plot {path}: a file name that ends in .png is wanted")
-    if not path.absolute().parent.is_dir():
-        raise CommandError(f"--plot {path}: there is no folder {path.parent}")
-    was_there = path.exists()
-    try:
-        path.open("ab").close()
-        if not was_there:
-            path.unlink()
-    except OSError as error:
-        raise CommandError(f"--plot {path} cannot be written: {error.strerror}") from error
 
 
 def _check_length(model: PreTrainedModel, prompts: Sequence[Prompt], max_new_tokens: int) -> None:

@@ -16,7 +16,7 @@ def stage(label: str, total: int | None = None, *, in_bytes: bool = False) -> It
     """
     try:
         from rich import console, progress
-    except ImportError:
+    except Exception:  # whatever a broken package raises
         terminal = None
     else:
         # sys.stderr as it is now: what the block prints there may be turned away

@@ -113,6 +113,7 @@ struct Tile {
   bool backward = false;
   bool keep_closed = false;  // the backward pass wants tokens whose gate is 0 too, where the gate has a gradient
   bool gated = false, limited = false;
+  int64_t first_token = 0;  // of the current block
 
   int64_t head(int64_t g) const { return group * run.group_heads + g; }
 
@@ -132,6 +133,7 @@ struct Tile {
 
   // Looks at tokens j .. j + n; false where no row sees any of them.
   bool enter_block(int64_t j, int64_t n) {
+    first_token = j;
     int64_t first = j, last = j + n - 1;
     if (run.positioned) {
       const c2c_tensor &positions = run.segment->positions;
@@ -150,6 +152,14 @@ struct Tile {
     limited = first <= limits.lo_most || last > limits.hi_least;
     gated = run.segment && run.segment->gate.data;
     return !gated || load_gates(j, n) || keep_closed;
+  }
+
+  // How many of the block's n tokens some row of first .. first + count can see; the others need no product.
+  int64_t visible(int64_t first, int64_t count, int64_t n) const {
+    if (!limited || run.positioned) return n;
+    int64_t last = -1;
+    for (int64_t r = first; r < least(rows, first + count); ++r) last = most(last, limits.hi[r % queries]);
+    return most<int64_t>(0, least(n, last - first_token + 1));
   }
 
   // Gates of the block; false where every one is 0.
@@ -246,15 +256,19 @@ static ALWAYS_INLINE float scale_at(const c2c_tensor &scale, int64_t b, int64_t 
 // Tokens j .. j + n of a run in float32, one row of `width` after another, scaled where there are scales.
 static void widen_tokens(const Run &run, const c2c_tensor &t, const c2c_tensor *scale, int64_t dim, int64_t b,
                          int64_t group, int64_t j, int64_t n, float *to, int64_t ld) {
-  for (int64_t token = 0; token < n; ++token)
+  with_type(t.dtype, t.data, [&](auto *typed) {
     for (int64_t part = 0; part < run.parts; ++part) {
       const int64_t head = run.absorbed ? part : group;
-      float *row = to + token * ld + part * dim;
-      widen_row(row, t.dtype, at(t, b, head, j + token), dim);
-      if (!scale) continue;
-      const float factor = scale_at(*scale, b, head, j + token);
-      for (int64_t d = 0; d < dim; ++d) row[d] *= factor;
+      const auto *from = typed + b * t.stride[0] + head * t.stride[1] + j * t.stride[2];
+      float *row = to + part * dim;
+      for (int64_t token = 0; token < n; ++token, from += t.stride[2], row += ld) {
+        widen(row, from, dim);
+        if (!scale) continue;
+        const float factor = scale_at(*scale, b, head, j + token);
+        for (int64_t d = 0; d < dim; ++d) row[d] *= factor;
+      }
     }
+  });
 }
 
 // Query rows of a tile in float32, scaled, [rows][ld]; padding is zero.

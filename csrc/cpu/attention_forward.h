@@ -191,6 +191,17 @@ static bool softmax_columns(float *s, int64_t ld, int64_t n, int64_t rows, TileS
   return rescale;
 }
 
+// f(first row, count, tokens): rows in whole panels with the leading tokens of a block that they see. All rows at once
+// where they see the same.
+template <class F>
+static ALWAYS_INLINE void each_visible(const Tile &tile, int64_t n, F f) {
+  if (!tile.limited) return f(0, tile.rows, n);
+  for (int64_t r = 0; r < tile.rows; r += PANEL) {
+    const int64_t count = least<int64_t>(PANEL, tile.rows - r), tokens = tile.visible(r, count, n);
+    if (tokens) f(r, count, tokens);
+  }
+}
+
 static void block_tile(Tile &tile, TileScratch &x) {
   const Run &run = tile.run;
   const int64_t padded = round_up(tile.rows, LANES), ld = round_up(tile.rows, PANEL) + 16;
@@ -200,15 +211,11 @@ static void block_tile(Tile &tile, TileScratch &x) {
   for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
     int64_t n = least(BLOCK, tile.end - j);
     if (!tile.enter_block(j, n) || (masked && !load_mask(tile, j, n, x.mask))) continue;
-    const float *keys = x.k;
-    int64_t key_ld = run.key_ld;
-    if (run.key->dtype == C2C_F32 && run.parts == 1 && !run.key_scale) {
-      keys = (const float *)at(*run.key, tile.b, run.absorbed ? 0 : tile.group, j);
-      key_ld = run.key->stride[2];
-    } else {
-      widen_tokens(run, *run.key, run.key_scale, run.key_dim, tile.b, tile.group, j, n, x.k, key_ld);
-    }
-    gemm(n, tile.rows, run.key_width, keys, key_ld, 1, x.panels, x.s, ld, false);
+    widen_tokens(run, *run.key, run.key_scale, run.key_dim, tile.b, tile.group, j, n, x.k, run.key_ld);
+    each_visible(tile, n, [&](int64_t r, int64_t count, int64_t tokens) {
+      gemm(tokens, count, run.key_width, x.k, run.key_ld, 1, x.panels + r * run.key_width, run.key_width * PANEL,
+           x.s + r, ld, false);
+    });
     for (int64_t t = 0; t < n; ++t)
       for (int64_t r = tile.rows; r < padded; ++r) x.s[t * ld + r] = 0.0f;
     adjust_columns(tile, n, x.s, ld, run.absorbed ? x.row_bias : nullptr, masked ? x.mask : nullptr, nullptr);
@@ -220,7 +227,10 @@ static void block_tile(Tile &tile, TileScratch &x) {
     float *rows = x.v + BLOCK * run.value_ld;
     widen_tokens(run, *run.value, run.value_scale, run.value_dim, tile.b, tile.group, j, n, rows, run.value_ld);
     pack_panels(x.v, rows, run.value_ld, n, run.value_width);
-    gemm(tile.rows, run.value_width, n, x.s, 1, ld, x.v, x.acc, run.value_ld, true);
+    each_visible(tile, n, [&](int64_t r, int64_t count, int64_t tokens) {
+      gemm(count, run.value_width, tokens, x.s + r, 1, ld, x.v, n * PANEL, x.acc + r * run.value_ld, run.value_ld,
+           true);
+    });
   }
   for (int64_t r = 0; r < tile.rows; ++r) {
     x.state[r].max = x.row_max[r];

@@ -1,6 +1,6 @@
 // C[M x N] (+)= A[M x K] B[K x N] in float32, register-blocked. Included inside an instruction set's namespace.
 // A has any strides (each element is broadcast). B is packed in panels of PANEL columns: [N / PANEL][K][PANEL], the
-// last one padded. C is row-major; only its N columns are touched.
+// last one padded; panels are `panel_stride` apart. C is row-major; only its N columns are touched.
 
 constexpr int PANEL = 2 * LANES;
 #if LANES == 16
@@ -62,8 +62,8 @@ static inline void gemm_edge(int64_t rows, int64_t columns, int64_t K, const flo
 
 template <bool UNIT>
 static inline void gemm_strided(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
-                                const float *b, float *c, int64_t ldc, bool accumulate) {
-  for (int64_t n = 0; n < N; n += PANEL, b += K * PANEL) {
+                                const float *b, int64_t panel_stride, float *c, int64_t ldc, bool accumulate) {
+  for (int64_t n = 0; n < N; n += PANEL, b += panel_stride) {
     for (int64_t m = 0; m < M; m += TILE_ROWS) {
       int64_t rows = least<int64_t>(TILE_ROWS, M - m);
       const float *from = a + m * row_stride;
@@ -79,11 +79,11 @@ static inline void gemm_strided(int64_t M, int64_t N, int64_t K, const float *a,
 }
 
 static void gemm(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride, const float *b,
-                 float *c, int64_t ldc, bool accumulate) {
+                 int64_t panel_stride, float *c, int64_t ldc, bool accumulate) {
   if (row_stride == 1)
-    gemm_strided<true>(M, N, K, a, 1, k_stride, b, c, ldc, accumulate);
+    gemm_strided<true>(M, N, K, a, 1, k_stride, b, panel_stride, c, ldc, accumulate);
   else
-    gemm_strided<false>(M, N, K, a, row_stride, k_stride, b, c, ldc, accumulate);
+    gemm_strided<false>(M, N, K, a, row_stride, k_stride, b, panel_stride, c, ldc, accumulate);
 }
 
 static ALWAYS_INLINE int64_t panels_size(int64_t K, int64_t N) { return round_up(N, PANEL) * K; }
@@ -106,9 +106,19 @@ static void pack_panels(float *panels, const float *b, int64_t ldb, int64_t K, i
 
 // Panels of B = R^T from rows R[N x K].
 static void pack_panels_transposed(float *panels, const float *rows, int64_t ld, int64_t K, int64_t N) {
-  for (int64_t n = 0; n < N; n += PANEL, panels += K * PANEL) {
-    int64_t columns = least<int64_t>(PANEL, N - n);
-    for (int64_t i = 0; i < PANEL; ++i)
-      for (int64_t k = 0; k < K; ++k) panels[k * PANEL + i] = i < columns ? rows[(n + i) * ld + k] : 0.0f;
-  }
+  for (int64_t n = 0; n < N; n += PANEL, panels += K * PANEL)
+    for (int64_t half = 0; half < PANEL; half += LANES) {
+      const int64_t columns = most<int64_t>(0, least<int64_t>(LANES, N - n - half));
+      const float *from = rows + (n + half) * ld;
+      float *to = panels + half;
+      int64_t k = 0;
+      for (; k + LANES <= K; k += LANES) {
+        V block[LANES];
+        for (int64_t i = 0; i < LANES; ++i) block[i] = i < columns ? load(from + i * ld + k) : V{};
+        transpose(block);
+        for (int64_t i = 0; i < LANES; ++i) store(to + (k + i) * PANEL, block[i]);
+      }
+      for (; k < K; ++k)
+        for (int64_t i = 0; i < LANES; ++i) to[k * PANEL + i] = i < columns ? from[i * ld + k] : 0.0f;
+    }
 }

@@ -12,13 +12,6 @@ constexpr int MAX_ROWS = 4;
 constexpr int CHUNK = 16;
 #endif
 
-constexpr int64_t AHEAD = 8192;  // bytes from what is read to what is fetched, by measurement (1 to 32 KB are alike)
-
-template <class T>
-static ALWAYS_INLINE void fetch(const T *p) {
-  __builtin_prefetch((const char *)p + AHEAD, 0, 2);
-}
-
 // Order of a stored token's elements in registers. A pair of bf16 vectors is widened as one: its even elements, then
 // its odd ones, which takes half the instructions; rows that meet them are arranged alike.
 template <class T>

@@ -162,11 +162,22 @@ static ALWAYS_INLINE void store(f16 *p, V x) {
 #endif
 }
 
+constexpr int64_t AHEAD = 8192;  // bytes from what is read to what is fetched, by measurement (1 to 32 KB are alike)
+
+// Asks for the cache line AHEAD of p: into the second-level cache, where more requests can wait than in the first.
+template <class T>
+static ALWAYS_INLINE void fetch(const T *p) {
+  __builtin_prefetch((const char *)p + AHEAD, 0, 2);
+}
+
 // dst[i] = src[i] in float32, n elements.
 template <class T>
 static inline void widen(float *dst, const T *src, int64_t n) {
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) store(dst + i, load(src + i));
+  for (; i + LANES <= n; i += LANES) {
+    if (i * sizeof(T) % 64 == 0) fetch(src + i);
+    store(dst + i, load(src + i));
+  }
   for (; i < n; ++i) dst[i] = to_float(src[i]);
 }
 template <class T>
@@ -197,6 +208,20 @@ static ALWAYS_INLINE V even(V a, V b) { return C2C_SHUFFLE(a, b, C2C_EVEN); }
 static ALWAYS_INLINE V odd(V a, V b) { return C2C_SHUFFLE(a, b, C2C_ODD); }
 static ALWAYS_INLINE V interleave_low(V even, V odd) { return C2C_SHUFFLE(even, odd, C2C_LOW); }
 static ALWAYS_INLINE V interleave_high(V even, V odd) { return C2C_SHUFFLE(even, odd, C2C_HIGH); }
+
+// Rows become columns: as many rounds of interleaving the halves as it takes for every index bit to change its place.
+static ALWAYS_INLINE void transpose(V (&x)[LANES]) {
+  for (int bit = 1; bit < LANES; bit *= 2) {
+    V y[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; ++i) {
+      y[2 * i] = interleave_low(x[i], x[i + LANES / 2]);
+      y[2 * i + 1] = interleave_high(x[i], x[i + LANES / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) x[i] = y[i];
+  }
+}
 
 #undef C2C_SHUFFLE
 #undef C2C_EVEN
