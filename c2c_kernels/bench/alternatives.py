@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from c2c_kernels.bench.check import ULPS
 from c2c_kernels.bench.inputs import AttentionInputs, joined
-from c2c_kernels.bench.work import Call, LeftOutError, in_turn
+from c2c_kernels.bench.work import Call, LeftOutError, first_line, in_turn
 
 # The reference holds scores and caches several times in float32, and projects the segment in every call.
 _REFERENCE_NUMBERS = 1 << 22
@@ -82,6 +82,10 @@ def flex(sets: Sequence[AttentionInputs], raw: bool) -> Call:
     """
     own, q_len = sets[0].key.shape[2], sets[0].query.shape[2]
     shared = sum(segment.key.shape[2] for segment in sets[0].segments)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, token: Tensor) -> Tensor:
+        return token - shared <= query + own - q_len
+
     try:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -89,9 +93,7 @@ def flex(sets: Sequence[AttentionInputs], raw: bool) -> Call:
         compiled = torch.compile(flex_attention, dynamic=False)
         block_mask = None
         if q_len > 1:
-            block_mask = create_block_mask(
-                lambda b, h, i, j: j - shared <= i + own - q_len, None, None, q_len, shared + own, device="cpu"
-            )
+            block_mask = create_block_mask(visible, None, None, q_len, shared + own, device="cpu")
         attend = partial(compiled, block_mask=block_mask, enable_gqa=True)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -102,12 +104,8 @@ def flex(sets: Sequence[AttentionInputs], raw: bool) -> Call:
     allowed = _FLEX_TOLERANCE * torch.finfo(wanted.dtype).eps
     if (found.float() - wanted.float()).abs().max().item() > allowed:
         raise LeftOutError("its result differs from SDPA's")
-    if raw:
-        return in_turn([lambda i=inputs: attend(i.query, *joined(i)) for inputs in sets])
-    return in_turn([partial(attend, inputs.query, *joined(inputs)) for inputs in sets])
 
+    def joining(inputs: AttentionInputs) -> Tensor:
+        return attend(inputs.query, *joined(inputs))
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, shortened."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:120]
+    return in_turn([partial(joining, i) if raw else partial(attend, i.query, *joined(i)) for i in sets])

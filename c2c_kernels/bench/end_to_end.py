@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from c2c_kernels.bench.alternatives import first_line
 from c2c_kernels.bench.results import Generation
 from c2c_kernels.bench.shapes import matches
+from c2c_kernels.bench.work import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,9 +85,10 @@ def run(
             line = Generation(label(model, dtype, context), model, dtype, context)
             try:
                 loaded.set_attn_implementation("sdpa")
-                yield _measure(loaded, tokenizer, line, whole)
+                line = _measure(loaded, tokenizer, line, whole)
             except Exception as error:  # of generate or of the patch: the other lines go on
-                yield replace(line, left_out=f"{type(error).__name__}: {first_line(error)}")
+                line = replace(line, left_out=f"{type(error).__name__}: {first_line(error)}")
+            yield line
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ _RUNS, _SECONDS = 15, 0.2  # at least, for each pattern
 _LONGEST = 2.0  # seconds after which there are no more runs
 _ROUNDS = 200_000  # of multiply-adds: 0.3 ms and more
 _PRODUCT = 1536  # rows and columns of torch's matrix product: some 30 ms on two cores
+_SMALL_PRODUCT, _PROMISING = 512, 0.1  # what reaches less of the peak in a small one is not tried in the large one
 _SHARE_ALONE = 0.5  # of the threads' rate if each were alone; less is not explained by clock rates
 
 Reader = Callable[[Tensor], float]  # from a tensor to the bytes/s at which it is read
@@ -83,19 +84,22 @@ def measure(threads: int | None = None) -> Machine:
     threads = threads or torch.get_num_threads()
     notes = _thread_notes(threads)
     with _torch_threads(threads):
-        peaks = {"float32": 0.0, "bfloat16": _product(torch.bfloat16), "float16": _product(torch.float16)}
+        read: Reader
         try:
             program = compiler.build()
         except compiler.NoCompilerError as error:
             notes.append(f"limits measured with torch, which reaches less than the machine can: {error}")
             method, read = "torch: sum of a tensor, matrix product", _torch_reader
-            peaks["float32"] = _product(torch.float32)
+            peak, dot_products = _product(torch.float32, 0.0), 0.0
         else:
             method, read = f"C program, {program.bits}-bit vectors, {program.compiler}", _reader(program, threads)
-            peaks["float32"] = _multiply_adds(program, threads)
-            peaks["bfloat16"] = max(peaks["bfloat16"], _multiply_adds(program, threads, bfloat16=True))
-            notes += _program_notes(program, threads, peaks["float32"])
-        peaks = {dtype: max(rate, peaks["float32"]) for dtype, rate in peaks.items()}
+            peak, dot_products = _multiply_adds(program, threads), _multiply_adds(program, threads, bfloat16=True)
+            notes += _program_notes(program, threads, peak)
+        peaks = {
+            "float32": peak,
+            "bfloat16": max(dot_products, _product(torch.bfloat16, peak)),
+            "float16": _product(torch.float16, peak),
+        }
         named, origin = topology.last_level_cache(threads)
         memory = read(torch.ones(_beyond_bytes(named) // 4))
         cache, cache_bytes = _inside(read, named, memory)
@@ -177,13 +181,19 @@ def _torch_reader(data: Tensor) -> float:
     return data.numel() * 4 / _best(data.sum)
 
 
-def _product(dtype: torch.dtype) -> float:
-    """FLOP/s of torch's matrix product; 0 where it has none for this dtype."""
-    a, b, out = (torch.ones(_PRODUCT, _PRODUCT, dtype=dtype) for _ in range(3))
+def _product(dtype: torch.dtype, least: float) -> float:
+    """FLOP/s of torch's matrix product, `least` where it reaches less or has none for this dtype."""
+
+    def rate(size: int, best: Callable[[Callable[[], object]], float]) -> float:
+        a, b, out = (torch.ones(size, size, dtype=dtype) for _ in range(3))
+        return 2 * size**3 / best(lambda: torch.mm(a, b, out=out))
+
     try:
-        return 2 * _PRODUCT**3 / _best(lambda: torch.mm(a, b, out=out))
+        if rate(_SMALL_PRODUCT, _once) < _PROMISING * least:
+            return least
+        return max(least, rate(_PRODUCT, _best))
     except RuntimeError:
-        return 0.0
+        return least
 
 
 @contextmanager
@@ -201,7 +211,11 @@ def _best(run: Callable[[], object]) -> float:
     run()
     times: list[float] = []
     while (len(times) < _RUNS or sum(times) < _SECONDS) and sum(times) < _LONGEST:
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
+        times.append(_once(run))
     return min(times)
+
+
+def _once(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began

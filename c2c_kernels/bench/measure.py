@@ -7,12 +7,11 @@ from collections.abc import Callable
 import torch
 
 from c2c_kernels.bench import attention, backward, merging, projection, topology
-from c2c_kernels.bench.alternatives import first_line
 from c2c_kernels.bench.machine import Machine
 from c2c_kernels.bench.results import Beside, Line
 from c2c_kernels.bench.shapes import DTYPES, Case
 from c2c_kernels.bench.timing import Effort, alternate
-from c2c_kernels.bench.work import Call, LeftOutError, Work
+from c2c_kernels.bench.work import Call, LeftOutError, Work, first_line
 
 QUICK = Effort(seconds=0.1, least=4, most=60)
 FULL = Effort(seconds=0.3, least=5, most=200)

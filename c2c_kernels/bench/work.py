@@ -14,6 +14,12 @@ class LeftOutError(Exception):
     """Why a contender or a case is not measured, in one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, shortened."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:120]
+
+
 @dataclass(frozen=True)
 class Cost:
     """What has to be moved and computed: bytes of every input and output once, FLOPs of the formula."""

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from c2c_kernels.backends import ENVIRONMENT_VARIABLE, backends
 from c2c_kernels.bench import end_to_end, environment, explain, machine, measure, page, shapes, table
 from c2c_kernels.bench.results import Report
 from c2c_kernels.bench.timing import Effort
+from c2c_kernels.bench.work import first_line
+from c2c_kernels.cli import outputs
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.progress import note, stage
 
@@ -30,20 +33,48 @@ def run(options: argparse.Namespace) -> int:
     plan = end_to_end.plan(quick=options.quick, dtypes=options.dtype)
     generations = end_to_end.lines(plan, options.filter) if options.end_to_end else []
     if not (cases or choices or generations):
-        raise CommandError(f"no line has all of {options.filter.split()} in its name")
+        raise _nothing_left(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    with stage("measure the machine"):
-        limits = machine.measure()
-    report = Report(_command(options), environment.collect(limits.threads), limits)
-    _print(page.environment_line(report), *page.machine_lines(limits))
-    if report.environment["backend"] == "reference":
-        report.notes.append("the compiled kernels are missing: every line is the reference's")
+    report = _begin(options)
+    if options.explain and not choices:
+        report.notes.append("--explain leaves out everything: it has no line of those asked for")
+    if options.end_to_end and not generations:
+        report.notes.append("--end-to-end leaves out everything: it has no line of those asked for")
     _measure_lines(report, cases, measure.QUICK if options.quick else measure.FULL, options.quick)
     _explain(report, choices)
     _generate(report, plan, generations)
     _close(report, options, began)
     return 1 if report.wrong else 0
+
+
+def _nothing_left(options: argparse.Namespace) -> CommandError:
+    """The error for a filter that no line passes."""
+    chosen = [*(["--quick"] if options.quick else []), *(f"--dtype {dtype}" for dtype in options.dtype or ())]
+    among = f" of {' '.join(chosen)}" if chosen else ""
+    wanted = f"words of a name such as {shapes.grid()[0].name!r} are wanted; families are {', '.join(shapes.FAMILIES)}"
+    later = "" if options.end_to_end else "; names that begin with generate need --end-to-end"
+    return CommandError(f"--filter {options.filter!r}: no line{among} has all these words in its name; {wanted}{later}")
+
+
+def _begin(options: argparse.Namespace) -> Report:
+    """Measures the machine, and prints what it is."""
+    try:
+        found = environment.collect(torch.get_num_threads())
+    except ValueError as error:
+        raise CommandError(f"{ENVIRONMENT_VARIABLE}: {error}") from error
+    with stage("measure the machine"):
+        limits = machine.measure()
+    report = Report(_command(options), found, limits)
+    _print(page.environment_line(report), *page.machine_lines(limits))
+    if found["backend"] == "reference":
+        reason = next(record.reason for record in backends() if record.name == "cpu")
+        report.notes.append(f"every line is the reference's: the compiled kernels are left out{_because(reason)}")
+    return report
+
+
+def _because(reason: str) -> str:
+    return f" ({reason})" if reason else ""
 
 
 def _measure_lines(report: Report, cases: list[shapes.Case], effort: Effort, quick: bool) -> None:
@@ -57,6 +88,7 @@ def _measure_lines(report: Report, cases: list[shapes.Case], effort: Effort, qui
                 lines.append(measure.measure(case, report.machine, effort))
                 update(len(lines))
         report.lines += lines
+        report.wrong += [f"{line.name}: {line.reason}" for line in lines if line.status == "wrong"]
         _print("", table.as_text(table.family_table(family, lines)))
     if len(report.lines) > 1:
         _print("", table.as_text(table.summary_table(report.lines)))
@@ -73,13 +105,13 @@ def _explain(report: Report, cases: list[shapes.Case]) -> None:
         for done, case in enumerate(cases, 1):
             try:
                 choice = explain.explain(case)
-            except (ArithmeticError, RuntimeError, MemoryError) as error:
-                report.notes.append(f"{case.name} left out: {error}")
-                choice = None
+            except explain.WrongResultError as error:
+                report.wrong.append(f"{case.name}: {error}")
+            except (RuntimeError, ValueError, MemoryError) as error:
+                report.notes.append(f"{case.name} left out: {first_line(error)}")
             else:
                 passed_over += choice is None
-            if choice is not None:
-                report.choices.append(choice)
+                report.choices += [] if choice is None else [choice]
             update(done)
     if passed_over:
         report.notes.append(f"{passed_over} shapes of --explain left out: a strategy would take over a second")
@@ -103,49 +135,70 @@ def _generate(report: Report, plan: end_to_end.Plan, wanted: list[tuple[str, str
 
 
 def _close(report: Report, options: argparse.Namespace, began: float) -> None:
-    """Measures the machine again, says what was left out, and writes the files."""
+    """Measures the machine again, writes the files, and says what was left out and what is wrong."""
     with stage("measure the machine again"):
         report.machine_after = machine.measure(report.machine.threads)
-    for name in ("memory", "cache", "peak"):
-        before, after = getattr(report.machine, name), getattr(report.machine_after, name)
-        if abs(after / before - 1) > _DRIFT:
-            change = f"{name} from {before / 1e9:.4g} to {after / 1e9:.4g} G/s"
+    after = report.machine_after.limits()
+    for name, before in report.machine.limits().items():
+        if abs(after[name] / before - 1) > _DRIFT:
+            change = f"{name} from {before / 1e9:.4g} to {after[name] / 1e9:.4g} G/s"
             report.notes.append(f"the machine changed while it was measured: {change}")
     report.seconds = time.perf_counter() - began
-    if options.plot and report.lines:
-        _plot(report, Path(options.plot))
-    if options.json:
-        Path(options.json).write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
-    if options.markdown:
-        page.write(report, Path(options.markdown))
+    unwritten = _write_files(report, options)
     _print("", *report.notes, f"in all {report.seconds:.0f} s")
     for line in report.wrong:
-        note(f"WRONG: {line.name}: {line.reason}")
+        note(f"WRONG, not timed: {line}")
+    if unwritten is not None:
+        raise unwritten
+
+
+def _write_files(report: Report, options: argparse.Namespace) -> CommandError | None:
+    """Writes the files asked for, each whatever becomes of the others; the first error."""
+    writers = {"plot": _plot, "json": _write_json, "markdown": page.write}
+    errors = []
+    for name, write in writers.items():
+        given = getattr(options, name)
+        if given is not None:
+            try:
+                write(report, Path(given))
+            except OSError as error:
+                errors.append(outputs.unwritten(f"--{name}", Path(given), error))
+    return errors[0] if errors else None
 
 
 def _plot(report: Report, path: Path) -> None:
+    if not any(line.timing for line in report.lines):
+        report.notes.append("no plot: no line was timed")
+        return
     try:
         from c2c_kernels.bench import plot
+    except Exception as error:  # whatever a broken package raises
+        report.notes.append(
+            f"no plot: matplotlib cannot be imported ({first_line(error)}); pip install 'c2c-kernels[bench]'"
+        )
+        return
+    with stage(f"draw {path}"):
+        plot.draw(report, path)
 
-        with stage(f"draw {path}"):
-            plot.draw(report, path)
-    except ImportError as error:
-        report.notes.append(f"no plot: matplotlib cannot be imported ({error}); pip install 'c2c-kernels[bench]'")
+
+def _write_json(report: Report, path: Path) -> None:
+    path.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def _check_files(options: argparse.Namespace) -> None:
     """CommandError, before anything is measured, where a file could not be written."""
-    for name in ("json", "plot", "markdown"):
+    for name, suffix in (("json", ""), ("plot", ".png"), ("markdown", "")):
         given = getattr(options, name)
-        if given is None:
-            continue
-        path = Path(given)
-        if not path.absolute().parent.is_dir():
-            raise CommandError(f"--{name} {path}: there is no folder {path.parent}")
-        if name == "plot" and path.suffix.lower() != ".png":
-            raise CommandError(f"--plot {path}: a file name that ends in .png is wanted")
-        if name == "markdown" and path.exists() and not page.has_marks(path):
-            raise CommandError(f"--markdown {path}: the file has no lines {page.BEGIN} and {page.END}")
+        if given is not None:
+            outputs.check(f"--{name}", Path(given), suffix)
+    if options.markdown is None or not Path(options.markdown).exists():
+        return
+    try:
+        marked = page.has_marks(Path(options.markdown))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"--markdown {options.markdown} cannot be read: {first_line(error)}") from error
+    if not marked:
+        raise CommandError(f"--markdown {options.markdown}: lines {page.BEGIN} and {page.END} are wanted in it")
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from c2c_kernels.backends import choose
 from c2c_kernels.cli import documents as texts
+from c2c_kernels.cli import outputs
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.progress import stage
 

@@ -217,6 +217,8 @@ static void adjust_columns(const Tile &tile, int64_t n, float *s, int64_t ld, co
   const int64_t queries = tile.queries;
   const float cap = tile.p.softcap;
   const bool mask_shared = mask && tile.p.mask.stride[1] == 0;
+  const bool plain = !mask && !tile.limited && (!tile.gated || tile.backward);
+  if (plain && !row_bias && !(cap > 0.0f)) return;
   for (int64_t t = 0; t < n; ++t) {
     float *column = s + t * ld;
     if (row_bias)
@@ -227,6 +229,7 @@ static void adjust_columns(const Tile &tile, int64_t n, float *s, int64_t ld, co
         store(column + r, bent * cap);
         if (cap_slope) store(cap_slope + t * ld + r, 1.0f - bent * bent);
       }
+    if (plain) continue;
     const int64_t x = tile.coordinate[t];
     for (int64_t g = 0; g < tile.run.group_heads; ++g) {
       float *part = column + g * queries;
@@ -269,6 +272,14 @@ static void widen_tokens(const Run &run, const c2c_tensor &t, const c2c_tensor *
       }
     }
   });
+}
+
+// The tokens that widen_tokens will be asked for next, where they lie side by side.
+static Upcoming upcoming_tokens(const Run &run, const c2c_tensor &t, int64_t dim, int64_t b, int64_t group, int64_t j,
+                                int64_t n) {
+  if (n <= 0 || t.stride[2] != dim) return Upcoming{};
+  const int64_t size = dtype_size(t.dtype);
+  return {(const char *)at(t, b, run.absorbed ? 0 : group, j), t.stride[1] * size, n * dim * size, run.parts};
 }
 
 // Query rows of a tile in float32, scaled, [rows][ld]; padding is zero.

@@ -212,9 +212,12 @@ static void block_tile(Tile &tile, TileScratch &x) {
     int64_t n = least(BLOCK, tile.end - j);
     if (!tile.enter_block(j, n) || (masked && !load_mask(tile, j, n, x.mask))) continue;
     widen_tokens(run, *run.key, run.key_scale, run.key_dim, tile.b, tile.group, j, n, x.k, run.key_ld);
+    const int64_t next = least(BLOCK, tile.end - j - BLOCK);
+    Upcoming keys = upcoming_tokens(run, *run.key, run.key_dim, tile.b, tile.group, j + BLOCK, next);
+    Upcoming values = upcoming_tokens(run, *run.value, run.value_dim, tile.b, tile.group, j + BLOCK, next);
     each_visible(tile, n, [&](int64_t r, int64_t count, int64_t tokens) {
       gemm(tokens, count, run.key_width, x.k, run.key_ld, 1, x.panels + r * run.key_width, run.key_width * PANEL,
-           x.s + r, ld, false);
+           x.s + r, ld, false, &keys);
     });
     for (int64_t t = 0; t < n; ++t)
       for (int64_t r = tile.rows; r < padded; ++r) x.s[t * ld + r] = 0.0f;
@@ -229,7 +232,7 @@ static void block_tile(Tile &tile, TileScratch &x) {
     pack_panels(x.v, rows, run.value_ld, n, run.value_width);
     each_visible(tile, n, [&](int64_t r, int64_t count, int64_t tokens) {
       gemm(count, run.value_width, tokens, x.s + r, 1, ld, x.v, n * PANEL, x.acc + r * run.value_ld, run.value_ld,
-           true);
+           true, &values);
     });
   }
   for (int64_t r = 0; r < tile.rows; ++r) {

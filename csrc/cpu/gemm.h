@@ -9,15 +9,40 @@ constexpr int TILE_ROWS = 8;  // 8 x 2 accumulators, 2 of B, broadcasts from mem
 constexpr int TILE_ROWS = 6;  // 6 x 2 accumulators, 2 of B, 1 broadcast: 15 of 16 registers
 #endif
 
+// Stored tokens that the next block will read, asked for line by line while this one is multiplied: `parts` runs of
+// `bytes`, `stride` bytes apart.
+struct Upcoming {
+  const char *data = nullptr;
+  int64_t stride = 0, bytes = 0, parts = 0, at = 0;
+
+  // The next `lines` cache lines, null where none are left. A few beyond a run may be among them.
+  ALWAYS_INLINE const char *take(int64_t lines) {
+    if (at >= bytes) {
+      data += stride;
+      at = 0;
+      --parts;
+    }
+    if (parts <= 0) return nullptr;
+    const char *from = data + at;
+    at += 64 * lines;
+    return from;
+  }
+};
+
 // Every element of C is one chain of multiply-adds over k, whatever the blocking: results do not depend on M or N.
 template <int ROWS, int VECTORS, bool UNIT>
 static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_stride, int64_t k_stride, const float *b,
-                                    float *c, int64_t ldc, bool accumulate) {
+                                    float *c, int64_t ldc, bool accumulate, Upcoming *upcoming) {
+  const char *line = upcoming ? upcoming->take(K) : nullptr;
+  const int64_t next_line = line ? 64 : 0;
+  if (!line) line = (const char *)b;  // at hand already: asking for it costs nothing
   V sum[ROWS][VECTORS];
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < VECTORS; ++v) sum[i][v] = accumulate ? load(c + i * ldc + v * LANES) : V{};
   if (UNIT) row_stride = 1;
   for (int64_t k = 0; k < K; ++k) {
+    __builtin_prefetch(line, 0, 2);
+    line += next_line;
     V column[VECTORS];
     for (int v = 0; v < VECTORS; ++v) column[v] = load(b + v * LANES);
 #pragma GCC unroll 8
@@ -35,10 +60,10 @@ static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_strid
 
 template <int VECTORS, bool UNIT>
 static inline void gemm_rows(int64_t rows, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
-                             const float *b, float *c, int64_t ldc, bool accumulate) {
+                             const float *b, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming) {
   switch (rows) {
     // clang-format off
-#define CASE(R) case R: return gemm_tile<R, VECTORS, UNIT>(K, a, row_stride, k_stride, b, c, ldc, accumulate);
+#define CASE(R) case R: return gemm_tile<R, VECTORS, UNIT>(K, a, row_stride, k_stride, b, c, ldc, accumulate, upcoming);
     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if LANES == 16
     CASE(7) CASE(8)
@@ -51,39 +76,40 @@ static inline void gemm_rows(int64_t rows, int64_t K, const float *a, int64_t ro
 // The last columns of C, where they are no whole vectors: by way of a buffer, so that nothing beyond them is touched.
 template <bool UNIT>
 static inline void gemm_edge(int64_t rows, int64_t columns, int64_t K, const float *a, int64_t row_stride,
-                             int64_t k_stride, const float *b, float *c, int64_t ldc, bool accumulate) {
+                             int64_t k_stride, const float *b, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming) {
   float edge[TILE_ROWS * PANEL];
   for (int64_t i = 0; accumulate && i < rows; ++i)
     for (int64_t n = 0; n < PANEL; ++n) edge[i * PANEL + n] = n < columns ? c[i * ldc + n] : 0.0f;
-  gemm_rows<2, UNIT>(rows, K, a, row_stride, k_stride, b, edge, PANEL, accumulate);
+  gemm_rows<2, UNIT>(rows, K, a, row_stride, k_stride, b, edge, PANEL, accumulate, upcoming);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t n = 0; n < columns; ++n) c[i * ldc + n] = edge[i * PANEL + n];
 }
 
 template <bool UNIT>
 static inline void gemm_strided(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
-                                const float *b, int64_t panel_stride, float *c, int64_t ldc, bool accumulate) {
+                                const float *b, int64_t panel_stride, float *c, int64_t ldc, bool accumulate,
+                                Upcoming *upcoming) {
   for (int64_t n = 0; n < N; n += PANEL, b += panel_stride) {
     for (int64_t m = 0; m < M; m += TILE_ROWS) {
       int64_t rows = least<int64_t>(TILE_ROWS, M - m);
       const float *from = a + m * row_stride;
       float *to = c + m * ldc + n;
       if (N - n < PANEL && N - n != LANES)
-        gemm_edge<UNIT>(rows, N - n, K, from, row_stride, k_stride, b, to, ldc, accumulate);
+        gemm_edge<UNIT>(rows, N - n, K, from, row_stride, k_stride, b, to, ldc, accumulate, upcoming);
       else if (N - n > LANES)
-        gemm_rows<2, UNIT>(rows, K, from, row_stride, k_stride, b, to, ldc, accumulate);
+        gemm_rows<2, UNIT>(rows, K, from, row_stride, k_stride, b, to, ldc, accumulate, upcoming);
       else
-        gemm_rows<1, UNIT>(rows, K, from, row_stride, k_stride, b, to, ldc, accumulate);
+        gemm_rows<1, UNIT>(rows, K, from, row_stride, k_stride, b, to, ldc, accumulate, upcoming);
     }
   }
 }
 
 static void gemm(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride, const float *b,
-                 int64_t panel_stride, float *c, int64_t ldc, bool accumulate) {
+                 int64_t panel_stride, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming = nullptr) {
   if (row_stride == 1)
-    gemm_strided<true>(M, N, K, a, 1, k_stride, b, panel_stride, c, ldc, accumulate);
+    gemm_strided<true>(M, N, K, a, 1, k_stride, b, panel_stride, c, ldc, accumulate, upcoming);
   else
-    gemm_strided<false>(M, N, K, a, row_stride, k_stride, b, panel_stride, c, ldc, accumulate);
+    gemm_strided<false>(M, N, K, a, row_stride, k_stride, b, panel_stride, c, ldc, accumulate, upcoming);
 }
 
 static ALWAYS_INLINE int64_t panels_size(int64_t K, int64_t N) { return round_up(N, PANEL) * K; }
