@@ -19,6 +19,10 @@ _PER_ROW = ("key", "value", "key_scale", "value_scale")  # what a segment in the
 _ELSEWHERE = 4.0  # how much larger errors may be among all rows than among those with an oracle
 
 
+class WrongResultError(Exception):
+    """A result does not match the reference, in one line; it is not timed."""
+
+
 def bound(ours: Tensor, torchs: Tensor, oracle: Tensor, ulps: int = ULPS) -> float:
     """The largest error allowed: twice that of PyTorch in the same dtype, plus a few ulp of the largest number."""
     largest = max(1.0, oracle.abs().max().item())

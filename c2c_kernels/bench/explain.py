@@ -10,7 +10,7 @@ import torch
 
 from c2c_kernels.backends import cost, native
 from c2c_kernels.bench import alternatives, attention
-from c2c_kernels.bench.check import attention_problem
+from c2c_kernels.bench.check import WrongResultError, attention_problem
 from c2c_kernels.bench.inputs import AttentionInputs
 from c2c_kernels.bench.inputs import attention as draw
 from c2c_kernels.bench.results import Choice
@@ -22,10 +22,6 @@ STRATEGIES = ("absorb", "materialize")
 _EFFORT = Effort(seconds=0.08, least=4, most=40)
 _MARGIN = 1.1  # a choice is wrong where it takes this many times the other's time, and their quartiles are apart
 _LONGEST = 1.0  # seconds predicted; longer calls are not measured
-
-
-class WrongResultError(Exception):
-    """A result does not match the reference: which, and by how much."""
 
 
 def grid(*, quick: bool = False, dtypes: Sequence[str] | None = None, text: str = "") -> list[Case]:

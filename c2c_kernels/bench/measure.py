@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from c2c_kernels.bench import attention, backward, merging, projection, topology
+from c2c_kernels.bench.check import WrongResultError
 from c2c_kernels.bench.machine import Machine
 from c2c_kernels.bench.results import Beside, Line
 from c2c_kernels.bench.shapes import DTYPES, Case
-from c2c_kernels.bench.timing import Effort, alternate
+from c2c_kernels.bench.timing import Effort, Timing, alternate
 from c2c_kernels.bench.work import Call, LeftOutError, Work, first_line
 
 QUICK = Effort(seconds=0.1, least=4, most=60)
@@ -29,6 +31,28 @@ def build(case: Case) -> Work:
     return builders.get(case.family.partition("-")[0], attention.build)(case)
 
 
+def checked(case: Case) -> Work:
+    """The case's work, whose result has been compared with the reference.
+
+    Raises:
+        WrongResultError: our result does not match, or our call raises.
+        LeftOutError: the memory is too small, or the alternatives that the check needs cannot run.
+    """
+    missing = _missing_memory(case)
+    if missing:
+        raise LeftOutError(missing)
+    try:
+        with torch.no_grad():
+            work = build(case)
+        with torch.set_grad_enabled(case.gradients):
+            problem = _raised(work.ours) or work.problem()
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+        raise LeftOutError(f"{type(error).__name__}: {first_line(error)}") from error
+    if problem:
+        raise WrongResultError(problem)
+    return work
+
+
 def measure(case: Case, machine: Machine, effort: Effort) -> Line:
     """One line of the table.
 
@@ -37,20 +61,39 @@ def measure(case: Case, machine: Machine, effort: Effort) -> Line:
         machine: its limits, for the floor.
         effort: how long.
     """
-    line = _unmeasured(case)
-    missing = _missing_memory(case)
-    if missing:
-        return line("left out", missing)
     try:
-        with torch.no_grad():
-            work = build(case)
-        with torch.set_grad_enabled(case.family.startswith("backward")):
-            problem = _raised(work.ours) or work.problem()
-            if problem:
-                return line("wrong", problem)
-            return _timed(case, work, machine, effort)
-    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
-        return line("left out", f"{type(error).__name__}: {first_line(error)}")
+        work = checked(case)
+    except WrongResultError as error:
+        return Line(case.family, case.label, case.dtype, "wrong", str(error))
+    except LeftOutError as error:
+        return Line(case.family, case.label, case.dtype, "left out", str(error))
+    with torch.set_grad_enabled(case.gradients):
+        timings, beside = _timed(work, machine, effort)
+    ours = timings.pop("ours")
+    beside |= {name: Beside(timing, timing.median / ours.median) for name, timing in timings.items()}
+    return Line(
+        case.family,
+        case.label,
+        case.dtype,
+        timing=ours,
+        beside={name: beside[name] for name in work.alternatives},
+        **costs(case, work, machine, ours.median),
+    )
+
+
+def costs(case: Case, work: Work, machine: Machine, seconds: float) -> dict[str, Any]:
+    """bytes, flops, floor, bound and fraction of a line (see Line) that took `seconds`."""
+    cost, floor = min(
+        ((cost, machine.floor(cost.bytes, cost.flops, work.touched, case.dtype)) for cost in work.costs),
+        key=lambda pair: pair[1].seconds,
+    )
+    return {
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+        "floor": floor.seconds,
+        "bound": floor.bound,
+        "fraction": floor.seconds / seconds,
+    }
 
 
 def _raised(ours: Call) -> str:
@@ -64,35 +107,21 @@ def _raised(ours: Call) -> str:
     return ""
 
 
-def _unmeasured(case: Case) -> Callable[[str, str], Line]:
-    return lambda status, reason: Line(case.family, case.label, case.dtype, status, reason)
-
-
-def _timed(case: Case, work: Work, machine: Machine, effort: Effort) -> Line:
-    cost, floor = min(
-        ((cost, machine.floor(cost.bytes, cost.flops, work.touched, case.dtype)) for cost in work.costs),
-        key=lambda pair: pair[1].seconds,
-    )
+def _timed(work: Work, machine: Machine, effort: Effort) -> tuple[dict[str, Timing], dict[str, Beside]]:
+    """Timings of ours and of the alternatives that run here, and the others with the reason."""
     contenders: dict[str, Call] = {"ours": work.ours}
-    beside: dict[str, Beside] = {}
+    left_out: dict[str, Beside] = {}
     for name, make in work.alternatives.items():
         try:
             call = make()
             call()
         except LeftOutError as error:
-            beside[name] = Beside(left_out=str(error))
-        except (RuntimeError, MemoryError) as error:
-            beside[name] = Beside(left_out=first_line(error))
+            left_out[name] = Beside(left_out=str(error))
+        except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+            left_out[name] = Beside(left_out=f"{type(error).__name__}: {first_line(error)}")
         else:
             contenders[name] = call
-    timings = alternate(contenders, effort, warm=work.touched <= machine.cache_bytes)
-    ours = timings.pop("ours")
-    beside |= {name: Beside(timing, timing.median / ours.median) for name, timing in timings.items()}
-    beside = {name: beside[name] for name in work.alternatives if name in beside}
-    return Line(
-        case.family, case.label, case.dtype, timing=ours, bytes=cost.bytes, flops=cost.flops, floor=floor.seconds,
-        bound=floor.bound, fraction=floor.seconds / ours.median, beside=beside,
-    )  # fmt: skip
+    return alternate(contenders, effort, warm=work.touched <= machine.cache_bytes), left_out
 
 
 def _missing_memory(case: Case) -> str:

@@ -93,6 +93,11 @@ class Case:
     flex: bool = False
 
     @property
+    def gradients(self) -> bool:
+        """Whether they are part of the work."""
+        return self.family.startswith("backward")
+
+    @property
     def label(self) -> str:
         """The shape in words, without the family."""
         models = self.receiver.name if self.sharer is None else f"{self.receiver.name} < {self.sharer.name}"

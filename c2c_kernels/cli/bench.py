@@ -14,6 +14,7 @@ import torch
 
 from c2c_kernels.backends import ENVIRONMENT_VARIABLE, backends
 from c2c_kernels.bench import end_to_end, environment, explain, machine, measure, page, shapes, table
+from c2c_kernels.bench.check import WrongResultError
 from c2c_kernels.bench.results import Report
 from c2c_kernels.bench.timing import Effort
 from c2c_kernels.bench.work import first_line
@@ -105,7 +106,7 @@ def _explain(report: Report, cases: list[shapes.Case]) -> None:
         for done, case in enumerate(cases, 1):
             try:
                 choice = explain.explain(case)
-            except explain.WrongResultError as error:
+            except WrongResultError as error:
                 report.wrong.append(f"{case.name}: {error}")
             except (RuntimeError, ValueError, MemoryError) as error:
                 report.notes.append(f"{case.name} left out: {first_line(error)}")

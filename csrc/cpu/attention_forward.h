@@ -6,6 +6,7 @@
 // go through register-blocked products on transposed scores, s[token][row], which need no horizontal sums.
 
 constexpr int64_t STREAM_ROWS = 12;  // up to here a tile streams tokens instead of packing them
+constexpr int64_t WIDENED_TOKENS = 2 * TILE_ROWS;  // whose keys are in float32 at a time
 constexpr int64_t QUERY_BLOCK = 16;  // queries of one head that are folded or combined together
 
 struct Forward {
@@ -40,8 +41,8 @@ struct TileScratch {
     scaled = carver.take(run.key_scale || run.value_scale ? BLOCK * STREAM_ROWS : 0);
     scales = carver.take(BLOCK);
     acc = carver.take(rows * run.value_ld);
-    k = carver.take(BLOCK * run.key_ld);
-    v = carver.take(2 * BLOCK * run.value_ld);
+    k = carver.take(WIDENED_TOKENS * run.key_ld);
+    v = carver.take(BLOCK * run.value_ld);
     mask = carver.take(!run.segment && p.mask.data ? BLOCK * rows : 0);
     gates = carver.take(BLOCK * run.group_heads);
     row_bias = carver.take(rows);
@@ -202,6 +203,43 @@ static ALWAYS_INLINE void each_visible(const Tile &tile, int64_t n, F f) {
   }
 }
 
+// Scores of a block, s[token][ld]. Float32 tokens are read where they lie; others are widened a few at a time, so that
+// they are still in the first-level cache when they are multiplied.
+static void score_block(const Tile &tile, int64_t j, int64_t n, TileScratch &x, int64_t ld, Upcoming &upcoming) {
+  const Run &run = tile.run;
+  const bool direct = run.key->dtype == C2C_F32 && !run.key_scale;
+  const int64_t piece = direct ? n : WIDENED_TOKENS, parts = direct ? run.parts : 1, dim = run.key_width / parts;
+  for (int64_t t = 0; t < n; t += piece) {
+    if (!direct)
+      widen_tokens(run, *run.key, run.key_scale, run.key_dim, tile.b, tile.group, j + t, least(piece, n - t), x.k,
+                   run.key_ld);
+    each_visible(tile, n, [&](int64_t r, int64_t count, int64_t tokens) {
+      for (int64_t part = 0; part < parts; ++part) {
+        const float *keys = direct ? (const float *)at(*run.key, tile.b, run.absorbed ? part : tile.group, j) : x.k;
+        gemm(least(piece, tokens - t), count, dim, keys, direct ? run.key->stride[2] : run.key_ld, 1,
+             x.panels + r * run.key_width + part * dim * PANEL, PANEL, run.key_width * PANEL, x.s + t * ld + r, ld,
+             part > 0, &upcoming);
+      }
+    });
+  }
+}
+
+// Adds the block's values times weights, s[token][ld], to the sums of all rows.
+static void weigh_block(const Tile &tile, int64_t j, int64_t n, TileScratch &x, int64_t ld, Upcoming &upcoming) {
+  const Run &run = tile.run;
+  const bool direct = run.value->dtype == C2C_F32 && !run.value_scale && run.value_dim % LANES == 0;
+  const int64_t parts = direct ? run.parts : 1, dim = run.value_width / parts;
+  if (!direct)
+    widen_tokens(run, *run.value, run.value_scale, run.value_dim, tile.b, tile.group, j, n, x.v, run.value_ld);
+  each_visible(tile, n, [&](int64_t r, int64_t count, int64_t tokens) {
+    for (int64_t part = 0; part < parts; ++part) {
+      const float *values = direct ? (const float *)at(*run.value, tile.b, run.absorbed ? part : tile.group, j) : x.v;
+      gemm(count, dim, tokens, x.s + r, 1, ld, values, direct ? run.value->stride[2] : run.value_ld, PANEL,
+           x.acc + r * run.value_ld + part * dim, run.value_ld, true, &upcoming);
+    }
+  });
+}
+
 static void block_tile(Tile &tile, TileScratch &x) {
   const Run &run = tile.run;
   const int64_t padded = round_up(tile.rows, LANES), ld = round_up(tile.rows, PANEL) + 16;
@@ -211,14 +249,10 @@ static void block_tile(Tile &tile, TileScratch &x) {
   for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
     int64_t n = least(BLOCK, tile.end - j);
     if (!tile.enter_block(j, n) || (masked && !load_mask(tile, j, n, x.mask))) continue;
-    widen_tokens(run, *run.key, run.key_scale, run.key_dim, tile.b, tile.group, j, n, x.k, run.key_ld);
     const int64_t next = least(BLOCK, tile.end - j - BLOCK);
     Upcoming keys = upcoming_tokens(run, *run.key, run.key_dim, tile.b, tile.group, j + BLOCK, next);
     Upcoming values = upcoming_tokens(run, *run.value, run.value_dim, tile.b, tile.group, j + BLOCK, next);
-    each_visible(tile, n, [&](int64_t r, int64_t count, int64_t tokens) {
-      gemm(tokens, count, run.key_width, x.k, run.key_ld, 1, x.panels + r * run.key_width, run.key_width * PANEL,
-           x.s + r, ld, false, &keys);
-    });
+    score_block(tile, j, n, x, ld, keys);
     for (int64_t t = 0; t < n; ++t)
       for (int64_t r = tile.rows; r < padded; ++r) x.s[t * ld + r] = 0.0f;
     adjust_columns(tile, n, x.s, ld, run.absorbed ? x.row_bias : nullptr, masked ? x.mask : nullptr, nullptr);
@@ -227,13 +261,7 @@ static void block_tile(Tile &tile, TileScratch &x) {
         if (x.factor[r] != 1.0f)
           for (int64_t d = 0; d < run.value_ld; d += LANES)
             store(x.acc + r * run.value_ld + d, load(x.acc + r * run.value_ld + d) * x.factor[r]);
-    float *rows = x.v + BLOCK * run.value_ld;
-    widen_tokens(run, *run.value, run.value_scale, run.value_dim, tile.b, tile.group, j, n, rows, run.value_ld);
-    pack_panels(x.v, rows, run.value_ld, n, run.value_width);
-    each_visible(tile, n, [&](int64_t r, int64_t count, int64_t tokens) {
-      gemm(count, run.value_width, tokens, x.s + r, 1, ld, x.v, n * PANEL, x.acc + r * run.value_ld, run.value_ld,
-           true, &values);
-    });
+    weigh_block(tile, j, n, x, ld, values);
   }
   for (int64_t r = 0; r < tile.rows; ++r) {
     x.state[r].max = x.row_max[r];

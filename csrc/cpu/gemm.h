@@ -1,6 +1,7 @@
 // C[M x N] (+)= A[M x K] B[K x N] in float32, register-blocked. Included inside an instruction set's namespace.
 // A has any strides (each element is broadcast). B is packed in panels of PANEL columns: [N / PANEL][K][PANEL], the
-// last one padded; panels are `panel_stride` apart. C is row-major; only its N columns are touched.
+// last one padded: rows PANEL, panels K * PANEL apart. Where N is whole vectors B may lie as it is, rows `b_stride` and
+// panels PANEL apart. C is row-major; only its N columns are touched.
 
 constexpr int PANEL = 2 * LANES;
 #if LANES == 16
@@ -32,7 +33,7 @@ struct Upcoming {
 // Every element of C is one chain of multiply-adds over k, whatever the blocking: results do not depend on M or N.
 template <int ROWS, int VECTORS, bool UNIT>
 static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_stride, int64_t k_stride, const float *b,
-                                    float *c, int64_t ldc, bool accumulate, Upcoming *upcoming) {
+                                    int64_t b_stride, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming) {
   const char *line = upcoming ? upcoming->take(K) : nullptr;
   const int64_t next_line = line ? 64 : 0;
   if (!line) line = (const char *)b;  // at hand already: asking for it costs nothing
@@ -52,7 +53,7 @@ static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_strid
       for (int v = 0; v < VECTORS; ++v) sum[i][v] = x * column[v] + sum[i][v];
     }
     a += k_stride;
-    b += PANEL;
+    b += b_stride;
   }
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < VECTORS; ++v) store(c + i * ldc + v * LANES, sum[i][v]);
@@ -60,10 +61,10 @@ static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_strid
 
 template <int VECTORS, bool UNIT>
 static inline void gemm_rows(int64_t rows, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
-                             const float *b, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming) {
+                             const float *b, int64_t b_stride, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming) {
   switch (rows) {
     // clang-format off
-#define CASE(R) case R: return gemm_tile<R, VECTORS, UNIT>(K, a, row_stride, k_stride, b, c, ldc, accumulate, upcoming);
+#define CASE(R) case R: return gemm_tile<R, VECTORS, UNIT>(K, a, row_stride, k_stride, b, b_stride, c, ldc, accumulate, upcoming);
     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if LANES == 16
     CASE(7) CASE(8)
@@ -76,18 +77,18 @@ static inline void gemm_rows(int64_t rows, int64_t K, const float *a, int64_t ro
 // The last columns of C, where they are no whole vectors: by way of a buffer, so that nothing beyond them is touched.
 template <bool UNIT>
 static inline void gemm_edge(int64_t rows, int64_t columns, int64_t K, const float *a, int64_t row_stride,
-                             int64_t k_stride, const float *b, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming) {
+                             int64_t k_stride, const float *b, int64_t b_stride, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming) {
   float edge[TILE_ROWS * PANEL];
   for (int64_t i = 0; accumulate && i < rows; ++i)
     for (int64_t n = 0; n < PANEL; ++n) edge[i * PANEL + n] = n < columns ? c[i * ldc + n] : 0.0f;
-  gemm_rows<2, UNIT>(rows, K, a, row_stride, k_stride, b, edge, PANEL, accumulate, upcoming);
+  gemm_rows<2, UNIT>(rows, K, a, row_stride, k_stride, b, b_stride, edge, PANEL, accumulate, upcoming);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t n = 0; n < columns; ++n) c[i * ldc + n] = edge[i * PANEL + n];
 }
 
 template <bool UNIT>
 static inline void gemm_strided(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
-                                const float *b, int64_t panel_stride, float *c, int64_t ldc, bool accumulate,
+                                const float *b, int64_t b_stride, int64_t panel_stride, float *c, int64_t ldc, bool accumulate,
                                 Upcoming *upcoming) {
   for (int64_t n = 0; n < N; n += PANEL, b += panel_stride) {
     for (int64_t m = 0; m < M; m += TILE_ROWS) {
@@ -95,21 +96,21 @@ static inline void gemm_strided(int64_t M, int64_t N, int64_t K, const float *a,
       const float *from = a + m * row_stride;
       float *to = c + m * ldc + n;
       if (N - n < PANEL && N - n != LANES)
-        gemm_edge<UNIT>(rows, N - n, K, from, row_stride, k_stride, b, to, ldc, accumulate, upcoming);
+        gemm_edge<UNIT>(rows, N - n, K, from, row_stride, k_stride, b, b_stride, to, ldc, accumulate, upcoming);
       else if (N - n > LANES)
-        gemm_rows<2, UNIT>(rows, K, from, row_stride, k_stride, b, to, ldc, accumulate, upcoming);
+        gemm_rows<2, UNIT>(rows, K, from, row_stride, k_stride, b, b_stride, to, ldc, accumulate, upcoming);
       else
-        gemm_rows<1, UNIT>(rows, K, from, row_stride, k_stride, b, to, ldc, accumulate, upcoming);
+        gemm_rows<1, UNIT>(rows, K, from, row_stride, k_stride, b, b_stride, to, ldc, accumulate, upcoming);
     }
   }
 }
 
 static void gemm(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride, const float *b,
-                 int64_t panel_stride, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming = nullptr) {
+                 int64_t b_stride, int64_t panel_stride, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming = nullptr) {
   if (row_stride == 1)
-    gemm_strided<true>(M, N, K, a, 1, k_stride, b, panel_stride, c, ldc, accumulate, upcoming);
+    gemm_strided<true>(M, N, K, a, 1, k_stride, b, b_stride, panel_stride, c, ldc, accumulate, upcoming);
   else
-    gemm_strided<false>(M, N, K, a, row_stride, k_stride, b, panel_stride, c, ldc, accumulate, upcoming);
+    gemm_strided<false>(M, N, K, a, row_stride, k_stride, b, b_stride, panel_stride, c, ldc, accumulate, upcoming);
 }
 
 static ALWAYS_INLINE int64_t panels_size(int64_t K, int64_t N) { return round_up(N, PANEL) * K; }

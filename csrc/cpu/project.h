@@ -126,7 +126,7 @@ static void multiply(const c2c_tensor &weights, const void *first, int64_t row_s
         widen_row(x.weights + i * ld, weights.dtype, from + i * row_stride * dtype_size(weights.dtype), width);
       w = x.weights;
     }
-    gemm(n, tokens, width, w, ld, 1, panels, width * PANEL, x.products + r * TOKEN_TILE, TOKEN_TILE, false);
+    gemm(n, tokens, width, w, ld, 1, panels, PANEL, width * PANEL, x.products + r * TOKEN_TILE, TOKEN_TILE, false);
   }
 }
 
