@@ -340,27 +340,26 @@ def check_project_kv(
             _expect(f"out {slot}", tensor, wanted, "(batch, kv_heads, len, head_dim)")
             if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
                 raise ValueError(f"out {slot} has stride 0 {tensor.stride()}: its elements share memory")
-            for source in segment.tensors:
-                if source is not None and _may_overlap(tensor, source):
-                    raise ValueError(f"out {slot} shares memory with the segment: project into other memory")
+            if _may_overlap(tensor, segment.tensors):
+                raise ValueError(f"out {slot} shares memory with the segment: project into other memory")
         if out[0].numel() and out[0].data_ptr() == out[1].data_ptr():
             raise ValueError("out key and out value are the same memory")
     return shapes[0], shapes[1]
 
 
-def _may_overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the address ranges of two tensors meet; of interleaved views of one buffer this says yes."""
-    if torch.compiler.is_compiling() or a.numel() == 0 or b.numel() == 0 or a.device.type == "meta":
-        return False
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+def _may_overlap(out: Tensor, sources: list[Tensor | None]) -> bool:
+    """Whether the addresses of a tensor meet those of another; of interleaved views of one buffer this says yes."""
+    if torch.compiler.is_compiling() or out.numel() == 0 or out.device.type == "meta":
         return False
 
-    def span(t: Tensor) -> tuple[int, int]:
+    def end(t: Tensor) -> int:
         reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
+        return t.data_ptr() + (reach + 1) * t.element_size()
 
-    (a_first, a_end), (b_first, b_end) = span(a), span(b)
-    return a_first < b_end and b_first < a_end
+    first, last = out.data_ptr(), end(out)
+    return any(
+        source is not None and source.data_ptr() < last and source.numel() and first < end(source) for source in sources
+    )
 
 
 def check_merge_states(outs: list[Tensor], lses: list[Tensor]) -> None:

@@ -131,21 +131,24 @@ static void pack_panels(float *panels, const float *b, int64_t ldb, int64_t K, i
   }
 }
 
+// to[c][r] = from[r][c] for `rows` <= LANES rows of `columns` elements; the places of further rows up to LANES become 0.
+static void transpose_rows(const float *from, int64_t ld_from, int64_t rows, int64_t columns, float *to,
+                           int64_t ld_to) {
+  int64_t c = 0;
+  for (; c + LANES <= columns; c += LANES) {
+    V block[LANES];
+    for (int64_t r = 0; r < LANES; ++r) block[r] = r < rows ? load(from + r * ld_from + c) : V{};
+    transpose(block);
+    for (int64_t r = 0; r < LANES; ++r) store(to + (c + r) * ld_to, block[r]);
+  }
+  for (; c < columns; ++c)
+    for (int64_t r = 0; r < LANES; ++r) to[c * ld_to + r] = r < rows ? from[r * ld_from + c] : 0.0f;
+}
+
 // Panels of B = R^T from rows R[N x K].
 static void pack_panels_transposed(float *panels, const float *rows, int64_t ld, int64_t K, int64_t N) {
   for (int64_t n = 0; n < N; n += PANEL, panels += K * PANEL)
-    for (int64_t half = 0; half < PANEL; half += LANES) {
-      const int64_t columns = most<int64_t>(0, least<int64_t>(LANES, N - n - half));
-      const float *from = rows + (n + half) * ld;
-      float *to = panels + half;
-      int64_t k = 0;
-      for (; k + LANES <= K; k += LANES) {
-        V block[LANES];
-        for (int64_t i = 0; i < LANES; ++i) block[i] = i < columns ? load(from + i * ld + k) : V{};
-        transpose(block);
-        for (int64_t i = 0; i < LANES; ++i) store(to + (k + i) * PANEL, block[i]);
-      }
-      for (; k < K; ++k)
-        for (int64_t i = 0; i < LANES; ++i) to[k * PANEL + i] = i < columns ? from[i * ld + k] : 0.0f;
-    }
+    for (int64_t half = 0; half < PANEL; half += LANES)
+      transpose_rows(rows + (n + half) * ld, ld, most<int64_t>(0, least<int64_t>(LANES, N - n - half)), K,
+                     panels + half, PANEL);
 }

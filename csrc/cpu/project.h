@@ -97,7 +97,7 @@ static void write_row(const c2c_project_params &p, const Half &half, int64_t b, 
 }
 
 struct ProjectScratch {
-  float *raw, *inner, *panels, *products, *weights, *row, *bias, *tables;
+  float *raw, *inner, *panels, *products, *turned, *weights, *row, *bias, *tables;
 
   ProjectScratch(Carver &carver, const c2c_project_params &p, const Half &half) {
     const int64_t width = round_up(most(half.width, half.rank), PANEL), out = round_up(half.out_dim, PANEL);
@@ -105,6 +105,7 @@ struct ProjectScratch {
     inner = carver.take(half.rank ? TOKEN_TILE * round_up(half.rank, PANEL) : 0);
     panels = carver.take(TOKEN_TILE * width);
     products = carver.take(most(half.rank, half.out_dim) * TOKEN_TILE + STREAM_TOKENS * out);
+    turned = carver.take(LANES * out);
     weights = carver.take(WEIGHT_ROWS * width);
     row = carver.take(out);
     bias = carver.take(out);
@@ -146,9 +147,9 @@ static void project_tile(const c2c_project_params &p, const Half &half, int64_t 
     } else {
       pack_panels_transposed(x.panels, x.raw, ld, half.width, n);
       multiply(*half.proj_in, half.proj_in->data, half.proj_in->stride[0], half.rank, half.width, x.panels, n, x);
-      for (int64_t t = 0; t < n; ++t)
-        for (int64_t r = 0; r < row_ld; ++r)
-          x.inner[t * row_ld + r] = r < half.rank ? x.products[r * TOKEN_TILE + t] : 0.0f;
+      for (int64_t r = 0; r < half.rank; r += LANES)
+        transpose_rows(x.products + r * TOKEN_TILE, TOKEN_TILE, least<int64_t>(LANES, half.rank - r), n, x.inner + r,
+                       row_ld);
     }
     rows = x.inner, width = half.rank;
   }
@@ -165,12 +166,23 @@ static void project_tile(const c2c_project_params &p, const Half &half, int64_t 
                  x.products, out_ld, false);
     else if (half.proj->data)
       multiply(*half.proj, at(*half.proj, head), half.proj->stride[1], half.out_dim, width, x.panels, n, x);
-    for (int64_t t = 0; t < n; ++t) {
-      for (int64_t d = 0; d < half.out_dim; ++d)
-        x.row[d] = !half.proj->data ? rows[t * ld + head * half.dim + d]
-                   : stream         ? x.products[t * out_ld + d]
-                                    : x.products[d * TOKEN_TILE + t];
-      write_row(p, half, b, head, j + t, x.row, bias, x.tables);
+    for (int64_t first = 0; first < n; first += LANES) {
+      const int64_t count = least<int64_t>(LANES, n - first);
+      const float *from = x.products + first * out_ld;
+      int64_t from_ld = out_ld;
+      if (!half.proj->data) {
+        from = rows + first * ld + head * half.dim;
+        from_ld = ld;
+      } else if (!stream) {
+        for (int64_t d = 0; d < half.out_dim; d += LANES)
+          transpose_rows(x.products + d * TOKEN_TILE + first, TOKEN_TILE, least<int64_t>(LANES, half.out_dim - d),
+                         count, x.turned + d, out_ld);
+        from = x.turned;
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        memcpy(x.row, from + t * from_ld, half.out_dim * sizeof(float));
+        write_row(p, half, b, head, j + first + t, x.row, bias, x.tables);
+      }
     }
   }
 }

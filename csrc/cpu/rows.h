@@ -110,6 +110,32 @@ static void dot_chunk(const float *x, int64_t ldx, const T *tokens, int64_t stri
   }
 }
 
+// s[r][j] (+)= x[r] . token[j] for tokens wider than registers hold: each is read through once, rows beside it.
+template <int ROWS, class T>
+static void dot_wide(const float *x, int64_t ldx, const T *tokens, int64_t stride, int64_t n, int64_t whole, float *s,
+                     int64_t lds, bool add) {
+  for (int64_t j = 0; j < n; ++j, tokens += stride) {
+    V sums[ROWS][2] = {};
+    int64_t d = 0;
+    auto step = [&](int half) __attribute__((always_inline)) {
+      if (d * sizeof(T) % 64 == 0) fetch(tokens + d);
+      const V k = load(tokens + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) sums[r][half] = load(x + r * ldx + d) * k + sums[r][half];
+      d += LANES;
+    };
+    for (; d + 2 * LANES <= whole;) {
+      step(0);
+      step(1);
+    }
+    if (d < whole) step(0);
+    for (int r = 0; r < ROWS; ++r) {
+      const float dot = sum(sums[r][0] + sums[r][1]);
+      s[r * lds + j] = add ? s[r * lds + j] + dot : dot;
+    }
+  }
+}
+
 // acc[r] += sum_j p[r][j] token[j] over VECTORS whole vectors, for ROWS rows.
 template <int ROWS, int VECTORS, class T>
 static void weigh_chunk(const float *p, int64_t ldp, const T *tokens, int64_t stride, int64_t n, float *acc,
@@ -229,13 +255,20 @@ static ALWAYS_INLINE void with_chunk(int64_t rows, int64_t vectors, F f) {
 static void dot_tokens(const float *x, int64_t ldx, int64_t rows, int32_t dtype, const void *tokens, int64_t stride,
                        int64_t n, int64_t dim, float *s, int64_t lds, bool add) {
   with_type(dtype, tokens, [&](auto *token) {
-    each_chunk(rows, dim, [&](int64_t row, int64_t count, int64_t first, int64_t vectors) {
+    const int64_t whole = dim / LANES * LANES;
+    if (whole > CHUNK * LANES) {
+      for (int64_t row = 0; row < rows; row += MAX_ROWS)
+        with_count<MAX_ROWS>(least<int64_t>(MAX_ROWS, rows - row), [&](auto r) {
+          dot_wide<decltype(r)::value>(x + row * ldx, ldx, token, stride, n, whole, s + row * lds, lds, add);
+        });
+    } else {
+      each_chunk(rows, dim, [&](int64_t row, int64_t count, int64_t first, int64_t vectors) {
       with_chunk(count, vectors, [&](auto r, auto v) {
         dot_chunk<decltype(r)::value, decltype(v)::value>(x + row * ldx + first, ldx, token + first, stride, n,
                                                           s + row * lds, lds, add || first > 0);
       });
     });
-    const int64_t whole = dim / LANES * LANES;
+    }
     if (whole < dim) dot_tail(x + whole, ldx, rows, token + whole, stride, n, dim - whole, s, lds, add || whole > 0);
   });
 }
