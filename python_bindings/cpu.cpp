@@ -38,7 +38,7 @@ class Reader {
       *t = tensor();
     for (int64_t *n : {&s.heads, &s.key_dim, &s.value_dim, &s.len, &s.raw_len, &s.key_rank, &s.value_rank})
       *n = number();
-    s.causal = static_cast<int32_t>(number());
+    for (int32_t *n : {&s.causal, &s.materialize}) *n = static_cast<int32_t>(number());
     return s;
   }
 

@@ -106,7 +106,9 @@ def _raise(status: int, operator: str, segment: str = "") -> None:
     raise ValueError(f"{operator}: {_cpu.status_text(code)}")
 
 
-def _segment_numbers(segment: SegmentTensors, batch: int, q_heads: int, keep: list[Tensor]) -> list[int]:
+def _segment_numbers(
+    segment: SegmentTensors, batch: int, q_heads: int, keep: list[Tensor], materialize: bool = False
+) -> list[int]:
     """One c2c_segment; tensors made on the way are put into `keep`, which must outlive the kernel."""
     (key, value, key_proj, key_proj_in, value_proj, value_proj_in, key_bias, value_bias, gate, lengths, positions,
      key_scale, value_scale, index, causal) = segment  # fmt: skip
@@ -129,7 +131,7 @@ def _segment_numbers(segment: SegmentTensors, batch: int, q_heads: int, keep: li
         numbers += _broadcast(index, (batch, length), keep)
     key_rank = 0 if key_proj_in is None else key_proj_in.shape[0]
     value_rank = 0 if value_proj_in is None else value_proj_in.shape[0]
-    numbers += (heads, key_dim, value.shape[3], length, raw_length, key_rank, value_rank, int(causal))
+    numbers += (heads, key_dim, value.shape[3], length, raw_length, key_rank, value_rank, int(causal), int(materialize))
     return numbers
 
 
@@ -164,36 +166,22 @@ def _plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensor
     return SegmentTensors._make((*(None,) * len(SLOTS), False))._replace(key=key, value=value, **kept)
 
 
-def _prepared(segment: SegmentTensors, name: str) -> SegmentTensors:
-    """The segment with scales and index applied, so that it can be absorbed."""
-    index = segment.selected
-    if index is not None and index.numel() and not (index.min() >= 0 and index.max() < segment.key.shape[2]):
-        raise ValueError(f"{name}.index has values outside 0..{segment.key.shape[2] - 1}")
-    key = reference.prepare_raw(segment.key, segment.key_scale, segment.selected, None, None, torch.float32)
-    value = reference.prepare_raw(segment.value, segment.value_scale, segment.selected, None, None, torch.float32)
-    return segment._replace(key=key, value=value, key_scale=None, value_scale=None, selected=None)
-
-
-def _by_strategy(
-    backend: str, segment: SegmentTensors, name: str, strategy: str, query: Tensor, value_dim: int
-) -> SegmentTensors:
-    """The segment as the attention kernel reads it: with its projectors (absorb) or in receiver space."""
+def _materializes(segment: SegmentTensors, strategy: str, query: Tensor, value_dim: int) -> bool:
+    """Whether the kernel projects the segment on the way, rather than absorbing its projectors or reading it as it is."""
     if segment.plain or _in_receiver_space(segment):
-        return segment
-    if _can_absorb(segment) and segment.length:
-        if strategy == "auto":
-            _, q_heads, q_len, head_dim = query.shape
-            chosen = cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, MATERIALIZED_SIZE).strategy
-            if chosen == "absorb" and not _needs_preparing(segment):
-                return segment
-        elif strategy == "absorb":
-            return _prepared(segment, name) if _needs_preparing(segment) else segment
-    return _materialized(backend, segment, name)
+        return False
+    if not (_can_absorb(segment) and segment.length) or strategy == "materialize":
+        return True
+    if strategy == "absorb":
+        return False
+    _, q_heads, q_len, head_dim = query.shape
+    cost_of = cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, MATERIALIZED_SIZE)
+    return cost_of.strategy == "materialize"
 
 
 def _attention_numbers(
-    query, key, value, segments, attn_mask, is_causal, query_positions, lengths, window, segment_window, sinks,
-    out, lse, mass, keep: list[Tensor],
+    query, key, value, segments, materialize, attn_mask, is_causal, query_positions, lengths, window, segment_window,
+    sinks, out, lse, mass, keep: list[Tensor],
 ) -> list[int]:  # fmt: skip
     batch, q_heads, q_len, head_dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
@@ -210,8 +198,8 @@ def _attention_numbers(
         batch, q_heads, kv_heads, q_len, length, head_dim, value.shape[3], window or 0, segment_window or 0,
         len(segments), int(is_causal), torch.get_num_threads(),
     )  # fmt: skip
-    for segment in segments:
-        numbers += _segment_numbers(segment, batch, q_heads, keep)
+    for segment, projects in zip(segments, materialize, strict=True):
+        numbers += _segment_numbers(segment, batch, q_heads, keep, projects)
     return numbers
 
 
@@ -222,18 +210,15 @@ def merged_attention(
     """Forward kernel; lse and mass are computed where asked for (an empty mass otherwise)."""
     batch, q_heads, q_len, _ = query.shape
     value_dim = value.shape[3]
-    segments = [
-        _by_strategy(backend, segment, f"segments[{number}]", strategy, query, value_dim)
-        for number, segment in enumerate(segments)
-    ]
+    materialize = [_materializes(segment, strategy, query, value_dim) for segment in segments]
     out = query.new_empty((batch, q_heads, q_len, value_dim), dtype=out_dtype)
     lse = query.new_empty((batch, q_heads, q_len), dtype=torch.float32) if return_lse else None
     mass_shape = (batch, q_heads, q_len, 1 + len(segments)) if return_mass else (0,)
     mass = query.new_empty(mass_shape, dtype=torch.float32) if return_mass or return_lse else None
     keep: list[Tensor] = []
     numbers = _attention_numbers(
-        query, key, value, segments, attn_mask, is_causal, query_positions, lengths, window, segment_window, sinks,
-        out, lse, mass if return_mass else None, keep,
+        query, key, value, segments, materialize, attn_mask, is_causal, query_positions, lengths, window,
+        segment_window, sinks, out, lse, mass if return_mass else None, keep,
     )  # fmt: skip
     status = _cpu.merged_attention(numbers, scale, softcap or 0.0)
     if status:
@@ -271,8 +256,8 @@ def merged_attention_backward(
         )  # fmt: skip
     keep: list[Tensor] = []
     numbers = _attention_numbers(
-        query, key, value, direct, attn_mask, is_causal, query_positions, lengths, window, segment_window, sinks,
-        exact, lse, None, keep,
+        query, key, value, direct, [False] * len(direct), attn_mask, is_causal, query_positions, lengths, window,
+        segment_window, sinks, exact, lse, None, keep,
     )  # fmt: skip
     delta = _score_delta(grad_out, grad_lse, grad_mass, exact, mass, 1 + len(segments))
     grad_rows = _rows(grad_out)

@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 
 from c2c_kernels.bench import compiler, topology
+from c2c_kernels.bench.shapes import DTYPES
 
 _GRAIN = 16384  # bytes; what a thread reads is a multiple of it
 _BEYOND = 256 * 2**20  # at least, and eight times the last-level cache
-_SHRINK = (1, 2, 4, 8)  # by which the last-level cache is taken to be smaller than the system says
+_SHRINK = 8  # times smaller than the system says the last-level cache may be found to be
 _CACHE_GAIN = 1.5  # times the memory's rate at least, else the data is not in the cache
 _PATTERNS = [(streams, ahead) for streams in (1, 2, 4) for ahead in (0, 4096)]
-_RUNS, _SECONDS = 15, 0.2  # at least, for each pattern
+_PASSES = 2  # through everything, so that a second of another process's work does not count
+_RUNS, _SECONDS = 10, 0.1  # at least, for each pattern in each pass
 _LONGEST = 2.0  # seconds after which there are no more runs
 _ROUNDS = 200_000  # of multiply-adds: 0.3 ms and more
 _PRODUCT = 1536  # rows and columns of torch's matrix product: some 30 ms on two cores
 _SMALL_PRODUCT, _PROMISING = 512, 0.1  # what reaches less of the peak in a small one is not tried in the large one
-_SHARE_ALONE = 0.5  # of the threads' rate if each were alone; less is not explained by clock rates
+_SHARE_ALONE = 0.8  # of the threads' rate if each were alone; less is not explained by clock rates
 
 Reader = Callable[[Tensor], float]  # from a tensor to the bytes/s at which it is read
 
@@ -74,7 +76,7 @@ class Machine:
 
 
 def measure(threads: int | None = None) -> Machine:
-    """Measures this machine with `threads` threads (torch's number by default), in four to ten seconds.
+    """Measures this machine with `threads` threads (torch's number by default), in some five seconds.
 
     A C program compiled here does it, with the widest vectors and the access pattern that reads fastest; without a
     compiler torch does (the sum of a large tensor, a matrix product), which reaches less. The peaks of bfloat16 and
@@ -83,26 +85,25 @@ def measure(threads: int | None = None) -> Machine:
     """
     threads = threads or torch.get_num_threads()
     notes = _thread_notes(threads)
+    program = None
+    try:
+        program = compiler.build()
+    except compiler.NoCompilerError as error:
+        notes.append(f"limits measured with torch, which reaches less than the machine can: {error}")
     with _torch_threads(threads):
-        read: Reader
-        try:
-            program = compiler.build()
-        except compiler.NoCompilerError as error:
-            notes.append(f"limits measured with torch, which reaches less than the machine can: {error}")
-            method, read = "torch: sum of a tensor, matrix product", _torch_reader
-            peak, dot_products = _product(torch.float32, 0.0), 0.0
-        else:
-            method, read = f"C program, {program.bits}-bit vectors, {program.compiler}", _reader(program, threads)
-            peak, dot_products = _multiply_adds(program, threads), _multiply_adds(program, threads, bfloat16=True)
-            notes += _program_notes(program, threads, peak)
-        peaks = {
-            "float32": peak,
-            "bfloat16": max(dot_products, _product(torch.bfloat16, peak)),
-            "float16": _product(torch.float16, peak),
-        }
+        read = _torch_reader if program is None else _reader(program, threads)
         named, origin = topology.last_level_cache(threads)
-        memory = read(torch.ones(_beyond_bytes(named) // 4))
-        cache, cache_bytes = _inside(read, named, memory)
+        beyond, inside = torch.ones(_beyond_bytes(named) // 4), torch.ones(named // 2 // 4)
+        peaks, memory, cache = dict.fromkeys(DTYPES, 0.0), 0.0, 0.0
+        for _ in range(_PASSES):
+            peaks = _peaks(program, threads, peaks)
+            memory, cache = max(memory, read(beyond)), max(cache, read(inside))
+        cache, cache_bytes = _inside(read, named, cache, memory)
+    if program is None:
+        method = "torch: sum of a tensor, matrix product"
+    else:
+        method = f"C program, {program.bits}-bit vectors, {program.compiler}"
+        notes += _program_notes(program, threads, peaks["float32"])
     if origin.startswith("assumed"):
         notes.append(f"size of the last-level cache {origin}")
     if cache_bytes != named:
@@ -120,17 +121,31 @@ def _beyond_bytes(cache_bytes: int) -> int:
     return wanted if room is None else min(wanted, room // 4)
 
 
-def _inside(read: Reader, named: int, memory: float) -> tuple[float, int]:
-    """(bytes/s, size) of the last-level cache: half of the largest size that is read faster than memory.
+def _inside(read: Reader, named: int, cache: float, memory: float) -> tuple[float, int]:
+    """(bytes/s, size) of the last-level cache: twice the largest buffer that is read faster than memory.
 
-    A virtual machine is told the size of a cache that it has a part of.
+    A virtual machine is told the size of a cache that it has a part of: where half of that size is read at the rate
+    `cache`, which is no faster than `memory`, smaller ones are tried.
     """
-    rates = []
-    for shrink in _SHRINK:
-        rates.append(read(torch.ones(named // shrink // 2 // 4)))
-        if rates[-1] >= _CACHE_GAIN * memory:
-            return rates[-1], named // shrink
-    return rates[0], named
+    rate, size = cache, named
+    while rate < _CACHE_GAIN * memory and size > named // _SHRINK:
+        size //= 2
+        rate = read(torch.ones(size // 2 // 4))
+    return (rate, size) if rate >= _CACHE_GAIN * memory else (cache, named)
+
+
+def _peaks(program: compiler.Program | None, threads: int, before: dict[str, float]) -> dict[str, float]:
+    """FLOP/s by dtype, not less than `before`."""
+    if program is None:
+        float32, dot_products = _product(torch.float32, before["float32"]), 0.0
+    else:
+        float32, dot_products = _multiply_adds(program, threads), _multiply_adds(program, threads, bfloat16=True)
+    float32 = max(float32, before["float32"])
+    return {
+        "float32": float32,
+        "bfloat16": _product(torch.bfloat16, max(before["bfloat16"], float32, dot_products)),
+        "float16": _product(torch.float16, max(before["float16"], float32)),
+    }
 
 
 def _thread_notes(threads: int) -> list[str]:
@@ -147,8 +162,8 @@ def _program_notes(program: compiler.Program, threads: int, peak: float) -> list
     if peak >= _SHARE_ALONE * min(threads, len(topology.cores())) * alone:
         return []
     return [
-        f"other processes are busy: {threads} threads reach {peak / alone:.1f} times the rate of one; limits and times "
-        "are not to be relied on"
+        f"{threads} threads reach {peak / alone:.1f} times the rate of one: other processes are busy, and limits and "
+        "times are not to be relied on, or the threads share cores"
     ]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import c2c_kernels as c2c
+from c2c_kernels.backends import reference
 from c2c_kernels.bench.check import disagreement
 from c2c_kernels.bench.inputs import Random, storage_bytes
 from c2c_kernels.bench.shapes import Case
@@ -43,7 +44,7 @@ def _with_torch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]
 
 
 def _problem(outs: list[Tensor], lses: list[Tensor], ours: tuple[Tensor, Tensor]) -> str:
-    wanted = c2c.merge_states([o.double() for o in outs], [lse.double() for lse in lses], backend="reference")
+    wanted = reference.merge_states([o.double() for o in outs], [lse.double() for lse in lses])
     for name, mine, theirs, oracle in zip(("out", "lse"), ours, _with_torch(outs, lses), wanted, strict=True):
         problem = disagreement(name, mine, theirs, oracle)
         if problem:

@@ -46,8 +46,9 @@ def environment_line(report: Report) -> str:
     """Device, instruction set, versions and commit in one line."""
     found = report.environment
     versions = found["versions"]
+    cores = f"{found['cores']} core{'s' if found['cores'] > 1 else ''}"
     return (
-        f"{found['cpu']}, {found['cores']} cores; kernels: {found['backend']} {found['isa']}; torch {versions['torch']}"
+        f"{found['cpu']}, {cores}; kernels: {found['backend']} {found['isa']}; torch {versions['torch']}"
         f" ({found['torch_isa']}); c2c-kernels {versions['c2c-kernels']} at commit {found['commit'] or 'unknown'}; "
         f"{found['date'][:10]}"
     )

@@ -2,7 +2,22 @@
 // Included inside an instruction set's namespace.
 
 constexpr int64_t BLOCK = 64;         // tokens handled between two softmax updates
+constexpr int64_t STAGED_TOKENS = 512;  // projected between two rounds of attention
 constexpr int64_t TARGET_ROWS = 128;  // query rows of a register-blocked tile
+
+static ALWAYS_INLINE float *add_to(float *p, int64_t n) { return p ? p + n : nullptr; }
+
+// Scratch of one thread, carved out of one block of floats.
+struct Carver {
+  float *next;
+  int64_t used = 0;
+  float *take(int64_t n) {
+    n = round_up(n, 16);
+    float *taken = add_to(next, used);
+    used += n;
+    return taken;
+  }
+};
 
 // A run as the kernels see it: the own cache or a segment.
 struct Run {
@@ -10,6 +25,7 @@ struct Run {
   const c2c_tensor *key_scale = nullptr, *value_scale = nullptr;  // null: 1
   const c2c_segment *segment = nullptr;                           // null: own cache
   bool absorbed = false;  // raw sharer tokens, read by all query heads at once at their own width
+  bool staged = false;    // tokens are projected, or de-quantised and gathered, a few at a time (stage.h)
   int64_t parts = 1;      // a stored token is parts x dim elements (sharer heads side by side where absorbed)
   int64_t key_dim = 0, value_dim = 0;
   int64_t key_width = 0, value_width = 0;  // parts * dim
@@ -26,19 +42,25 @@ struct Run {
   float *sums = nullptr;           // weighted value sums of these states, [..][value_ld]
 };
 
+// Whether attention cannot read a segment as it is stored.
+static bool is_staged(const c2c_segment &s) {
+  return s.materialize || s.index.data || s.key.dtype == C2C_F8E4M3 || s.value.dtype == C2C_F8E4M3;
+}
+
 static void describe_run(Run &run, const c2c_attention_params &p, const c2c_segment *segment) {
   run.segment = segment;
   run.key = segment ? &segment->key : &p.key;
   run.value = segment ? &segment->value : &p.value;
-  if (segment && segment->key_scale.data) run.key_scale = &segment->key_scale;
-  if (segment && segment->value_scale.data) run.value_scale = &segment->value_scale;
+  run.staged = segment && is_staged(*segment);
+  if (segment && segment->key_scale.data && !run.staged) run.key_scale = &segment->key_scale;
+  if (segment && segment->value_scale.data && !run.staged) run.value_scale = &segment->value_scale;
   run.len = segment ? segment->len : p.len;
   run.positioned = segment && segment->positions.data;
-  run.absorbed = segment && segment->key_proj.data;
+  run.absorbed = segment && segment->key_proj.data && !segment->materialize;
   run.causal = segment ? segment->causal : p.is_causal;
   run.window = segment ? (run.positioned ? p.segment_window : 0) : p.window;
-  run.key_dim = segment ? segment->key_dim : p.head_dim;
-  run.value_dim = segment ? segment->value_dim : p.value_dim;
+  run.key_dim = run.absorbed ? segment->key_dim : p.head_dim;
+  run.value_dim = run.absorbed ? segment->value_dim : p.value_dim;
   run.parts = run.absorbed ? segment->heads : 1;
   run.key_width = run.parts * run.key_dim;
   run.value_width = run.parts * run.value_dim;
@@ -206,8 +228,6 @@ static bool load_mask(const Tile &tile, int64_t j, int64_t n, float *to) {
     }
   return any;
 }
-
-static ALWAYS_INLINE float *add_to(float *p, int64_t n) { return p ? p + n : nullptr; }
 
 // Scores of a block with tokens outside and rows inside, s[BLOCK][ld]: bias of absorbed rows, soft cap, gates, mask,
 // limits. `cap_slope` (nullable, same shape) receives the derivative of the cap; the backward pass wants weights

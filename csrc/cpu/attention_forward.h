@@ -3,7 +3,8 @@
 // Three phases over threads: fold (absorbed segments: q~ = Wk^T q), attend (each job is one run, one tile of query
 // rows, one part of the tokens, and leaves a softmax state), combine (states of a row merged in a fixed order,
 // absorbed sums taken through Wv, result rounded once). Few rows stream the cache once through registers; more rows
-// go through register-blocked products on transposed scores, s[token][row], which need no horizontal sums.
+// go through register-blocked products on transposed scores, s[token][row], which need no horizontal sums. Segments that
+// are not read as they are stored pass through a stage (stage.h) between fold and combine.
 
 constexpr int64_t STREAM_ROWS = 12;  // up to here a tile streams tokens instead of packing them
 constexpr int64_t WIDENED_TOKENS = 2 * TILE_ROWS;  // whose keys are in float32 at a time
@@ -14,18 +15,6 @@ struct Forward {
   Run *runs;
   int64_t run_count, job_count;
   int64_t scratch;  // floats per thread
-};
-
-// Scratch of one thread, carved out of one block of floats.
-struct Carver {
-  float *next;
-  int64_t used = 0;
-  float *take(int64_t n) {
-    n = round_up(n, 16);
-    float *taken = add_to(next, used);
-    used += n;
-    return taken;
-  }
 };
 
 struct TileScratch {
@@ -245,7 +234,10 @@ static void block_tile(Tile &tile, TileScratch &x) {
   const int64_t padded = round_up(tile.rows, LANES), ld = round_up(tile.rows, PANEL) + 16;
   const bool masked = !run.segment && tile.p.mask.data;
   pack_panels_transposed(x.panels, x.q, run.key_ld, run.key_width, tile.rows);
-  for (int64_t r = 0; r < padded; ++r) x.row_max[r] = -INF, x.row_sum[r] = 0.0f;
+  for (int64_t r = 0; r < padded; ++r) {
+    x.row_max[r] = r < tile.rows ? x.state[r].max : -INF;
+    x.row_sum[r] = r < tile.rows ? x.state[r].sum : 0.0f;
+  }
   for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
     int64_t n = least(BLOCK, tile.end - j);
     if (!tile.enter_block(j, n) || (masked && !load_mask(tile, j, n, x.mask))) continue;
@@ -313,26 +305,29 @@ static void fold_queries(const c2c_attention_params &p, const Run &run, int64_t 
   }
 }
 
-static void attend(const Forward &forward, int64_t job, float *scratch) {
-  const c2c_attention_params &p = forward.p;
-  int64_t which = forward.run_count - 1;
-  while (job < forward.runs[which].first_job) --which;
-  const Run &run = forward.runs[which];
-  job -= run.first_job;
-  const int64_t split = job % run.splits, tile_index = job / run.splits % run.tiles;
-  const int64_t group = job / run.splits / run.tiles % run.groups, b = job / run.splits / run.tiles / run.groups;
-  const int64_t length = run_length(run, p, b), parts = split_count(run, length);
-  const int64_t chunk = round_up(div_up(length, parts), BLOCK);
-
+// Tokens begin .. end of a row's `length` against one tile of query rows. `resume` goes on from the stored state.
+static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b, int64_t group, int64_t tile_index,
+                        int64_t split, int64_t begin, int64_t end, int64_t length, bool resume, float *scratch) {
   Carver carver{scratch};
   TileScratch x(carver, run, p);
   const int64_t i0 = tile_index * run.tile_queries, queries = least(run.tile_queries, p.q_len - i0);
-  Tile tile{p, run, b, group, i0, queries, least(length, split * chunk), least(length, (split + 1) * chunk)};
+  Tile tile{p, run, b, group, i0, queries, least(length, begin), least(length, end)};
   tile.prepare(x.lo, x.hi, x.coordinate, x.gates, length);
-
-  for (int64_t r = 0; r < tile.rows; ++r) x.state[r] = SoftmaxState{};
-  if (tile.begin < tile.end) {
-    memset(x.acc, 0, tile.rows * run.value_ld * sizeof(float));
+  const bool empty = tile.begin >= tile.end;
+  if (resume && empty) return;
+  auto stored = [&](int64_t r) {
+    return ((b * p.q_heads + tile.head(r / queries)) * p.q_len + i0 + r % queries) * run.splits + split;
+  };
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    x.state[r] = resume ? run.states[stored(r)] : SoftmaxState{};
+    if (empty) continue;
+    float *sums = x.acc + r * run.value_ld;
+    if (x.state[r].max != -INF)
+      memcpy(sums, run.sums + stored(r) * run.value_ld, run.value_ld * sizeof(float));
+    else
+      memset(sums, 0, run.value_ld * sizeof(float));
+  }
+  if (!empty) {
     if (run.absorbed)
       load_folded(tile, x);
     else
@@ -343,12 +338,31 @@ static void attend(const Forward &forward, int64_t job, float *scratch) {
       block_tile(tile, x);
   }
   for (int64_t r = 0; r < tile.rows; ++r) {
-    int64_t row = (b * p.q_heads + tile.head(r / queries)) * p.q_len + i0 + r % queries;
-    run.states[row * run.splits + split] = x.state[r];
+    run.states[stored(r)] = x.state[r];
     if (x.state[r].max != -INF)
-      memcpy(run.sums + (row * run.splits + split) * run.value_ld, x.acc + r * run.value_ld,
-             run.value_ld * sizeof(float));
+      memcpy(run.sums + stored(r) * run.value_ld, x.acc + r * run.value_ld, run.value_ld * sizeof(float));
   }
+}
+
+// Part `split` of the tokens from `start` that a run reads at a time, for job = (group, tile, split).
+static void attend_split(const c2c_attention_params &p, const Run &run, int64_t b, int64_t job, int64_t start,
+                         int64_t length, float *scratch) {
+  const int64_t split = job % run.splits, tile = job / run.splits % run.tiles, group = job / run.splits / run.tiles;
+  const int64_t together = run.staged ? least(length, STAGED_TOKENS) : length;
+  const int64_t chunk = round_up(div_up(together, split_count(run, together)), BLOCK);
+  const int64_t stop = start + together;
+  attend_part(p, run, b, group, tile, split, least(stop, start + split * chunk),
+              least(stop, start + (split + 1) * chunk), length, start > 0, scratch);
+}
+
+static void attend(const Forward &forward, int64_t job, float *scratch) {
+  const c2c_attention_params &p = forward.p;
+  int64_t which = forward.run_count - 1;
+  while (forward.runs[which].staged || job < forward.runs[which].first_job) --which;
+  const Run &run = forward.runs[which];
+  job -= run.first_job;
+  const int64_t jobs = run.groups * run.tiles * run.splits, b = job / jobs;
+  attend_split(p, run, b, job % jobs, 0, run_length(run, p, b), scratch);
 }
 
 // sums (+)= the states of one run for one row, weighted; returns the share of the normaliser that the run holds.
@@ -444,6 +458,22 @@ static int64_t shared_size(const c2c_attention_params &p, Run &run, Carver &carv
   return carver.used;
 }
 
+// A run whose tokens are projected, or de-quantised and gathered, on the way: STAGED_TOKENS at a time, into memory that
+// all threads share, so that a call needs no more of it for a longer cache. Called by every thread of the team.
+static void attend_staged(const c2c_attention_params &p, const Run &run, float *memory, int threads, float *scratch) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t length = run_length(run, p, b);
+    for (int64_t start = 0; start == 0 || start < length; start += STAGED_TOKENS) {
+      const Stage stage(p, run, memory, start, least(length, start + STAGED_TOKENS));
+      const int64_t units = stage.units(threads), jobs = run.groups * run.tiles * run.splits;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t unit = 0; unit < units; ++unit) stage.fill(unit, b, threads, scratch);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t job = 0; job < jobs; ++job) attend_split(p, stage.run, b, job, start, length, scratch);
+    }
+  }
+}
+
 static c2c_status_code merged_attention(const c2c_attention_params &p) {
   if (p.batch * p.q_heads * p.q_len == 0) return C2C_OK;
   Array<Run> runs(1 + p.segment_count);
@@ -451,25 +481,32 @@ static c2c_status_code merged_attention(const c2c_attention_params &p) {
   Forward forward{p, runs.data, 0, 0, 0};
   double work = 0;
   bool absorbs = false;
+  int64_t staged_floats = 0;
   for (int32_t s = -1; s < p.segment_count; ++s) {
     Run &run = forward.runs[forward.run_count++];
     run = Run{};
     describe_run(run, p, s < 0 ? nullptr : &p.segments[s]);
-    run.splits = split_count(run, run.len);
+    run.splits = split_count(run, run.staged ? least(run.len, STAGED_TOKENS) : run.len);
     absorbs = absorbs || run.absorbed;
     run.first_job = forward.job_count;
-    forward.job_count += p.batch * run.groups * run.tiles * run.splits;
+    if (!run.staged) forward.job_count += p.batch * run.groups * run.tiles * run.splits;
     forward.scratch = most(forward.scratch, most(attention_scratch(run, p), phase_scratch(run, p)));
     work += (double)p.batch * p.q_heads * p.q_len * run.len * (run.key_width + run.value_width);
+    if (!run.staged) continue;
+    forward.scratch = most(forward.scratch, stage_scratch(p, run));
+    staged_floats = most(staged_floats, stage_size(p, run));
+    work += stage_work(p, run);
   }
   Carver sizing{nullptr};
   for (int64_t which = 0; which < forward.run_count; ++which) shared_size(p, forward.runs[which], sizing);
   const int threads = thread_count(p.threads, work);
   forward.scratch = round_up(forward.scratch, 1024) + 16;  // threads do not share a page
+  float *staged = sizing.take(staged_floats);
   Block memory(sizing.used + threads * forward.scratch);
   if (!memory.data) return C2C_NO_MEMORY;
   Carver shared{memory.data};
   for (int64_t which = 0; which < forward.run_count; ++which) shared_size(p, forward.runs[which], shared);
+  staged = shared.take(staged_floats);
   const int64_t blocks = div_up(p.q_len, QUERY_BLOCK), heads = p.batch * p.q_heads;
 
 #pragma omp parallel num_threads(threads)
@@ -486,6 +523,8 @@ static c2c_status_code merged_attention(const c2c_attention_params &p) {
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t job = 0; job < forward.job_count; ++job) attend(forward, job, scratch);
+    for (int64_t which = 0; which < forward.run_count; ++which)
+      if (forward.runs[which].staged) attend_staged(p, forward.runs[which], staged, threads, scratch);
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t unit = 0; unit < heads * blocks; ++unit) {
       int64_t row = unit / blocks, i0 = unit % blocks * QUERY_BLOCK;

@@ -150,11 +150,16 @@ static c2c_status check_attention(const c2c_attention_params &p) {
   if (!within(p.lengths, p.batch, 1, 0, p.len)) return status(C2C_BAD_LENGTHS);
   for (int32_t i = 0; i < p.segment_count; ++i) {
     const c2c_segment &s = p.segments[i];
-    if (!readable(s.key, s.key_scale) || !readable(s.value, s.value_scale) || s.index.data)
-      return status(C2C_BAD_DTYPE, i);
-    const bool absorbed = s.key_proj.data && s.value_proj.data;
-    if (!absorbed && (s.key_proj.data || s.value_proj.data || s.key_bias.data || s.value_bias.data ||
-                      s.heads != p.kv_heads || s.key_dim != p.head_dim || s.value_dim != p.value_dim))
+    // A stage (materialize, index, float8) applies scales and whatever storage project_kv reads.
+    const bool staged =
+        s.materialize || s.index.data || s.key.dtype == C2C_F8E4M3 || s.value.dtype == C2C_F8E4M3;
+    if (!staged && (!readable(s.key, s.key_scale) || !readable(s.value, s.value_scale))) return status(C2C_BAD_DTYPE, i);
+    const bool absorbed = s.key_proj.data && s.value_proj.data && !s.materialize;
+    const bool key_fits = s.heads == p.kv_heads && s.key_dim == p.head_dim;
+    const bool value_fits = s.heads == p.kv_heads && s.value_dim == p.value_dim;
+    const bool plain = !s.key_proj.data && !s.value_proj.data && !s.key_bias.data && !s.value_bias.data;
+    if (s.materialize ? (!s.key_proj.data && !key_fits) || (!s.value_proj.data && !value_fits)
+                      : !absorbed && !(plain && key_fits && value_fits))
       return status(C2C_BAD_SHAPE, i);
     c2c_status found = check_segment(s, i, p.batch, p.q_heads);
     if (found.code != C2C_OK) return found;
@@ -172,10 +177,11 @@ extern "C" c2c_status c2c_merged_attention_cpu(const c2c_attention_params *param
 extern "C" c2c_status c2c_merged_attention_backward_cpu(const c2c_attention_backward_params *params) {
   c2c_status found = check_attention(params->forward);
   if (found.code != C2C_OK) return found;
-  for (int32_t i = 0; i < params->forward.segment_count; ++i)
-    if (params->forward.segments[i].key_proj.data || params->forward.segments[i].key_scale.data ||
-        params->forward.segments[i].value_scale.data)
+  for (int32_t i = 0; i < params->forward.segment_count; ++i) {
+    const c2c_segment &s = params->forward.segments[i];
+    if (s.key_proj.data || s.key_scale.data || s.value_scale.data || s.materialize || s.index.data)
       return status(C2C_BAD_SHAPE, i);
+  }
   return status(active().merged_attention_backward(*params));
 }
 

@@ -12,11 +12,13 @@ namespace C2C_NAMESPACE {
 
 #include "attention_common.h"
 
+#include "project.h"
+
+#include "stage.h"
+
 #include "attention_forward.h"
 
 #include "attention_backward.h"
-
-#include "project.h"
 
 #include "merge.h"
 

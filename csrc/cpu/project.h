@@ -113,6 +113,16 @@ struct ProjectScratch {
   }
 };
 
+static int64_t project_scratch(const c2c_project_params &p, const Half &half) {
+  Carver carver{nullptr};
+  ProjectScratch sized(carver, p, half);
+  return carver.used;
+}
+
+static double project_work(const c2c_project_params &p, const Half &half) {
+  return (double)p.batch * p.segment.len * p.kv_heads * half.out_dim * (half.proj->data ? half.width : 1);
+}
+
 // products[rows][TOKEN_TILE] = weights[rows][width] x tokens, with tokens packed in panels.
 static void multiply(const c2c_tensor &weights, const void *first, int64_t row_stride, int64_t rows, int64_t width,
                      const float *panels, int64_t tokens, ProjectScratch &x) {
@@ -194,10 +204,8 @@ static c2c_status_code project_kv(const c2c_project_params &p) {
   int64_t floats = 0;
   double work = 0;
   for (const Half &half : halves) {
-    Carver carver{nullptr};
-    ProjectScratch sized(carver, p, half);
-    floats = most(floats, carver.used);
-    work += (double)p.batch * s.len * p.kv_heads * half.out_dim * (half.proj->data ? half.width : 1);
+    floats = most(floats, project_scratch(p, half));
+    work += project_work(p, half);
   }
   const int threads = thread_count(p.threads, work);
   // Few tiles: heads are a parallel dimension too, at the price of loading a tile once per head.

@@ -72,7 +72,8 @@ typedef struct {
   int64_t len;      // tokens attended to (selected ones where there is an index)
   int64_t raw_len;  // tokens stored; = len without an index
   int64_t key_rank, value_rank;
-  int32_t causal;  // hide tokens from query positions before theirs
+  int32_t causal;       // hide tokens from query positions before theirs
+  int32_t materialize;  // merged_attention projects the tokens on the way instead of absorbing the projectors
 } c2c_segment;
 
 // out = softmax over own tokens and segments; see README.md. int8 segments are read in place with their scales;
