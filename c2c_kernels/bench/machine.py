@@ -14,12 +14,12 @@ from torch import Tensor
 from c2c_kernels.bench import compiler, topology
 from c2c_kernels.bench.shapes import DTYPES
 
-_GRAIN = 16384  # bytes; what a thread reads is a multiple of it
+GRAIN = 16384  # bytes; what a thread reads is a multiple of it
 _BEYOND = 256 * 2**20  # at least, and eight times the last-level cache
 _SHRINK = 8  # times smaller than the system says the last-level cache may be found to be
 _CACHE_GAIN = 1.5  # times the memory's rate at least, else the data is not in the cache
 _PATTERNS = [(streams, ahead) for streams in (1, 2, 4) for ahead in (0, 4096)]
-_PASSES = 2  # through everything, so that a second of another process's work does not count
+_PASSES, _MORE_PASSES = 2, 4  # through everything, and more where other processes seem to be at work
 _RUNS, _SECONDS = 10, 0.1  # at least, for each pattern in each pass
 _LONGEST = 2.0  # seconds after which there are no more runs
 _ROUNDS = 200_000  # of multiply-adds: 0.3 ms and more
@@ -93,9 +93,11 @@ def measure(threads: int | None = None) -> Machine:
     with _torch_threads(threads):
         read = _torch_reader if program is None else _reader(program, threads)
         named, origin = topology.last_level_cache(threads)
-        beyond, inside = torch.ones(_beyond_bytes(named) // 4), torch.ones(named // 2 // 4)
+        beyond, inside = torch.ones(beyond_bytes(named) // 4), torch.ones(named // 2 // 4)
         peaks, memory, cache = dict.fromkeys(DTYPES, 0.0), 0.0, 0.0
-        for _ in range(_PASSES):
+        for done in range(_PASSES + _MORE_PASSES):
+            if done >= _PASSES and not _crowded(program, threads, peaks["float32"]):
+                break
             peaks = _peaks(program, threads, peaks)
             memory, cache = max(memory, read(beyond)), max(cache, read(inside))
         cache, cache_bytes = _inside(read, named, cache, memory)
@@ -103,7 +105,9 @@ def measure(threads: int | None = None) -> Machine:
         method = "torch: sum of a tensor, matrix product"
     else:
         method = f"C program, {program.bits}-bit vectors, {program.compiler}"
-        notes += _program_notes(program, threads, peaks["float32"])
+        notes += [crowded] if (crowded := _crowded(program, threads, peaks["float32"])) else []
+        if not program.parallel and threads > 1:
+            notes.append("the compiler has no OpenMP: limits of one thread, times the number of threads")
     if origin.startswith("assumed"):
         notes.append(f"size of the last-level cache {origin}")
     if cache_bytes != named:
@@ -116,7 +120,8 @@ def measure(threads: int | None = None) -> Machine:
     return Machine(threads, memory, cache, peaks, cache_bytes, method, tuple(notes))
 
 
-def _beyond_bytes(cache_bytes: int) -> int:
+def beyond_bytes(cache_bytes: int) -> int:
+    """How much data is read to measure the memory: several times the last-level cache, as far as there is room."""
     wanted, room = max(_BEYOND, 8 * cache_bytes), topology.available_memory()
     return wanted if room is None else min(wanted, room // 4)
 
@@ -155,30 +160,34 @@ def _thread_notes(threads: int) -> list[str]:
     return ["one core: nothing is measured with several threads"] if cores == 1 else []
 
 
-def _program_notes(program: compiler.Program, threads: int, peak: float) -> list[str]:
-    if not program.parallel and threads > 1:
-        return ["the compiler has no OpenMP: limits of one thread, times the number of threads"]
+def _crowded(program: compiler.Program | None, threads: int, peak: float) -> str:
+    """Why several threads do not reach `peak` together that they would reach each alone; "" where they do."""
+    together = min(threads, len(topology.cores()))
+    if program is None or not program.parallel or together == 1:
+        return ""
     alone = _multiply_adds(program, 1)
-    if peak >= _SHARE_ALONE * min(threads, len(topology.cores())) * alone:
-        return []
-    return [
+    if peak >= _SHARE_ALONE * together * alone:
+        return ""
+    return (
         f"{threads} threads reach {peak / alone:.1f} times the rate of one: other processes are busy, and limits and "
         "times are not to be relied on, or the threads share cores"
-    ]
+    )
 
 
 def _reader(program: compiler.Program, threads: int) -> Reader:
+    return lambda data: fastest_pattern(program, threads, data)[0]
+
+
+def fastest_pattern(program: compiler.Program, threads: int, data: Tensor) -> tuple[float, tuple[int, int]]:
+    """Bytes/s at which `data` is read, and with how many streams and how far ahead (arguments of bench_read)."""
     used = threads if program.parallel else 1
+    part = data.numel() * 4 // used // GRAIN * GRAIN
 
-    def read(data: Tensor) -> float:
-        part = data.numel() * 4 // used // _GRAIN * _GRAIN
-        times = [
-            _best(lambda s=streams, a=ahead: program.library.bench_read(data.data_ptr(), part, used, s, a))  # type: ignore[misc]
-            for streams, ahead in _PATTERNS
-        ]
-        return threads * part / min(times)
+    def seconds(pattern: tuple[int, int]) -> float:
+        return _best(lambda: program.library.bench_read(data.data_ptr(), part, used, *pattern))
 
-    return read
+    shortest, pattern = min((seconds(pattern), pattern) for pattern in _PATTERNS)
+    return threads * part / shortest, pattern
 
 
 def _multiply_adds(program: compiler.Program, threads: int, *, bfloat16: bool = False) -> float:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from c2c_kernels.bench import attention, backward, merging, projection, topology
+from c2c_kernels.bench import attention, backward, merging, projection, reading, topology
 from c2c_kernels.bench.check import WrongResultError
-from c2c_kernels.bench.machine import Machine
+from c2c_kernels.bench.machine import Floor, Machine
 from c2c_kernels.bench.results import Beside, Line
 from c2c_kernels.bench.shapes import DTYPES, Case
 from c2c_kernels.bench.timing import Effort, Timing, alternate
-from c2c_kernels.bench.work import Call, LeftOutError, Work, first_line
+from c2c_kernels.bench.work import Call, Cost, LeftOutError, Work, first_line
 
 QUICK = Effort(seconds=0.1, least=4, most=60)
 FULL = Effort(seconds=0.3, least=5, most=200)
@@ -67,6 +68,9 @@ def measure(case: Case, machine: Machine, effort: Effort) -> Line:
         return Line(case.family, case.label, case.dtype, "wrong", str(error))
     except LeftOutError as error:
         return Line(case.family, case.label, case.dtype, "left out", str(error))
+    cost, floor = _cheapest(case, work, machine)
+    if floor.bound == "memory":
+        work.alternatives[reading.NAME] = partial(reading.plain, cost.bytes, machine)
     with torch.set_grad_enabled(case.gradients):
         timings, beside = _timed(work, machine, effort)
     ours = timings.pop("ours")
@@ -81,12 +85,14 @@ def measure(case: Case, machine: Machine, effort: Effort) -> Line:
     )
 
 
+def _cheapest(case: Case, work: Work, machine: Machine) -> tuple[Cost, Floor]:
+    found = ((cost, machine.floor(cost.bytes, cost.flops, work.touched, case.dtype)) for cost in work.costs)
+    return min(found, key=lambda pair: pair[1].seconds)
+
+
 def costs(case: Case, work: Work, machine: Machine, seconds: float) -> dict[str, Any]:
     """bytes, flops, floor, bound and fraction of a line (see Line) that took `seconds`."""
-    cost, floor = min(
-        ((cost, machine.floor(cost.bytes, cost.flops, work.touched, case.dtype)) for cost in work.costs),
-        key=lambda pair: pair[1].seconds,
-    )
+    cost, floor = _cheapest(case, work, machine)
     return {
         "bytes": cost.bytes,
         "flops": cost.flops,

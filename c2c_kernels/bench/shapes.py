@@ -169,8 +169,10 @@ def _quick() -> Iterator[Case]:
     yield from _each(_of("prefill-materialised", q_len=512, own=512, shared=2048), ("bfloat16",))
     yield from _pairs(_of("prefill-raw", q_len=128, own=128, shared=2048), ("bfloat16",))
     yield from _each(_of("backward", q_len=512, own=512), low)
+    yield from _pairs(_of("backward-raw", q_len=128, own=128, shared=1024), ("bfloat16",))
     for tokens in (1, 512):
         yield from _project(_of("project", shared=tokens), ("bfloat16",))
+    yield from _pairs(_of("project-int8", shared=512), ("bfloat16",))
     yield from _each(_of("merge", q_len=512, states=2), ("float32",))
 
 

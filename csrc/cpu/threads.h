@@ -68,10 +68,10 @@ struct Array {
 };
 
 // Threads for a call: as many as asked for (0: the OpenMP default), one where starting others would cost more than
-// the work (about 5 microseconds; `multiply_adds` at some 10 per nanosecond).
+// the work (5 to 10 microseconds; `multiply_adds` at some 10 to 20 per nanosecond).
 static inline int thread_count(int32_t wanted, double multiply_adds) {
 #ifdef _OPENMP
-  if (multiply_adds < 50e3) return 1;
+  if (multiply_adds < 150e3) return 1;
   return wanted > 0 ? wanted : omp_get_max_threads();
 #else
   (void)wanted;

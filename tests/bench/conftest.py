@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from c2c_kernels.bench import explain, machine, measure
+from c2c_kernels.bench import explain, machine, measure, reading
 from c2c_kernels.bench.timing import Effort
 
 PEAKS = {"float32": 200e9, "bfloat16": 400e9, "float16": 200e9}
@@ -35,6 +35,11 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("_BEYOND", 2**24), ("_RUNS", 2), ("_SECONDS", 0.0), ("_ROUNDS", 2000), ("_PRODUCT", 64)):
         monkeypatch.setattr(machine, name, value)
     monkeypatch.setattr(machine.topology, "last_level_cache", lambda threads: (2**20, "made up"))
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew():
+    reading._prepared.cache_clear()
 
 
 @pytest.fixture(autouse=True)

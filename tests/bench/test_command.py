@@ -188,8 +188,9 @@ def test_a_wrong_result_is_not_timed(operator, words, size, place, quickly, monk
     monkeypatch.setattr(measure, "alternate", lambda *_, **__: pytest.fail("timed"))
     path = tmp_path / "bench.json"
     out, err = _bench(capsys, "--quick", "--filter", words, "--json", str(path), status=1)
-    (line,) = json.loads(path.read_text())["lines"]
+    line, *others = json.loads(path.read_text())["lines"]
     assert (line["status"], line["timing"], line["beside"]) == ("wrong", None, {})
+    assert all(other["status"] == "wrong" for other in others)
     assert f"WRONG, not timed: {line['family']} {line['label']}: {line['reason']}" in err
     assert re.search(rf"{re.escape(line['label'])}\s+WRONG\s+–", out)
     assert f"WRONG, not timed: {line['label']}: {line['reason']}" in out

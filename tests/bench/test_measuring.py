@@ -15,10 +15,13 @@ from c2c_kernels.bench import (
     inputs,
     machine,
     measure,
+    reading,
     shapes,
+    table,
     timing,
     topology,
 )
+from c2c_kernels.bench.results import Beside
 
 CASE = shapes.Case("decode", shapes.SMOLLM2, "float32")
 SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -154,6 +157,28 @@ def test_what_is_read_is_beyond_and_inside(small_machine, monkeypatch):
     assert (found.memory, found.cache, found.cache_bytes, found.threads) == (2e9, 5e9, 2**20, 2)
 
 
+def test_a_crowded_machine_is_measured_again_and_named(small_machine, monkeypatch):
+    """Two threads that reach what one does, until the third pass; or for ever."""
+    monkeypatch.setattr(topology, "cores", lambda: [0, 1])
+    monkeypatch.setattr(machine, "_reader", lambda program, threads: lambda data: 1e9)
+    passes = []
+
+    def peaks(rates):
+        def run(program, threads, before):
+            passes.append(threads)
+            return dict.fromkeys(shapes.DTYPES, rates[min(len(passes), len(rates)) - 1])
+
+        return run
+
+    monkeypatch.setattr(machine, "_multiply_adds", lambda program, threads: 1e9)
+    for rates, count, said in (([2e9], 2, False), ([1e9, 1e9, 2e9], 3, False), ([1e9], 6, True)):
+        passes.clear()
+        monkeypatch.setattr(machine, "_peaks", peaks(rates))
+        notes = machine.measure(2).notes
+        assert len(passes) == count
+        assert any("2 threads reach 1.0 times the rate of one" in note for note in notes) == said
+
+
 def test_the_program_reads_every_byte_once():
     program = compiler.build()
     data = torch.arange(2 * 16384 * 3 // 8, dtype=torch.int64)
@@ -162,6 +187,43 @@ def test_the_program_reads_every_byte_once():
             part = data.numel() * 8 // threads
             total = program.library.bench_read(data.data_ptr(), part, threads, streams, ahead)
             assert total == data.sum().item()
+
+
+@pytest.mark.parametrize("size", [1, 100_000, 3_000_000, 10_000_000])
+def test_a_plain_read_goes_on_through_the_buffer(size, limits, monkeypatch):
+    """A few kilobytes more or less than asked for, never the same twice in a row, never beyond the end."""
+    reads, data = [], torch.zeros(2**22 // 4)
+
+    class Library:
+        def bench_read(self, address, part, threads, streams, ahead):
+            assert (threads, streams, ahead) == (2, 4, 0)
+            reads.append((address - data.data_ptr(), part * threads))
+
+    program = compiler.Program(Library(), "made up", 512, True)
+    monkeypatch.setattr(reading, "_prepared", lambda threads, cache_bytes: (program, data, (4, 0)))
+    call = reading.plain(size, limits)
+    for _ in range(3):
+        call()
+    assert all(start >= 0 and start + length <= 2**22 for start, length in reads)
+    assert sum(length for _, length in reads) / 3 == pytest.approx(size, abs=2 * 3 * 16384)
+    assert size > 2**21 or reads[0] != reads[1]
+
+
+def test_lines_that_memory_bounds_stand_beside_a_plain_read(limits):
+    small = replace(limits, cache_bytes=2**16, memory=1e6)
+    effort = timing.Effort(0.0, 4, 4)
+    line = measure.measure(replace(CASE, own=256), small, effort)
+    assert line.bound == "memory"
+    assert line.beside["plain read"].ratio > 0
+    assert table.slower([replace(line, beside={"plain read": Beside(line.timing, 0.5)})]) == []
+    assert "plain read" not in measure.measure(replace(CASE, own=256), limits, effort).beside
+
+
+def test_without_a_compiler_there_is_no_plain_read(limits, monkeypatch):
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    small = replace(limits, cache_bytes=2**16, memory=1e6)
+    line = measure.measure(replace(CASE, own=256), small, timing.Effort(0.0, 4, 4))
+    assert line.beside["plain read"].left_out == "/nowhere/cc is not installed"
 
 
 def test_the_program_counts_its_own_flops():
@@ -318,7 +380,7 @@ def test_the_full_run_covers_the_shapes():
 
 def test_the_quick_run_covers_the_families():
     grid = shapes.grid(quick=True)
-    assert {case.family for case in grid} == set(shapes.FAMILIES) - {"backward-raw", "project-int8"}
+    assert {case.family for case in grid} == set(shapes.FAMILIES)
     assert len(grid) < 60
     assert not any(case.flex for case in grid)
 
