@@ -14,18 +14,39 @@ from ..segment import SegmentTensors
 
 @dataclass(frozen=True)
 class Machine:
-    """What a backend reaches: bandwidth in bytes/s, rate in FLOP/s. Only their ratio matters to the choice."""
+    """What a backend's kernels reach. Only ratios matter to the choice.
+
+    Attributes:
+        bandwidth: bytes/s out of memory.
+        project: FLOP/s of the products that project tokens.
+        attend: FLOP/s of attention over many rows, at most.
+        stream: FLOP/s of attention over at most `stream_rows` rows, which reads tokens through registers.
+        softmax_width: a score's exponential costs as much as this many multiply-adds, in keys and in values.
+        stream_rows: see `stream`.
+    """
 
     bandwidth: float
-    rate: float
+    project: float
+    attend: float
+    stream: float
+    softmax_width: int
+    stream_rows: int
 
-    def seconds(self, bytes_moved: float, flops: float) -> float:
-        """Roofline time of one pass."""
-        return max(bytes_moved / self.bandwidth, flops / self.rate)
+    def projecting(self, bytes_moved: float, flops: float) -> float:
+        """Seconds of products with weights."""
+        return max(bytes_moved / self.bandwidth, flops / self.project)
+
+    def attending(self, bytes_moved: float, rows: int, tokens: int, width: int) -> float:
+        """Seconds of `rows` query rows over `tokens` tokens of `width` elements (keys and values)."""
+        rate = self.stream
+        if rows > self.stream_rows:
+            rate = min(self.attend, self.project * 1.2 * width / (width + 2 * self.softmax_width))
+        return max(bytes_moved / self.bandwidth, 2 * rows * tokens * width / rate)
 
 
-# Two cores of a server CPU. DDR bandwidth and FMA rate scale alike over cores and sizes of machine.
-CPU = Machine(bandwidth=20e9, rate=160e9)
+# Fitted to `c2c-kernels bench --explain` on two cores with AVX-512: bench/README.md has the table. Bandwidth and
+# arithmetic scale alike over cores and sizes of machine.
+CPU = Machine(bandwidth=20e9, project=190e9, attend=150e9, stream=60e9, softmax_width=64, stream_rows=12)
 
 
 @dataclass(frozen=True)
@@ -45,13 +66,13 @@ def _projector_size(proj: Tensor, proj_in: Tensor | None) -> int:
 
 
 def segment_cost(
-    segment: SegmentTensors, q_heads: int, q_len: int, head_dim: int, value_dim: int, element_size: int,
-    machine: Machine = CPU,
-) -> SegmentCost:  # fmt: skip
+    segment: SegmentTensors, q_heads: int, q_len: int, head_dim: int, value_dim: int, machine: Machine = CPU
+) -> SegmentCost:
     """Costs of a segment with both projectors for one call of `q_len` queries.
 
-    absorb: read raw tokens once for all heads; 2 FLOPs per head, query and raw element; fold q and out through W.
-    materialize: read raw tokens, one GEMM, write the projected cache, then attend to it at the receiver's width.
+    absorb: read raw tokens once for all heads, at the sharer's width; fold q and out through W.
+    materialize: read raw tokens and project them, a few hundred at a time, which stay in the cache for attention at
+    the receiver's width.
     """
     length = segment.length
     kv_heads = segment.key_proj.shape[0]
@@ -60,13 +81,11 @@ def segment_cost(
     raw_bytes = length * (key_width * segment.key.element_size() + value_width * segment.value.element_size())
     key_weights = _projector_size(segment.key_proj, segment.key_proj_in)
     value_weights = _projector_size(segment.value_proj, segment.value_proj_in)
+    weights = key_weights + value_weights
     weight_bytes = key_weights * segment.key_proj.element_size() + value_weights * segment.value_proj.element_size()
     rows = q_heads * q_len
-    absorb = machine.seconds(raw_bytes, 2 * rows * length * (key_width + value_width)) + machine.seconds(
-        weight_bytes, 2 * rows * (key_weights + value_weights) / kv_heads
-    )
-    projected_bytes = length * kv_heads * (head_dim + value_dim) * element_size
-    materialize = machine.seconds(
-        raw_bytes + weight_bytes + projected_bytes, 2 * length * (key_weights + value_weights)
-    ) + machine.seconds(projected_bytes, 2 * rows * length * (head_dim + value_dim))
+    absorb = machine.projecting(weight_bytes, 2 * rows * weights / kv_heads)
+    absorb += machine.attending(raw_bytes, rows, length, key_width + value_width)
+    materialize = machine.projecting(raw_bytes + weight_bytes, 2 * length * weights)
+    materialize += machine.attending(0, rows, length, head_dim + value_dim)
     return SegmentCost(absorb, materialize)

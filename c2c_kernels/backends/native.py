@@ -29,7 +29,6 @@ _DTYPES = {
     torch.bool: 7,
 }
 _ABSENT = (0, 0, 0, 0, 0, 0)
-MATERIALIZED_SIZE = 4  # bytes of an element of a materialised segment: float32
 _NO_OPTIONS = _ABSENT * 4
 _NO_PROJECTORS = _ABSENT * 6
 _NO_SELECTION = _ABSENT * 3
@@ -175,8 +174,7 @@ def _materializes(segment: SegmentTensors, strategy: str, query: Tensor, value_d
     if strategy == "absorb":
         return False
     _, q_heads, q_len, head_dim = query.shape
-    cost_of = cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, MATERIALIZED_SIZE)
-    return cost_of.strategy == "materialize"
+    return cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim).strategy == "materialize"
 
 
 def _attention_numbers(
