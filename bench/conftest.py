@@ -1,7 +1,8 @@
 """pytest-benchmark over the shapes of `c2c-kernels bench`: `pytest bench/`, `--grid full` for all of them.
 
 A case is one shape and one contender; pytest-benchmark's tables put the contenders of a shape together. They do not
-take turns: ratios are what `c2c-kernels bench` prints, this is for comparing commits (`--benchmark-compare`).
+take turns, so one that is a little larger than the last-level cache finds a part of itself there and may pass its
+floor. Ratios and fractions are what `c2c-kernels bench` prints; this is for comparing commits (`--benchmark-compare`).
 """
 
 from __future__ import annotations

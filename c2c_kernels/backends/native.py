@@ -166,7 +166,7 @@ def _plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensor
 
 
 def _materializes(segment: SegmentTensors, strategy: str, query: Tensor, value_dim: int) -> bool:
-    """Whether the kernel projects the segment on the way, rather than absorbing its projectors or reading it as it is."""
+    """Whether the kernel projects the segment on the way instead of absorbing its projectors or reading it as it is."""
     if segment.plain or _in_receiver_space(segment):
         return False
     if not (_can_absorb(segment) and segment.length) or strategy == "materialize":

@@ -347,7 +347,7 @@ def check_project_kv(
     return shapes[0], shapes[1]
 
 
-def _may_overlap(out: Tensor, sources: list[Tensor | None]) -> bool:
+def _may_overlap(out: Tensor, sources: tuple[Tensor | None, ...]) -> bool:
     """Whether the addresses of a tensor meet those of another; of interleaved views of one buffer this says yes."""
     if torch.compiler.is_compiling() or out.numel() == 0 or out.device.type == "meta":
         return False

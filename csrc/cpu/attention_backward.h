@@ -124,16 +124,18 @@ static void backward_block(Tile &tile, int64_t j, int64_t n, const BackwardRun &
   widen_tokens(run, *run.key, nullptr, run.key_dim, tile.b, tile.group, j, n, x.k, run.key_ld);
   widen_tokens(run, *run.value, nullptr, run.value_dim, tile.b, tile.group, j, n, x.v, run.value_ld);
   gemm(n, tile.rows, run.key_width, x.k, run.key_ld, 1, x.q_columns, PANEL, run.key_width * PANEL, x.s, ld, false);
-  gemm(n, tile.rows, run.value_width, x.v, run.value_ld, 1, x.go_columns, PANEL, run.value_width * PANEL, x.dp, ld, false);
+  gemm(n, tile.rows, run.value_width, x.v, run.value_ld, 1, x.go_columns, PANEL, run.value_width * PANEL, x.dp, ld,
+       false);
   for (int64_t t = 0; t < n; ++t)
     for (int64_t r = tile.rows; r < round_up(tile.rows, LANES); ++r) x.s[t * ld + r] = x.dp[t * ld + r] = 0.0f;
   adjust_columns(tile, n, x.s, ld, nullptr, masked ? x.mask : nullptr, p.softcap > 0.0f ? x.slope : nullptr);
   float *grad_gate = add_to(job.grad_gate, (tile.b * p.q_heads + tile.head(0)) * run.len + j);
   weigh_gradients(tile, n, ld, x, grad_gate);
   const int64_t token = (tile.b * p.kv_heads + tile.group) * run.len + j;
-  gemm(n, run.value_width, tile.rows, x.s, ld, 1, x.go_panels, PANEL, tile.rows * PANEL, job.grad_value + token * run.value_width,
-       run.value_width, true);
-  gemm(n, run.key_width, tile.rows, x.dp, ld, 1, x.q_panels, PANEL, tile.rows * PANEL, job.grad_key + token * run.key_width, run.key_width, true);
+  gemm(n, run.value_width, tile.rows, x.s, ld, 1, x.go_panels, PANEL, tile.rows * PANEL,
+       job.grad_value + token * run.value_width, run.value_width, true);
+  gemm(n, run.key_width, tile.rows, x.dp, ld, 1, x.q_panels, PANEL, tile.rows * PANEL,
+       job.grad_key + token * run.key_width, run.key_width, true);
   pack_panels(x.k_panels, x.k, run.key_ld, n, run.key_width);
   gemm(tile.rows, run.key_width, n, x.dp, 1, ld, x.k_panels, PANEL, n * PANEL, x.grad_q, run.key_ld, true);
 }

@@ -1,9 +1,9 @@
 // What forward and backward attention share: runs of tokens, which queries see which tokens, and one block's masks.
 // Included inside an instruction set's namespace.
 
-constexpr int64_t BLOCK = 64;         // tokens handled between two softmax updates
+constexpr int64_t BLOCK = 64;           // tokens handled between two softmax updates
 constexpr int64_t STAGED_TOKENS = 512;  // projected between two rounds of attention
-constexpr int64_t TARGET_ROWS = 128;  // query rows of a register-blocked tile
+constexpr int64_t TARGET_ROWS = 128;    // query rows of a register-blocked tile
 
 static ALWAYS_INLINE float *add_to(float *p, int64_t n) { return p ? p + n : nullptr; }
 

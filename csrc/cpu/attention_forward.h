@@ -3,12 +3,12 @@
 // Three phases over threads: fold (absorbed segments: q~ = Wk^T q), attend (each job is one run, one tile of query
 // rows, one part of the tokens, and leaves a softmax state), combine (states of a row merged in a fixed order,
 // absorbed sums taken through Wv, result rounded once). Few rows stream the cache once through registers; more rows
-// go through register-blocked products on transposed scores, s[token][row], which need no horizontal sums. Segments that
-// are not read as they are stored pass through a stage (stage.h) between fold and combine.
+// go through register-blocked products on transposed scores, s[token][row], which need no horizontal sums. Segments
+// that are not read as they are stored pass through a stage (stage.h) between fold and combine.
 
-constexpr int64_t STREAM_ROWS = 12;  // up to here a tile streams tokens instead of packing them
+constexpr int64_t STREAM_ROWS = 12;                // up to here a tile streams tokens instead of packing them
 constexpr int64_t WIDENED_TOKENS = 2 * TILE_ROWS;  // whose keys are in float32 at a time
-constexpr int64_t QUERY_BLOCK = 16;  // queries of one head that are folded or combined together
+constexpr int64_t QUERY_BLOCK = 16;                // queries of one head that are folded or combined together
 
 struct Forward {
   const c2c_attention_params &p;

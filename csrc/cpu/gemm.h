@@ -61,7 +61,8 @@ static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_strid
 
 template <int VECTORS, bool UNIT>
 static inline void gemm_rows(int64_t rows, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
-                             const float *b, int64_t b_stride, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming) {
+                             const float *b, int64_t b_stride, float *c, int64_t ldc, bool accumulate,
+                             Upcoming *upcoming) {
   switch (rows) {
     // clang-format off
 #define CASE(R) case R: return gemm_tile<R, VECTORS, UNIT>(K, a, row_stride, k_stride, b, b_stride, c, ldc, accumulate, upcoming);
@@ -77,7 +78,8 @@ static inline void gemm_rows(int64_t rows, int64_t K, const float *a, int64_t ro
 // The last columns of C, where they are no whole vectors: by way of a buffer, so that nothing beyond them is touched.
 template <bool UNIT>
 static inline void gemm_edge(int64_t rows, int64_t columns, int64_t K, const float *a, int64_t row_stride,
-                             int64_t k_stride, const float *b, int64_t b_stride, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming) {
+                             int64_t k_stride, const float *b, int64_t b_stride, float *c, int64_t ldc, bool accumulate,
+                             Upcoming *upcoming) {
   float edge[TILE_ROWS * PANEL];
   for (int64_t i = 0; accumulate && i < rows; ++i)
     for (int64_t n = 0; n < PANEL; ++n) edge[i * PANEL + n] = n < columns ? c[i * ldc + n] : 0.0f;
@@ -88,8 +90,8 @@ static inline void gemm_edge(int64_t rows, int64_t columns, int64_t K, const flo
 
 template <bool UNIT>
 static inline void gemm_strided(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
-                                const float *b, int64_t b_stride, int64_t panel_stride, float *c, int64_t ldc, bool accumulate,
-                                Upcoming *upcoming) {
+                                const float *b, int64_t b_stride, int64_t panel_stride, float *c, int64_t ldc,
+                                bool accumulate, Upcoming *upcoming) {
   for (int64_t n = 0; n < N; n += PANEL, b += panel_stride) {
     for (int64_t m = 0; m < M; m += TILE_ROWS) {
       int64_t rows = least<int64_t>(TILE_ROWS, M - m);
@@ -106,7 +108,8 @@ static inline void gemm_strided(int64_t M, int64_t N, int64_t K, const float *a,
 }
 
 static void gemm(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride, const float *b,
-                 int64_t b_stride, int64_t panel_stride, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming = nullptr) {
+                 int64_t b_stride, int64_t panel_stride, float *c, int64_t ldc, bool accumulate,
+                 Upcoming *upcoming = nullptr) {
   if (row_stride == 1)
     gemm_strided<true>(M, N, K, a, 1, k_stride, b, b_stride, panel_stride, c, ldc, accumulate, upcoming);
   else
@@ -131,7 +134,8 @@ static void pack_panels(float *panels, const float *b, int64_t ldb, int64_t K, i
   }
 }
 
-// to[c][r] = from[r][c] for `rows` <= LANES rows of `columns` elements; the places of further rows up to LANES become 0.
+// to[c][r] = from[r][c] for `rows` <= LANES rows of `columns` elements; the places of further rows up to LANES become
+// 0.
 static void transpose_rows(const float *from, int64_t ld_from, int64_t rows, int64_t columns, float *to,
                            int64_t ld_to) {
   int64_t c = 0;

@@ -28,7 +28,8 @@ static c2c_status_code merge_states(const c2c_merge_params &p) {
     memset(out, 0, p.head_dim * sizeof(float));
     for (int32_t s = 0; s < p.state_count; ++s)
       if (lses[s] != 0.0f)
-        weigh_tokens(lses + s, 1, 1, p.outs[s].dtype, at(p.outs[s], b, h, i), p.head_dim, 1, p.head_dim, out, p.head_dim);
+        weigh_tokens(lses + s, 1, 1, p.outs[s].dtype, at(p.outs[s], b, h, i), p.head_dim, 1, p.head_dim, out,
+                     p.head_dim);
     for (int64_t d = 0; d < p.head_dim; ++d) out[d] *= share;
     narrow_row(p.out.dtype, const_cast<void *>(at(p.out, b, h, i)), out, p.head_dim);
     ((float *)p.lse.data)[b * p.lse.stride[0] + h * p.lse.stride[1] + i * p.lse.stride[2]] =

@@ -1,5 +1,5 @@
 // The two memory-bound loops: a few float32 rows against many stored tokens, each read once and in the order of
-// addresses: reading four tokens side by side halves what memory delivers, whatever is fetched ahead.
+// addresses: reading four tokens side by side halves what memory delivers, and software prefetching on top slows it.
 // Included inside an instruction set's namespace.
 
 #if LANES == 16
@@ -19,10 +19,7 @@ struct Order {
   template <int VECTORS>
   static ALWAYS_INLINE void load_token(const T *p, V (&to)[VECTORS]) {
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) {
-      if (v * LANES * sizeof(T) % 64 == 0) fetch(p + v * LANES);
-      to[v] = load(p + v * LANES);
-    }
+    for (int v = 0; v < VECTORS; ++v) to[v] = load(p + v * LANES);
   }
   template <int VECTORS>
   static ALWAYS_INLINE void arrange(V (&)[VECTORS]) {}
@@ -36,7 +33,6 @@ struct Order<bf16> {
   static ALWAYS_INLINE void load_token(const bf16 *p, V (&to)[VECTORS]) {
 #pragma GCC unroll 16
     for (int v = 0; v + 2 <= VECTORS; v += 2) {
-      if (v * LANES * sizeof(bf16) % 64 == 0) fetch(p + v * LANES);
       VU both = bit_cast<VU>(*(const UnalignedVI *)(p + v * LANES));
       to[v] = bit_cast<V>(both << 16);
       to[v + 1] = bit_cast<V>(both & 0xffff0000u);
@@ -118,7 +114,6 @@ static void dot_wide(const float *x, int64_t ldx, const T *tokens, int64_t strid
     V sums[ROWS][2] = {};
     int64_t d = 0;
     auto step = [&](int half) __attribute__((always_inline)) {
-      if (d * sizeof(T) % 64 == 0) fetch(tokens + d);
       const V k = load(tokens + d);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) sums[r][half] = load(x + r * ldx + d) * k + sums[r][half];
@@ -203,7 +198,8 @@ static ALWAYS_INLINE void with_count(int64_t n, F f) {
 template <class F>
 static ALWAYS_INLINE void each_chunk(int64_t rows, int64_t dim, F f) {
   const int64_t vectors = dim / LANES;
-  const int64_t together = most<int64_t>(1, least<int64_t>(MAX_ROWS, ROW_VECTORS / most<int64_t>(1, least<int64_t>(CHUNK, vectors))));
+  const int64_t together =
+      most<int64_t>(1, least<int64_t>(MAX_ROWS, ROW_VECTORS / most<int64_t>(1, least<int64_t>(CHUNK, vectors))));
   for (int64_t r = 0; r < rows; r += together)
     for (int64_t v = 0; v < vectors;) {
       const int64_t left = vectors - v;
@@ -263,11 +259,11 @@ static void dot_tokens(const float *x, int64_t ldx, int64_t rows, int32_t dtype,
         });
     } else {
       each_chunk(rows, dim, [&](int64_t row, int64_t count, int64_t first, int64_t vectors) {
-      with_chunk(count, vectors, [&](auto r, auto v) {
-        dot_chunk<decltype(r)::value, decltype(v)::value>(x + row * ldx + first, ldx, token + first, stride, n,
-                                                          s + row * lds, lds, add || first > 0);
+        with_chunk(count, vectors, [&](auto r, auto v) {
+          dot_chunk<decltype(r)::value, decltype(v)::value>(x + row * ldx + first, ldx, token + first, stride, n,
+                                                            s + row * lds, lds, add || first > 0);
+        });
       });
-    });
     }
     if (whole < dim) dot_tail(x + whole, ldx, rows, token + whole, stride, n, dim - whole, s, lds, add || whole > 0);
   });

@@ -162,22 +162,11 @@ static ALWAYS_INLINE void store(f16 *p, V x) {
 #endif
 }
 
-constexpr int64_t AHEAD = 8192;  // bytes from what is read to what is fetched, by measurement (1 to 32 KB are alike)
-
-// Asks for the cache line AHEAD of p: into the second-level cache, where more requests can wait than in the first.
-template <class T>
-static ALWAYS_INLINE void fetch(const T *p) {
-  __builtin_prefetch((const char *)p + AHEAD, 0, 2);
-}
-
 // dst[i] = src[i] in float32, n elements.
 template <class T>
 static inline void widen(float *dst, const T *src, int64_t n) {
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    if (i * sizeof(T) % 64 == 0) fetch(src + i);
-    store(dst + i, load(src + i));
-  }
+  for (; i + LANES <= n; i += LANES) store(dst + i, load(src + i));
   for (; i < n; ++i) dst[i] = to_float(src[i]);
 }
 template <class T>
@@ -190,9 +179,9 @@ static inline void narrow(T *dst, const float *src, int64_t n) {
 // ---- order of elements ----
 
 #if LANES == 16
-#define C2C_SHUFFLE(a, b, f)                                                                                  \
-  __builtin_shufflevector(a, b, f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), \
-                          f(14), f(15))
+#define C2C_SHUFFLE(a, b, f) \
+  __builtin_shufflevector(a, b, f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), \
+                          f(13), f(14), f(15))
 #elif LANES == 8
 #define C2C_SHUFFLE(a, b, f) __builtin_shufflevector(a, b, f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7))
 #else
@@ -282,7 +271,8 @@ static ALWAYS_INLINE V4 sum4(V a, V b, V c, V d) {
 #if defined(C2C_AVX512)
   V ab = (V)_mm512_unpacklo_ps((__m512)a, (__m512)b) + (V)_mm512_unpackhi_ps((__m512)a, (__m512)b);
   V cd = (V)_mm512_unpacklo_ps((__m512)c, (__m512)d) + (V)_mm512_unpackhi_ps((__m512)c, (__m512)d);
-  return fold_to_4((V)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0x44) + (V)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0xee));
+  return fold_to_4((V)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0x44) +
+                   (V)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0xee));
 #elif defined(__x86_64__)
   V4 p = fold_to_4(a), q = fold_to_4(b), r = fold_to_4(c), s = fold_to_4(d);
   __m128 ab = _mm_add_ps(_mm_unpacklo_ps((__m128)p, (__m128)q), _mm_unpackhi_ps((__m128)p, (__m128)q));
