@@ -5,7 +5,7 @@
 
 static const Kernels *const all_kernels[] = {
 #if defined(__x86_64__)
-    &c2c_avx512::kernels, &c2c_avx2::kernels, &c2c_baseline::kernels
+    &c2c_avx512_bf16::kernels, &c2c_avx512::kernels, &c2c_avx2::kernels, &c2c_baseline::kernels
 #elif defined(__aarch64__)
     &c2c_neon::kernels
 #else
@@ -16,6 +16,7 @@ static const Kernels *const all_kernels[] = {
 static bool machine_has(const char *isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if (!strcmp(isa, "avx512_bf16")) return __builtin_cpu_supports("avx512bf16") && machine_has("avx512");
   if (!strcmp(isa, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && machine_has("avx2");

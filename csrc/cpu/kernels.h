@@ -25,6 +25,7 @@ struct Kernels {
 #if defined(__x86_64__)
 namespace c2c_baseline { extern const Kernels kernels; }
 namespace c2c_avx2 { extern const Kernels kernels; }
+namespace c2c_avx512_bf16 { extern const Kernels kernels; }
 namespace c2c_avx512 { extern const Kernels kernels; }
 #elif defined(__aarch64__)
 namespace c2c_neon { extern const Kernels kernels; }

@@ -123,9 +123,34 @@ static double project_work(const c2c_project_params &p, const Half &half) {
   return (double)p.batch * p.segment.len * p.kv_heads * half.out_dim * (half.proj->data ? half.width : 1);
 }
 
+// Whether tokens are multiplied by `weights` as pairs of bfloat16: where both are bfloat16 as they are stored.
+static bool in_pairs(const c2c_project_params &p, const Half &half, const c2c_tensor &weights, int64_t width) {
+#if defined(C2C_BF16_DOT)
+  const bool as_stored = half.raw->dtype == C2C_BF16 && !half.scale->data && !(half.key && p.remove_cos.data);
+  return as_stored && weights.dtype == C2C_BF16 && width % PANEL == 0;
+#else
+  (void)p, (void)half, (void)weights, (void)width;
+  return false;
+#endif
+}
+
+// Panels of tokens, in float32 or in pairs.
+static void pack_tokens(const float *rows, int64_t ld, int64_t width, int64_t tokens, bool pairs, ProjectScratch &x) {
+  if (!pairs) return pack_panels_transposed(x.panels, rows, ld, width, tokens);
+  bf16 *narrowed = (bf16 *)x.weights;
+  for (int64_t t = 0; t < tokens; ++t) narrow(narrowed + t * width, rows + t * ld, width);
+  pack_panels_transposed(x.panels, x.weights, width / 2, width / 2, tokens);
+}
+
 // products[rows][TOKEN_TILE] = weights[rows][width] x tokens, with tokens packed in panels.
 static void multiply(const c2c_tensor &weights, const void *first, int64_t row_stride, int64_t rows, int64_t width,
-                     const float *panels, int64_t tokens, ProjectScratch &x) {
+                     const float *panels, int64_t tokens, bool pairs, ProjectScratch &x) {
+#if defined(C2C_BF16_DOT)
+  if (pairs)
+    return gemm_pairs(rows, tokens, width / 2, (const bf16 *)first, row_stride, panels, x.products, TOKEN_TILE);
+#else
+  (void)pairs;
+#endif
   for (int64_t r = 0; r < rows; r += WEIGHT_ROWS) {
     const int64_t n = least(WEIGHT_ROWS, rows - r);
     const char *from = (const char *)first + r * row_stride * dtype_size(weights.dtype);
@@ -155,15 +180,18 @@ static void project_tile(const c2c_project_params &p, const Half &half, int64_t 
       dot_tokens(x.raw, ld, n, half.proj_in->dtype, half.proj_in->data, half.proj_in->stride[0], half.rank, half.width,
                  x.inner, row_ld, false);
     } else {
-      pack_panels_transposed(x.panels, x.raw, ld, half.width, n);
-      multiply(*half.proj_in, half.proj_in->data, half.proj_in->stride[0], half.rank, half.width, x.panels, n, x);
+      const bool pairs = in_pairs(p, half, *half.proj_in, half.width);
+      pack_tokens(x.raw, ld, half.width, n, pairs, x);
+      multiply(*half.proj_in, half.proj_in->data, half.proj_in->stride[0], half.rank, half.width, x.panels, n, pairs,
+               x);
       for (int64_t r = 0; r < half.rank; r += LANES)
         transpose_rows(x.products + r * TOKEN_TILE, TOKEN_TILE, least<int64_t>(LANES, half.rank - r), n, x.inner + r,
                        row_ld);
     }
     rows = x.inner, width = half.rank;
   }
-  if (half.proj->data && !stream) pack_panels_transposed(x.panels, rows, row_ld, width, n);
+  const bool pairs = !half.proj_in->data && in_pairs(p, half, *half.proj, width);
+  if (half.proj->data && !stream) pack_tokens(rows, row_ld, width, n, pairs, x);
   for (int64_t head = first_head; head < last_head; ++head) {
     const float *bias = nullptr;
     if (half.bias->data) {
@@ -175,7 +203,7 @@ static void project_tile(const c2c_project_params &p, const Half &half, int64_t 
       dot_tokens(rows, row_ld, n, half.proj->dtype, at(*half.proj, head), half.proj->stride[1], half.out_dim, width,
                  x.products, out_ld, false);
     else if (half.proj->data)
-      multiply(*half.proj, at(*half.proj, head), half.proj->stride[1], half.out_dim, width, x.panels, n, x);
+      multiply(*half.proj, at(*half.proj, head), half.proj->stride[1], half.out_dim, width, x.panels, n, pairs, x);
     for (int64_t first = 0; first < n; first += LANES) {
       const int64_t count = least<int64_t>(LANES, n - first);
       const float *from = x.products + first * out_ld;

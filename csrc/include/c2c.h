@@ -154,7 +154,7 @@ C2C_API c2c_status c2c_project_kv_cpu(const c2c_project_params *params);
 C2C_API c2c_status c2c_merge_states_cpu(const c2c_merge_params *params);
 C2C_API c2c_status c2c_quantize_cpu(const c2c_quantize_params *params);
 
-// The instruction set in use: "avx512", "avx2", "baseline" or "neon". Chosen by cpuid on first use.
+// The instruction set in use: "avx512_bf16", "avx512", "avx2", "baseline" or "neon". Chosen by cpuid on first use.
 C2C_API const char *c2c_cpu_isa(void);
 // Forces an instruction set (for tests and comparisons); NULL returns to the automatic choice.
 // Returns 0 where it was set, 1 where this machine or build does not have it.
