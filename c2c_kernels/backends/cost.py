@@ -5,7 +5,7 @@ Costs are per batch row, so that the choice, and with it every bit of a row's re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -40,13 +40,14 @@ class Machine:
         """Seconds of `rows` query rows over `tokens` tokens of `width` elements (keys and values)."""
         rate = self.stream
         if rows > self.stream_rows:
-            rate = min(self.attend, self.project * 1.2 * width / (width + 2 * self.softmax_width))
+            rate = min(self.attend, 1.5 * self.attend * width / (width + 2 * self.softmax_width))
         return max(bytes_moved / self.bandwidth, 2 * rows * tokens * width / rate)
 
 
 # Fitted to `c2c-kernels bench --explain` on two cores with AVX-512: bench/README.md has the table. Bandwidth and
 # arithmetic scale alike over cores and sizes of machine.
 CPU = Machine(bandwidth=20e9, project=190e9, attend=150e9, stream=60e9, softmax_width=64, stream_rows=12)
+CPU_BFLOAT16 = replace(CPU, project=370e9)  # where bfloat16 is projected by dot products of pairs
 
 
 @dataclass(frozen=True)

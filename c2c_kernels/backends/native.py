@@ -165,6 +165,12 @@ def _plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensor
     return SegmentTensors._make((*(None,) * len(SLOTS), False))._replace(key=key, value=value, **kept)
 
 
+def machine_for(segment: SegmentTensors) -> cost.Machine:
+    """What the cpu backend reaches with a segment that has projectors."""
+    pairs = _cpu.isa() == "avx512_bf16"
+    return cost.CPU_BFLOAT16 if pairs and segment.key.dtype == segment.key_proj.dtype == torch.bfloat16 else cost.CPU
+
+
 def _materializes(segment: SegmentTensors, strategy: str, query: Tensor, value_dim: int) -> bool:
     """Whether the kernel projects the segment on the way instead of absorbing its projectors or reading it as it is."""
     if segment.plain or _in_receiver_space(segment):
@@ -174,7 +180,8 @@ def _materializes(segment: SegmentTensors, strategy: str, query: Tensor, value_d
     if strategy == "absorb":
         return False
     _, q_heads, q_len, head_dim = query.shape
-    return cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim).strategy == "materialize"
+    found = cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, machine_for(segment))
+    return found.strategy == "materialize"
 
 
 def _attention_numbers(

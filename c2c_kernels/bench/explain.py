@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 
-from c2c_kernels.backends import cost
+from c2c_kernels.backends import cost, native
 from c2c_kernels.bench import alternatives, attention
 from c2c_kernels.bench.check import WrongResultError, attention_problem
 from c2c_kernels.bench.inputs import AttentionInputs
@@ -69,6 +69,11 @@ def explain(case: Case) -> Choice | None:
 def _predict(case: Case, inputs: AttentionInputs) -> tuple[dict[str, float], str]:
     receiver = case.receiver
     found = cost.segment_cost(
-        to_tensors(inputs.segments[0]), receiver.q_heads, case.q_len, receiver.head_dim, receiver.head_dim
+        to_tensors(inputs.segments[0]),
+        receiver.q_heads,
+        case.q_len,
+        receiver.head_dim,
+        receiver.head_dim,
+        native.machine_for(to_tensors(inputs.segments[0])),
     )
     return {"absorb": found.absorb, "materialize": found.materialize}, found.strategy
