@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_cases import Plan, SegmentPlan, build
 
 import c2c_kernels as c2c
@@ -156,13 +157,14 @@ def test_dispatch_modes_see_the_operators():
 
 @pytest.mark.parametrize("segments", [0, 1])
 def test_dispatch_overhead(segments):
-    """What a call costs beyond its kernel, gradient not asked for: under 20 microseconds."""
+    """What a call costs beyond its kernel, gradient not asked for: under 20 microseconds on a machine whose smallest
+    call of `scaled_dot_product_attention` takes 4, and in proportion on slower ones."""
     query, key = torch.randn(1, 9, 1, 64), torch.randn(1, 3, 8, 64)
     parts = [c2c.SharerSegment(key, key, gate=torch.ones(1, 9, 1))] * segments
     out, keep = torch.empty_like(query), []
     numbers = native._attention_numbers(
-        query, key, key, [to_tensors(s) for s in parts], None, False, None, None, None, None, None, out, None, None,
-        keep,
+        query, key, key, [to_tensors(s) for s in parts], [False] * segments, None, False, None, None, None, None, None,
+        out, None, None, keep,
     )  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -174,14 +176,16 @@ def test_dispatch_overhead(segments):
         return (time.perf_counter() - start) / repeats
 
     try:
-        whole, kernel = [], []
+        whole, kernel, yardstick = [], [], []
         for _ in range(15):
             whole.append(seconds(lambda: c2c.merged_attention(query, key, key, parts)))
             kernel.append(seconds(lambda: native._cpu.merged_attention(numbers, 0.125, 0.0)))
+            yardstick.append(seconds(lambda: F.scaled_dot_product_attention(key, key, key)))
     finally:
         torch.set_num_threads(threads)
     # The least of many runs: other processes only ever add.
-    assert min(whole) - min(kernel) < 20e-6, f"{statistics.median(whole) * 1e6:.1f} us a call"
+    limit = max(20e-6, 5 * min(yardstick))
+    assert min(whole) - min(kernel) < limit, f"{statistics.median(whole) * 1e6:.1f} us a call, limit {limit * 1e6:.1f}"
 
 
 def test_backend_choice_is_logged_once(caplog):

@@ -33,7 +33,7 @@ struct Order<bf16> {
   static ALWAYS_INLINE void load_token(const bf16 *p, V (&to)[VECTORS]) {
 #pragma GCC unroll 16
     for (int v = 0; v + 2 <= VECTORS; v += 2) {
-      VU both = bit_cast<VU>(*(const UnalignedVI *)(p + v * LANES));
+      VU both = *(const UnalignedPairs *)(p + v * LANES);
       to[v] = bit_cast<V>(both << 16);
       to[v + 1] = bit_cast<V>(both & 0xffff0000u);
     }

@@ -6,7 +6,7 @@ typedef int32_t VI __attribute__((vector_size(4 * LANES)));
 typedef uint32_t VU __attribute__((vector_size(4 * LANES)));
 typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
 typedef float UnalignedV __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t UnalignedVI __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t UnalignedPairs __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef uint16_t UnalignedVH __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 struct bf16 {
