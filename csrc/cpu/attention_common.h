@@ -42,11 +42,6 @@ struct Run {
   float *sums = nullptr;           // weighted value sums of these states, [..][value_ld]
 };
 
-// Whether attention cannot read a segment as it is stored.
-static bool is_staged(const c2c_segment &s) {
-  return s.materialize || s.index.data || s.key.dtype == C2C_F8E4M3 || s.value.dtype == C2C_F8E4M3;
-}
-
 static void describe_run(Run &run, const c2c_attention_params &p, const c2c_segment *segment) {
   run.segment = segment;
   run.key = segment ? &segment->key : &p.key;

@@ -501,12 +501,12 @@ static c2c_status_code merged_attention(const c2c_attention_params &p) {
   for (int64_t which = 0; which < forward.run_count; ++which) shared_size(p, forward.runs[which], sizing);
   const int threads = thread_count(p.threads, work);
   forward.scratch = round_up(forward.scratch, 1024) + 16;  // threads do not share a page
-  float *staged = sizing.take(staged_floats);
+  sizing.take(staged_floats);
   Block memory(sizing.used + threads * forward.scratch);
   if (!memory.data) return C2C_NO_MEMORY;
   Carver shared{memory.data};
   for (int64_t which = 0; which < forward.run_count; ++which) shared_size(p, forward.runs[which], shared);
-  staged = shared.take(staged_floats);
+  float *const staged = shared.take(staged_floats);
   const int64_t blocks = div_up(p.q_len, QUERY_BLOCK), heads = p.batch * p.q_heads;
 
 #pragma omp parallel num_threads(threads)

@@ -151,9 +151,8 @@ static c2c_status check_attention(const c2c_attention_params &p) {
   if (!within(p.lengths, p.batch, 1, 0, p.len)) return status(C2C_BAD_LENGTHS);
   for (int32_t i = 0; i < p.segment_count; ++i) {
     const c2c_segment &s = p.segments[i];
-    // A stage (materialize, index, float8) applies scales and whatever storage project_kv reads.
-    const bool staged = s.materialize || s.index.data || s.key.dtype == C2C_F8E4M3 || s.value.dtype == C2C_F8E4M3;
-    if (!staged && (!readable(s.key, s.key_scale) || !readable(s.value, s.value_scale)))
+    // A stage applies scales and reads whatever storage project_kv does.
+    if (!is_staged(s) && (!readable(s.key, s.key_scale) || !readable(s.value, s.value_scale)))
       return status(C2C_BAD_DTYPE, i);
     const bool absorbed = s.key_proj.data && s.value_proj.data && !s.materialize;
     const bool key_fits = s.heads == p.kv_heads && s.key_dim == p.head_dim;

@@ -116,8 +116,6 @@ static void gemm(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_st
     gemm_strided<false>(M, N, K, a, row_stride, k_stride, b, b_stride, panel_stride, c, ldc, accumulate, upcoming);
 }
 
-static ALWAYS_INLINE int64_t panels_size(int64_t K, int64_t N) { return round_up(N, PANEL) * K; }
-
 // Panels of B[K x N] from row-major rows; columns beyond N are zero.
 static void pack_panels(float *panels, const float *b, int64_t ldb, int64_t K, int64_t N) {
   for (int64_t n = 0; n < N; n += PANEL) {

@@ -22,6 +22,11 @@ struct Kernels {
   c2c_status_code (*quantize)(const c2c_quantize_params &);
 };
 
+// Whether attention cannot read a segment as it is stored, and passes it through a stage (stage.h).
+static inline bool is_staged(const c2c_segment &s) {
+  return s.materialize || s.index.data || s.key.dtype == C2C_F8E4M3 || s.value.dtype == C2C_F8E4M3;
+}
+
 #if defined(__x86_64__)
 namespace c2c_baseline { extern const Kernels kernels; }
 namespace c2c_avx2 { extern const Kernels kernels; }

@@ -2,13 +2,12 @@
 // addresses: reading four tokens side by side halves what memory delivers, and software prefetching on top slows it.
 // Included inside an instruction set's namespace.
 
+constexpr int MAX_ROWS = 4;  // in one pass
 #if LANES == 16
-constexpr int ROW_VECTORS = 16;  // of 32 registers hold rows (dot_rows) or their sums (weigh_rows)
-constexpr int MAX_ROWS = 4;
-constexpr int CHUNK = 8;  // vectors of a token at a time
+constexpr int ROW_VECTORS = 16;  // of 32 registers hold rows (dot_chunk) or their sums (weigh_chunk)
+constexpr int CHUNK = 8;         // vectors of a token at a time
 #else
 constexpr int ROW_VECTORS = 32;  // rows stay in the first-level cache: what a token needs of them is read beside it
-constexpr int MAX_ROWS = 4;
 constexpr int CHUNK = 16;
 #endif
 
@@ -88,11 +87,8 @@ static void dot_chunk(const float *x, int64_t ldx, const T *tokens, int64_t stri
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       V4 dots = sum4(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
-      V4 *to = (V4 *)__builtin_assume_aligned(s + r * lds + j, 4);
-      V4 before = {};
-      if (add) memcpy(&before, to, sizeof(V4));
-      dots += before;
-      memcpy((void *)to, &dots, sizeof(V4));
+      float *to = s + r * lds + j;
+      for (int t = 0; t < 4; ++t) to[t] = add ? to[t] + dots[t] : dots[t];
     }
   }
   for (; j < n; ++j, tokens += stride) {
