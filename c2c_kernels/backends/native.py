@@ -73,7 +73,7 @@ def _broadcast(tensor: Tensor | None, shape: tuple[int, ...], keep: list[Tensor]
         # What expand() would do, without making a tensor.
         stride = (
             *_PADDING[4 - len(shape) + len(size)],
-            *(0 if n == 1 else s for n, s in zip(size, stride, strict=True)),
+            *[0 if n == 1 else s for n, s in zip(size, stride, strict=True)],
         )
     return (tensor.data_ptr(), _DTYPES[tensor.dtype], *stride, *_PADDING[len(stride)])
 

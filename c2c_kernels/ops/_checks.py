@@ -72,12 +72,12 @@ def _check_low_rank(name: str, proj: Tensor, proj_in: Tensor | None, kv_heads: i
 
 def _check_tensors(name: str, segment: SegmentTensors, device: torch.device | None, like: str) -> None:
     """Every field is a tensor on one device, key and value always."""
-    for tensor in segment.tensors[2:]:
-        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.device != device):
-            break
-    else:
-        key, value = segment[:2]
-        if isinstance(key, Tensor) and isinstance(value, Tensor) and key.device == value.device == device:
+    present = [tensor for tensor in segment.tensors if tensor is not None]
+    if len(present) >= 2 and segment.key is not None and segment.value is not None:
+        for tensor in present:
+            if not isinstance(tensor, Tensor) or tensor.device != device:
+                break
+        else:
             return
     for slot, tensor in zip(SLOTS, segment.tensors, strict=True):
         if not isinstance(tensor, Tensor) and (tensor is not None or slot in ("key", "value")):
@@ -98,16 +98,17 @@ def check_raw(name: str, segment: SegmentTensors) -> None:
         if tensor.dtype in _QUANTISED:
             if scale is None:
                 raise ValueError(f"{name}.{slot} is stored as {tensor.dtype}: {name}.{slot}_scale is needed")
-        else:
+        elif tensor.dtype not in _FLOATS:
             _expect_float(f"{name}.{slot}", tensor)
         if scale is not None:
             _expect_float(f"{name}.{slot}_scale", scale)
             _expect_broadcastable(f"{name}.{slot}_scale", scale, tuple(tensor.shape[:3]), "(batch, sharer_heads, len)")
-    if key.shape[0] != value.shape[0] or key.shape[1] != value.shape[1] or key.shape[2] != value.shape[2]:
+    batch, heads, length, _ = key.shape
+    value_shape = value.shape
+    if batch != value_shape[0] or heads != value_shape[1] or length != value_shape[2]:
         raise ValueError(
             f"{name}.value has shape {shape_of(value)}, wanted batch, heads and len of {name}.key {shape_of(key)}"
         )
-    batch = key.shape[0]
     if segment.selected is not None:
         _expect_integers(f"{name}.index", segment.selected)
         if segment.selected.dim() not in (1, 2) or (segment.selected.dim() == 2 and segment.selected.shape[0] != batch):
@@ -133,10 +134,10 @@ def check_segment(
     """A segment against the receiver that reads it."""
     _check_tensors(name, segment, device, "the query")
     check_raw(name, segment)
-    key, value = segment.key, segment.value
-    if key.shape[0] != batch:
-        raise ValueError(f"{name}.key has batch {key.shape[0]}, wanted {batch} like the query")
-    fits = key.shape[1] == kv_heads and key.shape[3] == head_dim and value.shape[3] == value_dim
+    key_batch, key_heads, _, key_dim = segment.key.shape
+    if key_batch != batch:
+        raise ValueError(f"{name}.key has batch {key_batch}, wanted {batch} like the query")
+    fits = key_heads == kv_heads and key_dim == head_dim and segment.value.shape[3] == value_dim
     if not (fits and segment.plain):
         _check_halves(name, segment, kv_heads, head_dim, value_dim)
     if segment.gate is not None:
@@ -199,11 +200,12 @@ def check_merged_attention(
             f"key has shape {shape_of(key)}, wanted (batch, kv_heads, len, head_dim) with batch {batch} and "
             f"head_dim {head_dim} of query {shape_of(query)}"
         )
-    if value.shape[0] != batch or value.shape[1] != kv_heads or value.shape[2] != length:
+    value_batch, value_heads, value_length, value_dim = value.shape
+    if value_batch != batch or value_heads != kv_heads or value_length != length:
         raise ValueError(f"value has shape {shape_of(value)}, wanted batch, kv_heads and len of key {shape_of(key)}")
     if kv_heads == 0 or q_heads == 0 or q_heads % kv_heads:
         raise ValueError(f"query has {q_heads} heads, wanted a positive multiple of the {kv_heads} heads of key")
-    if head_dim == 0 or value.shape[3] == 0:
+    if head_dim == 0 or value_dim == 0:
         raise ValueError(f"head_dim must be positive, got key {shape_of(key)} and value {shape_of(value)}")
     _expect_float("query", query)
     device = query.device
@@ -250,7 +252,7 @@ def check_merged_attention(
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
     for number, segment in enumerate(segments):
-        check_segment(f"segments[{number}]", segment, batch, q_heads, kv_heads, head_dim, value.shape[3], device)
+        check_segment(f"segments[{number}]", segment, batch, q_heads, kv_heads, head_dim, value_dim, device)
 
 
 def check_lengths(name: str, lengths: Tensor | None, limit: int) -> None:

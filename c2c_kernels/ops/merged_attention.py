@@ -109,7 +109,7 @@ def merged_attention(
     else:
         everything: list[Tensor | None] = [query, key, value, sinks]
         for segment in packed:
-            everything += segment.tensors
+            everything += [tensor for tensor in segment.tensors if tensor is not None]
         if needs_dispatcher(everything):
             tensors, layout = pack(packed)
             out, lse, mass, _ = torch.ops.c2c.merged_attention(
