@@ -5,7 +5,8 @@
 
 constexpr int PANEL = 2 * LANES;
 #if LANES == 16
-constexpr int TILE_ROWS = 8;  // 8 x 2 accumulators, 2 of B, broadcasts from memory: 18 of 32 registers
+constexpr int TILE_ROWS = 8;  // 8 x 2 accumulators, 2 of B, 1 broadcast: 19 of 32 registers
+constexpr int WIDE_ROWS = 6;  // over two panels 6 x 4, 4 of B, 1 broadcast: 10 loads for 24 multiply-adds instead of 15
 #else
 constexpr int TILE_ROWS = 6;  // 6 x 2 accumulators, 2 of B, 1 broadcast: 15 of 16 registers
 #endif
@@ -31,9 +32,11 @@ struct Upcoming {
 };
 
 // Every element of C is one chain of multiply-adds over k, whatever the blocking: results do not depend on M or N.
+// VECTORS beyond two belong to the next panel.
 template <int ROWS, int VECTORS, bool UNIT>
 static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_stride, int64_t k_stride, const float *b,
-                                    int64_t b_stride, float *c, int64_t ldc, bool accumulate, Upcoming *upcoming) {
+                                    int64_t b_stride, int64_t panel_stride, float *c, int64_t ldc, bool accumulate,
+                                    Upcoming *upcoming) {
   const char *line = upcoming ? upcoming->take(K) : nullptr;
   const int64_t next_line = line ? 64 : 0;
   if (!line) line = (const char *)b;  // at hand already: asking for it costs nothing
@@ -41,19 +44,24 @@ static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_strid
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < VECTORS; ++v) sum[i][v] = accumulate ? load(c + i * ldc + v * LANES) : V{};
   if (UNIT) row_stride = 1;
+  const float *next_panel = b + panel_stride;
   for (int64_t k = 0; k < K; ++k) {
     __builtin_prefetch(line, 0, 2);
     line += next_line;
     V column[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) column[v] = load(b + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) {
+      column[v] = load((v < 2 ? b : next_panel) + v % 2 * LANES);
+      keep_in_register(column[v]);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
       V x = set1(a[i * row_stride]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) sum[i][v] = x * column[v] + sum[i][v];
     }
     a += k_stride;
     b += b_stride;
+    next_panel += b_stride;
   }
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < VECTORS; ++v) store(c + i * ldc + v * LANES, sum[i][v]);
@@ -61,18 +69,12 @@ static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_strid
 
 template <int VECTORS, bool UNIT>
 static inline void gemm_rows(int64_t rows, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
-                             const float *b, int64_t b_stride, float *c, int64_t ldc, bool accumulate,
-                             Upcoming *upcoming) {
-  switch (rows) {
-    // clang-format off
-#define CASE(R) case R: return gemm_tile<R, VECTORS, UNIT>(K, a, row_stride, k_stride, b, b_stride, c, ldc, accumulate, upcoming);
-    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if LANES == 16
-    CASE(7) CASE(8)
-#endif
-#undef CASE
-    // clang-format on
-  }
+                             const float *b, int64_t b_stride, int64_t panel_stride, float *c, int64_t ldc,
+                             bool accumulate, Upcoming *upcoming) {
+  with_count<VECTORS == 4 ? 6 : TILE_ROWS>(rows, [&](auto count) __attribute__((always_inline)) {
+    gemm_tile<decltype(count)::value, VECTORS, UNIT>(K, a, row_stride, k_stride, b, b_stride, panel_stride, c, ldc,
+                                                     accumulate, upcoming);
+  });
 }
 
 // The last columns of C, where they are no whole vectors: by way of a buffer, so that nothing beyond them is touched.
@@ -83,7 +85,7 @@ static inline void gemm_edge(int64_t rows, int64_t columns, int64_t K, const flo
   float edge[TILE_ROWS * PANEL];
   for (int64_t i = 0; accumulate && i < rows; ++i)
     for (int64_t n = 0; n < PANEL; ++n) edge[i * PANEL + n] = n < columns ? c[i * ldc + n] : 0.0f;
-  gemm_rows<2, UNIT>(rows, K, a, row_stride, k_stride, b, b_stride, edge, PANEL, accumulate, upcoming);
+  gemm_rows<2, UNIT>(rows, K, a, row_stride, k_stride, b, b_stride, 0, edge, PANEL, accumulate, upcoming);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t n = 0; n < columns; ++n) c[i * ldc + n] = edge[i * PANEL + n];
 }
@@ -92,7 +94,14 @@ template <bool UNIT>
 static inline void gemm_strided(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
                                 const float *b, int64_t b_stride, int64_t panel_stride, float *c, int64_t ldc,
                                 bool accumulate, Upcoming *upcoming) {
-  for (int64_t n = 0; n < N; n += PANEL, b += panel_stride) {
+  int64_t n = 0;
+#if LANES == 16
+  for (; n + 2 * PANEL <= N; n += 2 * PANEL, b += 2 * panel_stride)
+    for (int64_t m = 0; m < M; m += WIDE_ROWS)
+      gemm_rows<4, UNIT>(least<int64_t>(WIDE_ROWS, M - m), K, a + m * row_stride, row_stride, k_stride, b, b_stride,
+                         panel_stride, c + m * ldc + n, ldc, accumulate, upcoming);
+#endif
+  for (; n < N; n += PANEL, b += panel_stride) {
     for (int64_t m = 0; m < M; m += TILE_ROWS) {
       int64_t rows = least<int64_t>(TILE_ROWS, M - m);
       const float *from = a + m * row_stride;
@@ -100,9 +109,9 @@ static inline void gemm_strided(int64_t M, int64_t N, int64_t K, const float *a,
       if (N - n < PANEL && N - n != LANES)
         gemm_edge<UNIT>(rows, N - n, K, from, row_stride, k_stride, b, b_stride, to, ldc, accumulate, upcoming);
       else if (N - n > LANES)
-        gemm_rows<2, UNIT>(rows, K, from, row_stride, k_stride, b, b_stride, to, ldc, accumulate, upcoming);
+        gemm_rows<2, UNIT>(rows, K, from, row_stride, k_stride, b, b_stride, 0, to, ldc, accumulate, upcoming);
       else
-        gemm_rows<1, UNIT>(rows, K, from, row_stride, k_stride, b, b_stride, to, ldc, accumulate, upcoming);
+        gemm_rows<1, UNIT>(rows, K, from, row_stride, k_stride, b, b_stride, 0, to, ldc, accumulate, upcoming);
     }
   }
 }

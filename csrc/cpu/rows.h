@@ -172,23 +172,6 @@ static void weigh_tail(const float *p, int64_t ldp, int64_t rows, const T *token
   }
 }
 
-// Calls f(Count<N>) for the compile-time N = n of 1 .. LIMIT.
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-template <int LIMIT, class F>
-static ALWAYS_INLINE void with_count(int64_t n, F f) {
-  if constexpr (LIMIT == 1) {
-    f(Count<1>{});
-  } else {
-    if (n == LIMIT)
-      f(Count<LIMIT>{});
-    else
-      with_count<LIMIT - 1>(n, f);
-  }
-}
-
 // Walks rows and dimensions of a product in chunks that registers hold:
 // f(first row, count of rows, first dimension, vectors).
 template <class F>

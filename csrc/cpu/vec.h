@@ -31,9 +31,37 @@ static ALWAYS_INLINE T most(T a, T b) {
 static ALWAYS_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static ALWAYS_INLINE int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 
+// Calls f(Count<N>) for the compile-time N = n of 1 .. LIMIT.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <int LIMIT, class F>
+static ALWAYS_INLINE void with_count(int64_t n, F f) {
+  if constexpr (LIMIT == 1) {
+    f(Count<1>{});
+  } else {
+    if (n == LIMIT)
+      f(Count<LIMIT>{});
+    else
+      with_count<LIMIT - 1>(n, f);
+  }
+}
+
 static ALWAYS_INLINE V set1(float x) { return x - V{}; }  // x - 0 is x, sign of zero included: a bare broadcast
 static ALWAYS_INLINE V load(const float *p) { return *(const UnalignedV *)p; }
 static ALWAYS_INLINE void store(float *p, V x) { *(UnalignedV *)p = x; }
+
+// Keeps the compiler from reading x from memory again at every use.
+static ALWAYS_INLINE void keep_in_register(V &x) {
+#if defined(C2C_AVX512)
+  asm("" : "+v"(x));
+#elif defined(C2C_AVX2)
+  asm("" : "+x"(x));
+#else
+  (void)x;
+#endif
+}
 
 template <class To, class From>
 static ALWAYS_INLINE To bit_cast(From x) {
