@@ -77,7 +77,7 @@ static ALWAYS_INLINE int64_t run_length(const Run &run, const c2c_attention_para
 // How many parts a row's tokens are split into. Depends on the row's own length and the heads alone, so that neither
 // the batch nor the number of threads changes a result.
 static ALWAYS_INLINE int64_t split_count(const Run &run, int64_t length) {
-  int64_t wanted = div_up(64, run.groups * run.tiles);
+  const int64_t jobs = run.groups * run.tiles, wanted = jobs >= 32 ? 1 : div_up(64, jobs);
   return most<int64_t>(1, least(wanted, length / (2 * BLOCK)));
 }
 
@@ -126,6 +126,8 @@ struct Tile {
   int64_t rows = run.group_heads * queries;
   Limits limits = {};
   int64_t *coordinate = nullptr;  // [BLOCK] of the current block
+  int32_t *row_lo = nullptr;      // nullable, [rows, padded]: limits of a limited block without positions,
+  int32_t *row_hi = nullptr;      // relative to its first token
   float *gates = nullptr;         // [group_heads][BLOCK] of the current block: ln g, or g itself for the backward pass
   bool backward = false;
   bool keep_closed = false;  // the backward pass wants tokens whose gate is 0 too, where the gate has a gradient
@@ -167,16 +169,35 @@ struct Tile {
     }
     if (last <= limits.lo_least || first > limits.hi_most) return false;
     limited = first <= limits.lo_most || last > limits.hi_least;
+    if (limited && row_lo && !run.positioned) limit_rows();
     gated = run.segment && run.segment->gate.data;
     return !gated || load_gates(j, n) || keep_closed;
   }
 
-  // How many of the block's n tokens some row of first .. first + count can see; the others need no product.
-  int64_t visible(int64_t first, int64_t count, int64_t n) const {
-    if (!limited || run.positioned) return n;
-    int64_t last = -1;
-    for (int64_t r = first; r < least(rows, first + count); ++r) last = most(last, limits.hi[r % queries]);
-    return most<int64_t>(0, least(n, last - first_token + 1));
+  void limit_rows() {
+    const int64_t padded = round_up(rows, PANEL), longest = BLOCK;
+    for (int64_t i = 0; i < queries; ++i) {
+      row_lo[i] = (int32_t)most<int64_t>(-1, least(longest, limits.lo[i] - first_token));
+      row_hi[i] = (int32_t)most<int64_t>(-1, least(longest, limits.hi[i] - first_token));
+    }
+    for (int64_t r = queries; r < rows; ++r) {
+      row_lo[r] = row_lo[r - queries];
+      row_hi[r] = row_hi[r - queries];
+    }
+    for (int64_t r = rows; r < padded; ++r) row_lo[r] = row_hi[r] = -1;
+  }
+
+  // Whether row_lo and row_hi hold the limits of the current block.
+  bool rows_limited() const { return limited && row_lo && !run.positioned; }
+
+  // How many of the block's n tokens some row of a panel can see; the others need no product.
+  int64_t visible(int64_t panel, int64_t n) const {
+    if (!rows_limited()) return n;
+    VI last = *(const UnalignedVI *)(row_hi + panel), more = *(const UnalignedVI *)(row_hi + panel + LANES);
+    last = last > more ? last : more;
+    int32_t most_seen = -1;
+    for (int l = 0; l < LANES; ++l) most_seen = most<int32_t>(most_seen, last[l]);
+    return least<int64_t>(n, most_seen + 1);
   }
 
   // Gates of the block; false where every one is 0.
@@ -224,6 +245,21 @@ static bool load_mask(const Tile &tile, int64_t j, int64_t n, float *to) {
   return any;
 }
 
+// Scores of a block of which rows see different tokens. Those that no row of a panel sees are left as they are.
+static void limit_columns(const Tile &tile, int64_t n, float *s, int64_t ld) {
+  for (int64_t panel = 0; panel < tile.rows; panel += PANEL) {
+    const int64_t tokens = tile.visible(panel, n);
+    for (int64_t r = panel; r < least(panel + PANEL, tile.rows); r += LANES) {
+      const VI lo = *(const UnalignedVI *)(tile.row_lo + r), hi = *(const UnalignedVI *)(tile.row_hi + r);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const VI token = VI{} + (int32_t)t;
+        float *column = s + t * ld + r;
+        store(column, select((token > lo) & (token <= hi), load(column), set1(-INF)));
+      }
+    }
+  }
+}
+
 // Scores of a block with tokens outside and rows inside, s[BLOCK][ld]: bias of absorbed rows, soft cap, gates, mask,
 // limits. `cap_slope` (nullable, same shape) receives the derivative of the cap; the backward pass wants weights
 // without gates.
@@ -232,8 +268,12 @@ static void adjust_columns(const Tile &tile, int64_t n, float *s, int64_t ld, co
   const int64_t queries = tile.queries;
   const float cap = tile.p.softcap;
   const bool mask_shared = mask && tile.p.mask.stride[1] == 0;
-  const bool plain = !mask && !tile.limited && (!tile.gated || tile.backward);
-  if (plain && !row_bias && !(cap > 0.0f)) return;
+  const bool by_rows = tile.rows_limited();
+  const bool plain = !mask && (by_rows || !tile.limited) && (!tile.gated || tile.backward);
+  if (plain && !row_bias && !(cap > 0.0f)) {
+    if (by_rows) limit_columns(tile, n, s, ld);
+    return;
+  }
   for (int64_t t = 0; t < n; ++t) {
     float *column = s + t * ld;
     if (row_bias)
@@ -259,11 +299,12 @@ static void adjust_columns(const Tile &tile, int64_t n, float *s, int64_t ld, co
         else
           for (int64_t i = 0; i < queries; ++i) part[i] += add[i];
       }
-      if (tile.limited)
+      if (tile.limited && !by_rows)
         for (int64_t i = 0; i < queries; ++i)
           part[i] = (x > tile.limits.lo[i]) & (x <= tile.limits.hi[i]) ? part[i] : -INF;
     }
   }
+  if (by_rows) limit_columns(tile, n, s, ld);
 }
 
 // Scale of one token of one stored head.

@@ -15,11 +15,17 @@ struct Forward {
   Run *runs;
   int64_t run_count, job_count;
   int64_t scratch;  // floats per thread
+
+  // Whether a tile sees all that its rows attend to, so that it can finish them itself.
+  bool whole_rows() const {
+    return run_count == 1 && runs[0].splits == 1 && !runs[0].absorbed && runs[0].tile_queries > 1;
+  }
 };
 
 struct TileScratch {
   float *q, *panels, *s, *scaled, *scales, *acc, *k, *v, *mask, *gates, *row_bias, *row_max, *row_sum, *factor;
   int64_t *lo, *hi, *coordinate;
+  int32_t *row_lo, *row_hi;
   SoftmaxState *state;
 
   TileScratch(Carver &carver, const Run &run, const c2c_attention_params &p) {
@@ -41,6 +47,8 @@ struct TileScratch {
     lo = (int64_t *)carver.take(2 * rows);
     hi = (int64_t *)carver.take(2 * rows);
     coordinate = (int64_t *)carver.take(2 * BLOCK);
+    row_lo = (int32_t *)carver.take(rows);
+    row_hi = (int32_t *)carver.take(rows);
     state = (SoftmaxState *)carver.take(2 * rows);
   }
 };
@@ -153,10 +161,11 @@ static void stream_tile(Tile &tile, TileScratch &x) {
 
 // ---- many rows: register-blocked products ----
 
-// Column softmax of s[n][ld] over tokens for all rows; leaves the factor of every row's sums so far.
-static bool softmax_columns(float *s, int64_t ld, int64_t n, int64_t rows, TileScratch &x) {
+// Column softmax of s[block][ld] over the tokens that rows see; leaves the factor of every row's sums so far.
+static bool softmax_columns(const Tile &tile, float *s, int64_t ld, int64_t block, int64_t rows, TileScratch &x) {
   bool rescale = false;
   for (int64_t r = 0; r < rows; r += LANES) {
+    const int64_t n = tile.visible(r / PANEL * PANEL, block);
     V old = load(x.row_max + r), largest = old;
     VI broken = {};
     for (int64_t t = 0; t < n; ++t) {
@@ -185,9 +194,9 @@ static bool softmax_columns(float *s, int64_t ld, int64_t n, int64_t rows, TileS
 // where they see the same.
 template <class F>
 static ALWAYS_INLINE void each_visible(const Tile &tile, int64_t n, F f) {
-  if (!tile.limited) return f(0, tile.rows, n);
+  if (!tile.rows_limited()) return f(0, tile.rows, n);
   for (int64_t r = 0; r < tile.rows; r += PANEL) {
-    const int64_t count = least<int64_t>(PANEL, tile.rows - r), tokens = tile.visible(r, count, n);
+    const int64_t count = least<int64_t>(PANEL, tile.rows - r), tokens = tile.visible(r, n);
     if (tokens) f(r, count, tokens);
   }
 }
@@ -233,6 +242,8 @@ static void block_tile(Tile &tile, TileScratch &x) {
   const Run &run = tile.run;
   const int64_t padded = round_up(tile.rows, LANES), ld = round_up(tile.rows, PANEL) + 16;
   const bool masked = !run.segment && tile.p.mask.data;
+  tile.row_lo = x.row_lo;
+  tile.row_hi = x.row_hi;
   pack_panels_transposed(x.panels, x.q, run.key_ld, run.key_width, tile.rows);
   for (int64_t r = 0; r < padded; ++r) {
     x.row_max[r] = r < tile.rows ? x.state[r].max : -INF;
@@ -248,7 +259,7 @@ static void block_tile(Tile &tile, TileScratch &x) {
     for (int64_t t = 0; t < n; ++t)
       for (int64_t r = tile.rows; r < padded; ++r) x.s[t * ld + r] = 0.0f;
     adjust_columns(tile, n, x.s, ld, run.absorbed ? x.row_bias : nullptr, masked ? x.mask : nullptr, nullptr);
-    if (softmax_columns(x.s, ld, n, padded, x))
+    if (softmax_columns(tile, x.s, ld, n, padded, x))
       for (int64_t r = 0; r < tile.rows; ++r)
         if (x.factor[r] != 1.0f)
           for (int64_t d = 0; d < run.value_ld; d += LANES)
@@ -305,9 +316,46 @@ static void fold_queries(const c2c_attention_params &p, const Run &run, int64_t 
   }
 }
 
+// The normaliser of a row of head h before any run's state is merged: that of its sink.
+static SoftmaxState initial_state(const c2c_attention_params &p, int64_t h) {
+  SoftmaxState state;
+  if (!p.sinks.data) return state;
+  const float sink = number_at(p.sinks, h * p.sinks.stride[0]);
+  if (sink != -INF) state.merge(SoftmaxState{sink, 1.0f});
+  return state;
+}
+
+static ALWAYS_INLINE float *lse_at(const c2c_attention_params &p, int64_t b, int64_t h, int64_t i) {
+  return (float *)p.lse.data + b * p.lse.stride[0] + h * p.lse.stride[1] + i * p.lse.stride[2];
+}
+
+static ALWAYS_INLINE float *mass_at(const c2c_attention_params &p, int64_t b, int64_t h, int64_t i, int64_t which) {
+  return (float *)p.mass.data + b * p.mass.stride[0] + h * p.mass.stride[1] + i * p.mass.stride[2] +
+         which * p.mass.stride[3];
+}
+
+// What `combine` does for rows whose only state is at hand.
+static void finish_rows(const c2c_attention_params &p, const Tile &tile, TileScratch &x) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t h = tile.head(r / tile.queries), i = tile.i0 + r % tile.queries;
+    const SoftmaxState &state = x.state[r];
+    SoftmaxState total = initial_state(p, h);
+    total.merge(state);
+    const float weight = total.weight(state.max);
+    if (p.lse.data) *lse_at(p, tile.b, h, i) = total.finish();
+    if (p.mass.data) *mass_at(p, tile.b, h, i, 0) = state.max == -INF ? 0.0f : weight * state.sum;
+    float *sums = x.acc + r * tile.run.value_ld;
+    for (int64_t d = 0; d < tile.run.value_ld; d += LANES)
+      store(sums + d, state.max == -INF ? V{} : load(sums + d) * weight + V{});
+    narrow_row(p.out.dtype, const_cast<void *>(at(p.out, tile.b, h, i)), sums, p.value_dim);
+  }
+}
+
 // Tokens begin .. end of a row's `length` against one tile of query rows. `resume` goes on from the stored state.
+// `finish` writes the rows' results instead of their states.
 static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b, int64_t group, int64_t tile_index,
-                        int64_t split, int64_t begin, int64_t end, int64_t length, bool resume, float *scratch) {
+                        int64_t split, int64_t begin, int64_t end, int64_t length, bool resume, bool finish,
+                        float *scratch) {
   Carver carver{scratch};
   TileScratch x(carver, run, p);
   const int64_t i0 = tile_index * run.tile_queries, queries = least(run.tile_queries, p.q_len - i0);
@@ -337,6 +385,7 @@ static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b
     else
       block_tile(tile, x);
   }
+  if (finish) return finish_rows(p, tile, x);
   for (int64_t r = 0; r < tile.rows; ++r) {
     run.states[stored(r)] = x.state[r];
     if (x.state[r].max != -INF)
@@ -346,13 +395,13 @@ static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b
 
 // Part `split` of the tokens from `start` that a run reads at a time, for job = (group, tile, split).
 static void attend_split(const c2c_attention_params &p, const Run &run, int64_t b, int64_t job, int64_t start,
-                         int64_t length, float *scratch) {
+                         int64_t length, bool finish, float *scratch) {
   const int64_t split = job % run.splits, tile = job / run.splits % run.tiles, group = job / run.splits / run.tiles;
   const int64_t together = run.staged ? least(length, STAGED_TOKENS) : length;
   const int64_t chunk = round_up(div_up(together, split_count(run, together)), BLOCK);
   const int64_t stop = start + together;
   attend_part(p, run, b, group, tile, split, least(stop, start + split * chunk),
-              least(stop, start + (split + 1) * chunk), length, start > 0, scratch);
+              least(stop, start + (split + 1) * chunk), length, start > 0, finish, scratch);
 }
 
 static void attend(const Forward &forward, int64_t job, float *scratch) {
@@ -362,7 +411,7 @@ static void attend(const Forward &forward, int64_t job, float *scratch) {
   const Run &run = forward.runs[which];
   job -= run.first_job;
   const int64_t jobs = run.groups * run.tiles * run.splits, b = job / jobs;
-  attend_split(p, run, b, job % jobs, 0, run_length(run, p, b), scratch);
+  attend_split(p, run, b, job % jobs, 0, run_length(run, p, b), forward.whole_rows(), scratch);
 }
 
 // sums (+)= the states of one run for one row, weighted; returns the share of the normaliser that the run holds.
@@ -408,15 +457,11 @@ static void combine(const Forward &forward, int64_t b, int64_t h, int64_t i0, in
   float *out = scratch, *mass = out + QUERY_BLOCK * ldo, *rest = mass + QUERY_BLOCK;
   SoftmaxState total[QUERY_BLOCK];
   for (int64_t i = 0; i < n; ++i) {
-    if (p.sinks.data) {
-      float sink = number_at(p.sinks, h * p.sinks.stride[0]);
-      if (sink != -INF) total[i].merge(SoftmaxState{sink, 1.0f});
-    }
+    total[i] = initial_state(p, h);
     for (int64_t which = 0; which < forward.run_count; ++which)
       for (int64_t split = 0; split < forward.runs[which].splits; ++split)
         total[i].merge(forward.runs[which].states[(row0 + i) * forward.runs[which].splits + split]);
-    if (p.lse.data)
-      ((float *)p.lse.data)[b * p.lse.stride[0] + h * p.lse.stride[1] + (i0 + i) * p.lse.stride[2]] = total[i].finish();
+    if (p.lse.data) *lse_at(p, b, h, i0 + i) = total[i].finish();
   }
   memset(out, 0, n * ldo * sizeof(float));
   for (int64_t which = 0; which < forward.run_count; ++which) {
@@ -428,9 +473,7 @@ static void combine(const Forward &forward, int64_t b, int64_t h, int64_t i0, in
     for (int64_t i = 0; i < n; ++i) {
       mass[i] = collect(run, row0 + i, total[i], sums + i * lds);
       any = any || mass[i] != 0.0f;
-      if (p.mass.data)
-        ((float *)p.mass.data)[b * p.mass.stride[0] + h * p.mass.stride[1] + (i0 + i) * p.mass.stride[2] +
-                               which * p.mass.stride[3]] = mass[i];
+      if (p.mass.data) *mass_at(p, b, h, i0 + i, which) = mass[i];
     }
     if (run.absorbed && any)
       unfold_values(p, run, h / (p.q_heads / p.kv_heads), n, sums, mass, sums + QUERY_BLOCK * run.value_ld, out, ldo);
@@ -469,7 +512,7 @@ static void attend_staged(const c2c_attention_params &p, const Run &run, float *
 #pragma omp for schedule(dynamic, 1)
       for (int64_t unit = 0; unit < units; ++unit) stage.fill(unit, b, threads, scratch);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t job = 0; job < jobs; ++job) attend_split(p, stage.run, b, job, start, length, scratch);
+      for (int64_t job = 0; job < jobs; ++job) attend_split(p, stage.run, b, job, start, length, false, scratch);
     }
   }
 }
@@ -526,7 +569,7 @@ static c2c_status_code merged_attention(const c2c_attention_params &p) {
     for (int64_t which = 0; which < forward.run_count; ++which)
       if (forward.runs[which].staged) attend_staged(p, forward.runs[which], staged, threads, scratch);
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t unit = 0; unit < heads * blocks; ++unit) {
+    for (int64_t unit = 0; unit < (forward.whole_rows() ? 0 : heads * blocks); ++unit) {
       int64_t row = unit / blocks, i0 = unit % blocks * QUERY_BLOCK;
       combine(forward, row / p.q_heads, row % p.q_heads, i0, least(QUERY_BLOCK, p.q_len - i0), scratch);
     }

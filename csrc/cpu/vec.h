@@ -6,6 +6,7 @@ typedef int32_t VI __attribute__((vector_size(4 * LANES)));
 typedef uint32_t VU __attribute__((vector_size(4 * LANES)));
 typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
 typedef float UnalignedV __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t UnalignedVI __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t UnalignedPairs __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef uint16_t UnalignedVH __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
@@ -321,7 +322,7 @@ static ALWAYS_INLINE V4 sum4(V a, V b, V c, V d) {
 static ALWAYS_INLINE V vexp(V x) {
   VI under = x < set1(-87.3f);
   x = vmax(set1(-87.3f), x);
-  x = x > set1(88.0f) ? set1(88.0f) : x;
+  x = set1(88.0f) < x ? set1(88.0f) : x;
   V shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
   V n = shifted - 12582912.0f;
   V r = x - n * 0.693359375f;
