@@ -208,6 +208,26 @@ def _attention_numbers(
     return numbers
 
 
+def plain_parameters(query, key, value, is_causal, window) -> list[int] | None:
+    """The kernel's parameters for own tokens alone, of any tensors laid out alike; None where one is copied first."""
+    keep: list[Tensor] = []
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    numbers = _attention_numbers(
+        query, key, value, [], [], None, is_causal, None, None, window, None, None, out, None, None, keep
+    )
+    return None if keep else numbers
+
+
+def run_plain(parameters: list[int], query, key, value, out, scale: float, softcap: float) -> None:
+    """Forward kernel on `plain_parameters` with these tensors' addresses: tensors 0 to 2 and 7 of the call."""
+    numbers = parameters.copy()
+    numbers[0], numbers[6], numbers[12] = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    numbers[42] = out.data_ptr()
+    status = _cpu.merged_attention(numbers, scale, softcap)
+    if status:
+        _raise(status, "merged_attention")
+
+
 def merged_attention(
     backend: str, query, key, value, segments, attn_mask, is_causal, query_positions, lengths, scale, window,
     segment_window, softcap, sinks, strategy, return_mass, return_lse, out_dtype=None,

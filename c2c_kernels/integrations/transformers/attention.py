@@ -97,6 +97,14 @@ def attention_forward(
         unused = key.shape[2] - q_len
         key, value = key[:, :, :q_len], value[:, :, :q_len]
 
+    if call.layers is None and call.record is None and not call.weights:
+        # Own tokens alone; nothing is built that they do not need, for this runs in every layer of every step.
+        out: Any = merged_attention(
+            query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling, softcap=softcap,
+            sinks=s_aux, backend=call.backend,
+        )  # fmt: skip
+        return out.transpose(1, 2).contiguous(), None
+
     layer, positions, groups = module.layer_idx, call.positions, _NO_SHARER
     if call.seen is not None:
         call.seen.append(layer)
