@@ -87,7 +87,8 @@ int merged_attention_backward(const py::list &numbers, const py::list &gradients
   Reader in(gradients);
   p.grad_out = in.tensor();
   p.delta = in.tensor();
-  for (float **pointer : {&p.grad_query, &p.grad_key, &p.grad_value}) *pointer = static_cast<float *>(in.pointer());
+  for (float **pointer : {&p.grad_query, &p.grad_key, &p.grad_value, &p.sink_weight})
+    *pointer = static_cast<float *>(in.pointer());
   std::vector<float *> keys, values, gates;
   for (size_t i = 0; i < segments.size(); ++i)
     for (std::vector<float *> *group : {&keys, &values, &gates}) group->push_back(static_cast<float *>(in.pointer()));

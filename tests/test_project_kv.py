@@ -136,3 +136,30 @@ def test_materialised_segment_attends_as_the_absorbed_one():
         c2c.merged_attention(query, key, value, [segment], strategy="absorb"),
         c2c.merged_attention(query, key, value, [kept]),
     )
+
+
+@pytest.mark.parametrize("width", [256, 1024, 1040, 2048, 4096])
+@pytest.mark.parametrize("tokens", [5, 131])
+@pytest.mark.parametrize("projector", ["dense", "low_rank"])
+def test_wide_sharers_are_summed_in_pieces(width, tokens, projector):
+    """A sum over the sharer's width is as exact as PyTorch's, also where the segment is projected within attention."""
+    generator = torch.Generator().manual_seed(width)
+    raw = [torch.randn(1, 8, tokens, width // 8, generator=generator) for _ in range(2)]
+    proj = torch.randn(2, 64, width, generator=generator) / width**0.5
+    if projector == "low_rank":
+        proj = (torch.randn(2, 64, 600, generator=generator) / 600**0.5, proj.flatten(0, 1).repeat(5, 1)[:600].clone())
+    segment = c2c.SharerSegment(*raw, proj, proj)
+    oracle = at_dtype(segment, None, torch.float64, torch.float64)
+    theirs = at_dtype(segment, None, torch.float32, torch.float32)
+    ours = c2c.project_kv(segment, backend="cpu")
+    for name, mine, torchs, exact in zip(("key", "value"), ours, theirs, oracle, strict=True):
+        assert_as_exact(name, mine, torchs, exact)
+
+
+@pytest.mark.parametrize("width", [300, 1040])
+def test_a_token_among_others_projects_the_same_from_pieces(width):
+    raw, proj = torch.randn(1, 1, 140, width), torch.randn(3, 24, width)
+    whole, _ = c2c.project_kv(c2c.SharerSegment(raw, raw, proj, proj), backend="cpu")
+    part = raw[:, :, 20:51]
+    alone, _ = c2c.project_kv(c2c.SharerSegment(part, part, proj, proj), backend="cpu")
+    assert torch.equal(alone, whole[:, :, 20:51])

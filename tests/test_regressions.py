@@ -162,6 +162,38 @@ def test_a_masked_key_may_be_nan():
         assert torch.equal(c2c.merged_attention(rows, poisoned, value, attn_mask=mask), clean)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("q_len", [5, 40])
+@pytest.mark.parametrize("strategy", ["absorb", "materialize"])
+@pytest.mark.parametrize("which", ["own_key", "own_value", "raw_key", "raw_value"])
+def test_tokens_that_are_not_finite_and_hidden(which, bad, q_len, strategy):
+    """What the docstring of merged_attention says, of a token that the first half of the rows does not see."""
+    length, token = q_len + 90, 90 + q_len // 2
+    query, proj = torch.randn(2, 4, q_len, 16), torch.randn(2, 16, 24)
+    tensors = {name: torch.randn(2, 2, length, 16) for name in ("own_key", "own_value")}
+    tensors |= {name: torch.randn(2, 1, length, 24) for name in ("raw_key", "raw_value")}
+
+    def attend():
+        raw = tensors["raw_key"], tensors["raw_value"]
+        segment = c2c.SharerSegment(*raw, proj, proj, positions=torch.arange(length), visibility="causal")
+        own = tensors["own_key"], tensors["own_value"]
+        return c2c.merged_attention(query, *own, [segment], is_causal=True, strategy=strategy, backend="cpu")
+
+    clean = attend()
+    tensors[which][0, 0, token] = bad
+    out = attend()
+    heads = 2 if which.startswith("own") else 4  # that read it
+    assert torch.equal(out[1], clean[1])
+    assert torch.equal(out[0, heads:], clean[0, heads:])
+    sees = torch.arange(90, length) >= token
+    hidden, kept = out[0, :heads, ~sees], clean[0, :heads, ~sees]
+    if which.endswith("key"):
+        assert torch.equal(hidden, kept)
+    else:
+        assert torch.equal(torch.where(hidden.isnan(), kept, hidden), kept)
+        assert not out[0, :heads, sees].isfinite().all(-1).any()
+
+
 def test_gradients_do_not_depend_on_padding():
     query, cache = torch.randn(1, 2, 4, 16), torch.randn(1, 1, 3600, 16)
 

@@ -292,7 +292,9 @@ def merged_attention_backward(
         gate = query.new_empty((batch, q_heads, segment.length), dtype=torch.float32) if wants else None
         pair = [t.new_empty(t.shape, dtype=torch.float32) for t in (segment.key, segment.value)]
         segment_grads.append((*pair, gate))
-    pointers = [0 if t is None else t.data_ptr() for t in (*grads, *(t for group in segment_grads for t in group))]
+    sink_weight = None if sinks is None else query.new_empty(lse.shape, dtype=torch.float32)
+    written = (*grads, sink_weight, *(t for group in segment_grads for t in group))
+    pointers = [0 if t is None else t.data_ptr() for t in written]
     status = _cpu.merged_attention_backward(
         numbers, [*_numbers(grad_rows), *_numbers(delta), *pointers], scale, softcap or 0.0
     )
@@ -300,8 +302,7 @@ def merged_attention_backward(
         _raise(status, "merged_attention")
     grad_sinks = None
     if sinks is not None:
-        weight = torch.exp(sinks.float()[None, :, None] - lse).masked_fill(lse == -torch.inf, 0)
-        grad_sinks = -(weight * _sink_delta(delta, grad_mass)).sum((0, 2))
+        grad_sinks = -(sink_weight * _sink_delta(delta, grad_mass)).sum((0, 2))
     found = [*grads, grad_sinks]
     inputs = [query, key, value, sinks]
     for segment, (grad_key, grad_value, grad_gate) in zip(segments, segment_grads, strict=True):

@@ -69,6 +69,22 @@ def locked(name: str) -> Iterator[None]:
         ) from error
 
 
+def remove_abandoned(prefix: str) -> None:
+    """Removes staging folders `.{prefix}NAME` of killed runs: those whose lock NAME nobody holds.
+
+    A run that stages under such a name holds that lock from before the folder is made until it is gone.
+    """
+    from filelock import FileLock, Timeout
+
+    root = cache_dir()
+    for folder in root.glob(f".{prefix}*"):
+        try:
+            with FileLock(root / f".{folder.name.removeprefix(f'.{prefix}')}.lock", timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+        except Timeout:
+            continue
+
+
 def replace_folder(new: Path, target: Path) -> None:
     """Puts the folder `new` where `target` is, or was. Call it under the lock that guards `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)

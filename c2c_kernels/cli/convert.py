@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from c2c_kernels.cli.cache import cache_dir, locked, replace_folder, sha256, staging
+from c2c_kernels.cli.cache import cache_dir, locked, remove_abandoned, replace_folder, sha256, staging
 from c2c_kernels.cli.gguf_tokenizer import load_tokenizer
 from c2c_kernels.cli.progress import note, stage
 
@@ -45,6 +45,7 @@ def convert(gguf: Path, source_sha256: str) -> Path:
     """The folder with the float32 weights and the tokenizer of `gguf`, made where it is missing or damaged."""
     target = converted_folder(gguf.name)
     with locked(target.name):
+        remove_abandoned("convert-")
         if is_sound(target, source_sha256):
             return target
         if target.exists():

@@ -56,6 +56,12 @@ def merged_attention(
     z is cap(scale * q . k) plus the mask; k is an own key or, in a segment, Wk x + bk. Query head h reads KV head
     h // (q_heads / kv_heads). Where nothing is visible, out = 0 and lse = -inf.
 
+    NaN and inf: tokens at and beyond `lengths` are not read. A key that is not finite changes no output of the rows
+    from which causality, a window, positions or a boolean mask hide it (an additive mask or a gate of 0 does not hide
+    it). A value that is not finite reaches every row that sees its token; a row that does not see it may become NaN
+    too (0 * NaN) where it reads the same KV head of the same batch row, and which of those do depends on the kernel.
+    Gradients promise nothing where a token within `lengths` is not finite.
+
     Args:
         query: (batch, q_heads, q_len, head_dim) float32, bfloat16 or float16 (float64: backend "reference").
         key: (batch, kv_heads, len, head_dim), rotary embedding applied, dtype of query.

@@ -2,7 +2,8 @@
 //
 // A job is one run, one KV head and one part of its tokens, against all query rows of that head: it owns the
 // gradients of its tokens and leaves a partial gradient of the queries, which a last phase adds up in a fixed order.
-// Scores are recomputed tile by tile from lse; no score matrix exists beyond BLOCK x tile rows.
+// Weights are recomputed tile by tile from lse, or, where float32 cannot hold it, from max and sum that a first phase
+// finds (normaliser.h); no score matrix exists beyond BLOCK x tile rows.
 
 struct BackwardRun {
   Run run;
@@ -16,11 +17,12 @@ struct Backward {
   const c2c_attention_params &p;
   BackwardRun *runs;
   int64_t run_count, job_count, scratch;
+  float *base, *rest;  // [batch][q_heads][q_len]: a weight is exp((score - base) - rest)
 };
 
 struct BackwardScratch {
   float *q, *q_columns, *q_panels, *go, *go_columns, *go_panels, *k, *k_panels, *v, *s, *dp, *slope, *mask, *gates;
-  float *row_lse, *row_delta, *grad_q;
+  float *row_base, *row_rest, *row_delta, *grad_q;
   int64_t *lo, *hi, *coordinate;
 
   BackwardScratch(Carver &carver, const Run &run, const c2c_attention_params &p) {
@@ -39,7 +41,8 @@ struct BackwardScratch {
     slope = carver.take(p.softcap > 0.0f ? BLOCK * ld : 0);
     mask = carver.take(!run.segment && p.mask.data ? BLOCK * rows : 0);
     gates = carver.take(BLOCK * run.group_heads);
-    row_lse = carver.take(rows);
+    row_base = carver.take(rows);
+    row_rest = carver.take(rows);
     row_delta = carver.take(rows);
     grad_q = carver.take(rows * run.key_ld);
     lo = (int64_t *)carver.take(2 * rows);
@@ -53,6 +56,46 @@ static int64_t backward_splits(const Run &run, int64_t length) {
   return most<int64_t>(1, least(div_up(8, run.groups), length / (4 * BLOCK)));
 }
 
+// base and rest of one tile of query rows, and what their sinks hold.
+static void normalise(const Backward &backward, int64_t unit, float *scratch) {
+  const c2c_attention_params &p = backward.p;
+  const Run &own = backward.runs[0].run;  // every run has the same tiles
+  const int64_t group = unit / own.tiles % own.groups, b = unit / own.tiles / own.groups;
+  const int64_t i0 = unit % own.tiles * own.tile_queries, queries = least(own.tile_queries, p.q_len - i0);
+  const Tile tile{p, own, b, group, i0, queries, 0, 0};
+  auto place = [&](int64_t r) { return (b * p.q_heads + tile.head(r / queries)) * p.q_len + i0 + r % queries; };
+  bool far = false;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t h = tile.head(r / queries), i = i0 + r % queries;
+    const float lse = number_at(p.lse, b * p.lse.stride[0] + h * p.lse.stride[1] + i * p.lse.stride[2]);
+    backward.base[place(r)] = lse == -INF ? INF : lse;  // a row that saw nothing has no gradient
+    backward.rest[place(r)] = 0.0f;
+    far = far || is_far(lse);
+  }
+  if (far) {
+    Carver carver{scratch};
+    NormaliserScratch x(carver, own, p);
+    load_queries(tile, x.q, own.key_ld);
+    pack_panels_transposed(x.q_columns, x.q, own.key_ld, own.key_width, tile.rows);
+    for (int64_t r = 0; r < round_up(tile.rows, LANES); ++r) x.max[r] = -INF, x.sum[r] = 0.0f;
+    for (int64_t r = 0; p.sinks.data && r < tile.rows; ++r) {
+      x.max[r] = number_at(p.sinks, tile.head(r / queries) * p.sinks.stride[0]);
+      x.sum[r] = x.max[r] == -INF ? 0.0f : 1.0f;
+    }
+    for (int64_t which = 0; which < backward.run_count; ++which)
+      add_run(p, backward.runs[which].run, b, group, i0, queries, x);
+    for (int64_t r = 0; r < tile.rows; ++r)
+      if (is_far(backward.base[place(r)])) {
+        backward.base[place(r)] = x.max[r];
+        backward.rest[place(r)] = logf(x.sum[r]);
+      }
+  }
+  for (int64_t r = 0; backward.params.sink_weight && r < tile.rows; ++r) {
+    const float sink = number_at(p.sinks, tile.head(r / queries) * p.sinks.stride[0]);
+    backward.params.sink_weight[place(r)] = exp1((sink - backward.base[place(r)]) - backward.rest[place(r)]);
+  }
+}
+
 static void load_tile_rows(const Backward &backward, int64_t which, const Tile &tile, BackwardScratch &x) {
   const c2c_attention_params &p = backward.p;
   const Run &run = tile.run;
@@ -61,11 +104,11 @@ static void load_tile_rows(const Backward &backward, int64_t which, const Tile &
   pack_panels_transposed(x.q_columns, x.q, run.key_ld, run.key_width, tile.rows);
   pack_panels(x.q_panels, x.q, run.key_ld, tile.rows, run.key_width);
   const int64_t padded = round_up(tile.rows, PANEL);
-  for (int64_t r = 0; r < padded; ++r) x.row_lse[r] = INF, x.row_delta[r] = 0.0f;
+  for (int64_t r = 0; r < padded; ++r) x.row_base[r] = INF, x.row_rest[r] = x.row_delta[r] = 0.0f;
   for (int64_t r = 0; r < tile.rows; ++r) {
     const int64_t h = tile.head(r / tile.queries), i = tile.i0 + r % tile.queries;
-    float lse = number_at(p.lse, tile.b * p.lse.stride[0] + h * p.lse.stride[1] + i * p.lse.stride[2]);
-    x.row_lse[r] = lse == -INF ? INF : lse;  // a row that saw nothing has no gradient
+    x.row_base[r] = backward.base[(tile.b * p.q_heads + h) * p.q_len + i];
+    x.row_rest[r] = backward.rest[(tile.b * p.q_heads + h) * p.q_len + i];
     x.row_delta[r] = number_at(
         delta, tile.b * delta.stride[0] + h * delta.stride[1] + i * delta.stride[2] + which * delta.stride[3]);
     widen_row(x.go + r * run.value_ld, backward.params.grad_out.dtype, at(backward.params.grad_out, tile.b, h, i),
@@ -77,9 +120,10 @@ static void load_tile_rows(const Backward &backward, int64_t which, const Tile &
 
 // Gradient of the gate 0 of one token and head from scores without gates: what a weight would add, bounded where its
 // score is far above all others.
-static float closed_gate_gradient(const float *s, const float *dp, const float *lse, const float *delta, int64_t n) {
+static float closed_gate_gradient(const float *s, const float *dp, const BackwardScratch &x, int64_t first, int64_t n) {
+  const float *base = x.row_base + first, *rest = x.row_rest + first, *delta = x.row_delta + first;
   float total = 0.0f;
-  for (int64_t i = 0; i < n; ++i) total += exp1(least(s[i] - lse[i], 80.0f)) * (dp[i] - delta[i]);
+  for (int64_t i = 0; i < n; ++i) total += exp1(least((s[i] - base[i]) - rest[i], 80.0f)) * (dp[i] - delta[i]);
   return total;
 }
 
@@ -93,13 +137,12 @@ static void weigh_gradients(const Tile &tile, int64_t n, int64_t ld, BackwardScr
       const float gate = x.gates[g * BLOCK + t];
       float *part = s + g * queries;
       if (gate == 0.0f && grad_gate)
-        grad_gate[g * tile.run.len + t] +=
-            closed_gate_gradient(part, dp + g * queries, x.row_lse + g * queries, x.row_delta + g * queries, queries);
+        grad_gate[g * tile.run.len + t] += closed_gate_gradient(part, dp + g * queries, x, g * queries, queries);
       const float log_gate = gate > 0.0f ? logf(gate) : -INF;
       for (int64_t i = 0; i < queries; ++i) part[i] = gate > 0.0f ? part[i] + log_gate : -INF;
     }
     for (int64_t r = 0; r < padded; r += LANES) {
-      V weight = vexp(load(s + r) - load(x.row_lse + r));
+      V weight = vexp((load(s + r) - load(x.row_base + r)) - load(x.row_rest + r));
       store(s + r, weight);
       store(dp + r, weight * (load(dp + r) - load(x.row_delta + r)));
     }
@@ -186,7 +229,7 @@ static c2c_status_code merged_attention_backward(const c2c_attention_backward_pa
   const c2c_attention_params &p = params.forward;
   Array<BackwardRun> runs(1 + p.segment_count);
   if (!runs.data) return C2C_NO_MEMORY;
-  Backward backward{params, p, runs.data, 0, 0, 0};
+  Backward backward{params, p, runs.data, 0, 0, 0, nullptr, nullptr};
   const int64_t rows = p.batch * p.q_heads * p.q_len, query_size = rows * p.head_dim;
   double work = 0;
   Carver partial{nullptr};
@@ -204,19 +247,28 @@ static c2c_status_code merged_attention_backward(const c2c_attention_backward_pa
     partial.take(job.splits * query_size);
     Carver carver{nullptr};
     BackwardScratch sized(carver, job.run, p);
-    backward.scratch = most(backward.scratch, round_up(carver.used, 1024) + 16);
+    Carver first{nullptr};
+    NormaliserScratch sized_first(first, job.run, p);
+    backward.scratch = most(backward.scratch, round_up(most(carver.used, first.used), 1024) + 16);
     work += 2.5 * (double)rows * job.run.len * (job.run.key_width + job.run.value_width);
   }
+  partial.take(rows);
+  partial.take(rows);
   const int threads = thread_count(p.threads, work);
   Block memory(partial.used + threads * backward.scratch);
   if (!memory.data) return C2C_NO_MEMORY;
   Carver carver{memory.data};
   for (int64_t which = 0; which < backward.run_count; ++which)
     backward.runs[which].grad_query = carver.take(backward.runs[which].splits * query_size);
+  backward.base = carver.take(rows);
+  backward.rest = carver.take(rows);
+  const int64_t units = p.batch * backward.runs[0].run.groups * backward.runs[0].run.tiles;
 
 #pragma omp parallel num_threads(threads)
   {
     float *scratch = memory.data + partial.used + thread_number() * backward.scratch;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < units; ++unit) normalise(backward, unit, scratch);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t job = 0; job < backward.job_count; ++job) differentiate(backward, job, scratch);
 #pragma omp for schedule(static) nowait

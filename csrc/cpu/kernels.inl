@@ -18,6 +18,8 @@ namespace C2C_NAMESPACE {
 
 #include "attention_forward.h"
 
+#include "normaliser.h"
+
 #include "attention_backward.h"
 
 #include "merge.h"

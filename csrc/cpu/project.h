@@ -6,6 +6,7 @@
 
 constexpr int64_t TOKEN_TILE = 128;
 constexpr int64_t WEIGHT_ROWS = 64;   // projector rows widened and multiplied at a time
+constexpr int64_t PIECE = 256;        // of the width summed in one chain; wider sums are sums of pieces
 constexpr int64_t STREAM_TOKENS = 8;  // up to here weights are streamed once by dot products
 
 struct Half {
@@ -97,7 +98,7 @@ static void write_row(const c2c_project_params &p, const Half &half, int64_t b, 
 }
 
 struct ProjectScratch {
-  float *raw, *inner, *panels, *products, *turned, *weights, *row, *bias, *tables;
+  float *raw, *inner, *panels, *products, *piece, *turned, *weights, *row, *bias, *tables;
 
   ProjectScratch(Carver &carver, const c2c_project_params &p, const Half &half) {
     const int64_t width = round_up(most(half.width, half.rank), PANEL), out = round_up(half.out_dim, PANEL);
@@ -105,6 +106,7 @@ struct ProjectScratch {
     inner = carver.take(half.rank ? TOKEN_TILE * round_up(half.rank, PANEL) : 0);
     panels = carver.take(TOKEN_TILE * width);
     products = carver.take(most(half.rank, half.out_dim) * TOKEN_TILE + STREAM_TOKENS * out);
+    piece = carver.take(most(half.width, half.rank) > PIECE ? WEIGHT_ROWS * TOKEN_TILE : 0);
     turned = carver.take(LANES * out);
     weights = carver.take(WEIGHT_ROWS * width);
     row = carver.take(out);
@@ -142,27 +144,43 @@ static void pack_tokens(const float *rows, int64_t ld, int64_t width, int64_t to
   pack_panels_transposed(x.panels, x.weights, width / 2, width / 2, tokens);
 }
 
-// products[rows][TOKEN_TILE] = weights[rows][width] x tokens, with tokens packed in panels.
+// sums[rows][TOKEN_TILE] += piece, for whole panels of tokens.
+static void add_piece(float *sums, const float *piece, int64_t rows, int64_t tokens) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t t = 0; t < tokens; t += LANES) {
+      const int64_t place = r * TOKEN_TILE + t;
+      store(sums + place, load(sums + place) + load(piece + place));
+    }
+}
+
+// products[rows][TOKEN_TILE] = weights[rows][width] x tokens, with tokens packed in panels. A sum over the width is
+// made of sums over pieces of it, whatever the rows and tokens: its error grows with a piece, not with the width.
 static void multiply(const c2c_tensor &weights, const void *first, int64_t row_stride, int64_t rows, int64_t width,
                      const float *panels, int64_t tokens, bool pairs, ProjectScratch &x) {
-#if defined(C2C_BF16_DOT)
-  if (pairs)
-    return gemm_pairs(rows, tokens, width / 2, (const bf16 *)first, row_stride, panels, x.products, TOKEN_TILE);
-#else
-  (void)pairs;
-#endif
   for (int64_t r = 0; r < rows; r += WEIGHT_ROWS) {
     const int64_t n = least(WEIGHT_ROWS, rows - r);
     const char *from = (const char *)first + r * row_stride * dtype_size(weights.dtype);
     const float *w = (const float *)from;
     int64_t ld = row_stride;
-    if (weights.dtype != C2C_F32) {
+    if (weights.dtype != C2C_F32 && !pairs) {
       ld = round_up(width, PANEL);
       for (int64_t i = 0; i < n; ++i)
         widen_row(x.weights + i * ld, weights.dtype, from + i * row_stride * dtype_size(weights.dtype), width);
       w = x.weights;
     }
-    gemm(n, tokens, width, w, ld, 1, panels, PANEL, width * PANEL, x.products + r * TOKEN_TILE, TOKEN_TILE, false);
+    float *const sums = x.products + r * TOKEN_TILE;
+    for (int64_t k = 0; k < width; k += PIECE) {
+      const int64_t taken = least(PIECE, width - k);
+      float *const to = k ? x.piece : sums;
+#if defined(C2C_BF16_DOT)
+      // A panel of tokens at a time: panels of pairs lie a whole width apart, gemm_pairs would take them a piece apart.
+      for (int64_t t = 0; pairs && t < tokens; t += PANEL)
+        gemm_pairs(n, PANEL, taken / 2, (const bf16 *)from + k, row_stride, panels + (t * width + k * PANEL) / 2,
+                   to + t, TOKEN_TILE);
+#endif
+      if (!pairs) gemm(n, tokens, taken, w + k, ld, 1, panels + k * PANEL, PANEL, width * PANEL, to, TOKEN_TILE, false);
+      if (k) add_piece(sums, to, n, round_up(tokens, LANES));
+    }
   }
 }
 

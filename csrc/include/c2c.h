@@ -110,6 +110,7 @@ typedef struct {
   float *grad_query;               // [batch, q_heads, q_len, head_dim]
   float *grad_key;                 // [batch, kv_heads, len, head_dim]
   float *grad_value;               // [batch, kv_heads, len, value_dim]
+  float *sink_weight;              // [batch, q_heads, q_len], nullable: the share of the normaliser that a sink holds
   float *const *grad_segment_key;  // segment_count pointers, each [batch, kv_heads, len_s, head_dim], nullable
   float *const *grad_segment_value;  // segment_count pointers, each [batch, kv_heads, len_s, value_dim], nullable
   float *const *grad_gate;           // segment_count pointers, each [batch, q_heads, len_s], nullable

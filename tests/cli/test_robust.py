@@ -19,6 +19,7 @@ from c2c_kernels.cli.answers import Answer
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.gguf_tokenizer import load_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 _SYSTEM = "<|im_start|>system\nYou are a user's assistant, trained by Hugging Face<|im_end|>\n"
 
 
@@ -148,6 +149,20 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "c2c-kernels: interrupted\n"
 
 
+def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path):
+    """As the installed command starts, with a torch that is interrupted on import."""
+    assert 'c2c-kernels = "c2c_kernels_command:main"' in (ROOT / "pyproject.toml").read_text()
+    start = "import sys; from c2c_kernels_command import main; sys.exit(main())"
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, "-c", start, "info"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "c2c-kernels: interrupted\n")
+
+
 # folders and files
 
 
@@ -183,9 +198,11 @@ def test_what_a_killed_run_left_is_removed(tiny, cache):
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", script, str(tiny)], env=path).returncode == 9
     assert len(list(cache.glob(".convert*/model"))) == 1
-    other = cache / ".convert-other"  # of another model, perhaps being made
-    other.mkdir()
-    convert.convert(tiny, cache_folder.sha256(tiny))
+    other, left = cache / ".convert-other", cache / ".convert-left"
+    for folder in (other, left):
+        (folder / "model").mkdir(parents=True)
+    with cache_folder.locked("other"):  # another model is being made, and a run that made a third was killed
+        convert.convert(tiny, cache_folder.sha256(tiny))
     assert list(cache.glob(".convert*")) == [other]
 
 
