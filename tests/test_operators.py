@@ -224,3 +224,26 @@ def test_records():
     assert set(records) == {"reference", "cpu", "triton", "cuda"}
     assert records["cpu"].available and records["cpu"].isa in ("avx512_bf16", "avx512", "avx2", "baseline", "neon")
     assert all(record.available or record.reason for record in records.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeated_call_is_checked_and_exact(dtype):
+    """A call whose sizes were seen before skips the checks: other tensors and options must not be mixed up with it."""
+    for turn in range(3):
+        query, key, value = (torch.randn(2, heads, 5 + 4 * (heads == 2), 24).to(dtype) for heads in (4, 2, 2))
+        for options in ({"is_causal": True}, {"window": 3}, {"softcap": 2.0}, {"scale": 0.3}, {}):
+            found = c2c.merged_attention(query, key, value, **options)
+            wanted, _ = c2c.merged_attention(query, key, value, return_lse=True, **options)
+            assert torch.equal(found, wanted), (turn, options)
+        cut = key[..., ::2].repeat(1, 1, 1, 2)[..., ::2]  # another layout, copied by the kernels' caller
+        assert torch.equal(
+            c2c.merged_attention(query[..., :12], cut, cut),
+            c2c.merged_attention(query[..., :12].clone(), cut.clone(), cut.clone()),
+        )
+    for wrong in ({"is_causal": 1}, {"window": True}, {"window": [3]}, {"scale": "1"}, {"segments": 0}):
+        with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+            c2c.merged_attention(query, key, value, **wrong)
+    with pytest.raises(ValueError, match="triton"):
+        c2c.merged_attention(query, key, value, is_causal=True, backend="triton")
+    query.requires_grad_()
+    assert c2c.merged_attention(query, key, value, is_causal=True).requires_grad
