@@ -4,12 +4,14 @@
 // panels PANEL apart. C is row-major; only its N columns are touched.
 
 constexpr int PANEL = 2 * LANES;
-#if LANES == 16
-constexpr int TILE_ROWS = 8;  // 8 x 2 accumulators, 2 of B, 1 broadcast: 19 of 32 registers
-constexpr int WIDE_ROWS = 6;  // over two panels 6 x 4, 4 of B, 1 broadcast: 10 loads for 24 multiply-adds instead of 15
-#else
-constexpr int TILE_ROWS = 6;  // 6 x 2 accumulators, 2 of B, 1 broadcast: 15 of 16 registers
-#endif
+
+// Rows of a tile of so many vectors: accumulators, the vectors of B and one broadcast fit into 16 (32) registers. With
+// 32, 6 x 4 over two panels take 10 loads for 24 multiply-adds, 8 x 2 take 10 for 16.
+template <int VECTORS>
+constexpr int tile_rows() {
+  return LANES == 16 && VECTORS <= 2 ? 8 : 6;
+}
+constexpr int TILE_ROWS = tile_rows<2>();
 
 // Stored tokens that the next block will read, asked for line by line while this one is multiplied: `parts` runs of
 // `bytes`, `stride` bytes apart.
@@ -71,7 +73,7 @@ template <int VECTORS, bool UNIT>
 static inline void gemm_rows(int64_t rows, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
                              const float *b, int64_t b_stride, int64_t panel_stride, float *c, int64_t ldc,
                              bool accumulate, Upcoming *upcoming) {
-  with_count<VECTORS == 4 ? 6 : TILE_ROWS>(rows, [&](auto count) __attribute__((always_inline)) {
+  with_count<tile_rows<VECTORS>()>(rows, [&](auto count) __attribute__((always_inline)) {
     gemm_tile<decltype(count)::value, VECTORS, UNIT>(K, a, row_stride, k_stride, b, b_stride, panel_stride, c, ldc,
                                                      accumulate, upcoming);
   });
@@ -94,26 +96,21 @@ template <bool UNIT>
 static inline void gemm_strided(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride,
                                 const float *b, int64_t b_stride, int64_t panel_stride, float *c, int64_t ldc,
                                 bool accumulate, Upcoming *upcoming) {
+  auto panel = [&](auto count, int64_t n, const float *from) __attribute__((always_inline)) {
+    constexpr int VECTORS = decltype(count)::value, ROWS = tile_rows<VECTORS>();
+    for (int64_t m = 0; m < M; m += ROWS)
+      gemm_rows<VECTORS, UNIT>(least<int64_t>(ROWS, M - m), K, a + m * row_stride, row_stride, k_stride, from, b_stride,
+                               panel_stride, c + m * ldc + n, ldc, accumulate, upcoming);
+  };
   int64_t n = 0;
 #if LANES == 16
-  for (; n + 2 * PANEL <= N; n += 2 * PANEL, b += 2 * panel_stride)
-    for (int64_t m = 0; m < M; m += WIDE_ROWS)
-      gemm_rows<4, UNIT>(least<int64_t>(WIDE_ROWS, M - m), K, a + m * row_stride, row_stride, k_stride, b, b_stride,
-                         panel_stride, c + m * ldc + n, ldc, accumulate, upcoming);
+  for (; n + 2 * PANEL <= N; n += 2 * PANEL, b += 2 * panel_stride) panel(Count<4>{}, n, b);
 #endif
-  for (; n < N; n += PANEL, b += panel_stride) {
-    for (int64_t m = 0; m < M; m += TILE_ROWS) {
-      int64_t rows = least<int64_t>(TILE_ROWS, M - m);
-      const float *from = a + m * row_stride;
-      float *to = c + m * ldc + n;
-      if (N - n < PANEL && N - n != LANES)
-        gemm_edge<UNIT>(rows, N - n, K, from, row_stride, k_stride, b, b_stride, to, ldc, accumulate, upcoming);
-      else if (N - n > LANES)
-        gemm_rows<2, UNIT>(rows, K, from, row_stride, k_stride, b, b_stride, 0, to, ldc, accumulate, upcoming);
-      else
-        gemm_rows<1, UNIT>(rows, K, from, row_stride, k_stride, b, b_stride, 0, to, ldc, accumulate, upcoming);
-    }
-  }
+  for (; n + PANEL <= N; n += PANEL, b += panel_stride) panel(Count<2>{}, n, b);
+  if (N - n == LANES) return panel(Count<1>{}, n, b);
+  for (int64_t m = 0; n < N && m < M; m += TILE_ROWS)
+    gemm_edge<UNIT>(least<int64_t>(TILE_ROWS, M - m), N - n, K, a + m * row_stride, row_stride, k_stride, b, b_stride,
+                    c + m * ldc + n, ldc, accumulate, upcoming);
 }
 
 static void gemm(int64_t M, int64_t N, int64_t K, const float *a, int64_t row_stride, int64_t k_stride, const float *b,
