@@ -3,12 +3,15 @@
 from ._version import __version__
 from .backends import Backend, backends
 from .ops import merge_states, merged_attention, project_kv, quantize_kv
+from .projectors import CacheProjector, LinearProjector
 from .segment import Rope, SharerSegment
 
 backends()  # found once, here, where nothing traces
 
 __all__ = [
     "Backend",
+    "CacheProjector",
+    "LinearProjector",
     "Rope",
     "SharerSegment",
     "__version__",
