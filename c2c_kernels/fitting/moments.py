@@ -1,0 +1,126 @@
+"""Normal equations, summed chunk by chunk: memory depends on the widths, not on the number of tokens.
+
+Products of a chunk are float32 matrix products; totals are float64. Numbers are taken from a fixed shift (the means of
+the first chunk), so that large means do not cost digits. Of the symmetric product only the blocks on and above the
+diagonal are computed and kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024  # rows of the totals that are computed at a time: 38 MB of float32 at a width of 9216
+
+
+class Moments:
+    """Sums over tokens of x xT, x yT, y y, x and y for features x and targets y.
+
+    Args:
+        features, targets: widths.
+
+    Attributes:
+        tokens: how many were added.
+        flops: of the matrix products so far, a multiply-add counted as two.
+    """
+
+    def __init__(self, features: int, targets: int) -> None:
+        self.features, self.targets = features, targets
+        self.tokens = 0
+        self.flops = 0
+        self.shift_x: Tensor | None = None
+        self.shift_y: Tensor | None = None
+        self.sum_x = torch.zeros(features, dtype=torch.float64)
+        self.sum_y = torch.zeros(targets, dtype=torch.float64)
+        self.square_y = torch.zeros(targets, dtype=torch.float64)
+        starts = range(0, features, BLOCK)
+        self.gram = [
+            torch.zeros(min(BLOCK, features - start), features - start, dtype=torch.float64) for start in starts
+        ]
+        self.cross = torch.zeros(features, targets, dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds tokens: x (tokens, features), y (tokens, targets), both float32; they are shifted in place."""
+        for name, tensor, width in (("x", x, self.features), ("y", y, self.targets)):
+            if tensor.dtype != torch.float32 or tensor.dim() != 2 or tensor.shape[1] != width:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, wanted float32 (tokens, {width})")
+        if len(x) != len(y):
+            raise ValueError(f"x has {len(x)} tokens, y has {len(y)}")
+        if self.shift_x is None or self.shift_y is None:
+            self.shift_x, self.shift_y = x.mean(dim=0), y.mean(dim=0)
+        x -= self.shift_x
+        y -= self.shift_y
+        self.tokens += len(x)
+        self.sum_x += x.sum(dim=0, dtype=torch.float64)
+        self.sum_y += y.sum(dim=0, dtype=torch.float64)
+        self.square_y += y.square().sum(dim=0, dtype=torch.float64)
+        for number, total in enumerate(self.gram):
+            start = number * BLOCK
+            rows = x[:, start : start + total.shape[0]].T
+            total += rows @ x[:, start:]
+            self.cross[start : start + total.shape[0]] += rows @ y
+            self.flops += 2 * len(x) * total.shape[0] * (total.shape[1] + self.targets)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Means of x and y, float64."""
+        self._filled()
+        assert self.shift_x is not None and self.shift_y is not None
+        return self.shift_x + self.sum_x / self.tokens, self.shift_y + self.sum_y / self.tokens
+
+    def variance_y(self) -> Tensor:
+        """(targets,) variance of every target, float64."""
+        self._filled()
+        return self.square_y / self.tokens - (self.sum_y / self.tokens).square()
+
+    def covariance(self, columns: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """(n, n) covariance of the features `columns` (increasing), computed in float64 and given as `dtype`."""
+        self._filled()
+        mean = self.sum_x[columns] / self.tokens
+        result = torch.empty(len(columns), len(columns), dtype=dtype)
+        for number, total in enumerate(self.gram):
+            start = number * BLOCK
+            (inside,) = torch.nonzero((columns >= start) & (columns < start + total.shape[0]), as_tuple=True)
+            if not len(inside):
+                continue
+            first = int(inside[0])
+            part = total[columns[inside] - start][:, columns[first:] - start] / self.tokens
+            part -= torch.outer(mean[inside], mean[first:])
+            result[first : first + len(inside), first:] = part
+            result[first:, first : first + len(inside)] = part.T
+        return result
+
+    def cross_covariance(self, columns: Tensor, targets: slice) -> Tensor:
+        """(n, targets) covariance of features and targets, float64."""
+        self._filled()
+        part = self.cross[columns, targets] / self.tokens
+        return part - torch.outer(self.sum_x[columns] / self.tokens, self.sum_y[targets] / self.tokens)
+
+    def _filled(self) -> None:
+        if self.tokens == 0:
+            raise ValueError("no tokens have been added")
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as tensors by name."""
+        state = {
+            "tokens": torch.tensor([self.tokens, self.flops]),
+            "sum_x": self.sum_x,
+            "sum_y": self.sum_y,
+            "square_y": self.square_y,
+            "cross": self.cross,
+        }
+        state |= {f"gram.{number}": total for number, total in enumerate(self.gram)}
+        if self.shift_x is not None and self.shift_y is not None:
+            state |= {"shift_x": self.shift_x, "shift_y": self.shift_y}
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`; ValueError for other widths. Takes the tensors over."""
+        mine = self.state()
+        for name, tensor in mine.items():
+            if name not in state or state[name].shape != tensor.shape:
+                raise ValueError(f"the moments' {name} is missing or has another shape than {tuple(tensor.shape)}")
+        self.tokens, self.flops = (int(number) for number in state["tokens"])
+        self.sum_x, self.sum_y, self.square_y = state["sum_x"], state["sum_y"], state["square_y"]
+        self.cross = state["cross"]
+        self.gram = [state[f"gram.{number}"] for number in range(len(self.gram))]
+        self.shift_x, self.shift_y = state.get("shift_x"), state.get("shift_y")
