@@ -7,12 +7,21 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from c2c_kernels._version import __version__
+from c2c_kernels.cli import corpus, evaluate, inspect, questions
 from c2c_kernels.cli.errors import CommandError
+from c2c_kernels.cli.fit_arguments import add_fit_arguments
 
 _MOST_THREADS = 1024
+# Commands that bring their own arguments.
+_COMMANDS: dict[str, Any] = {
+    "corpus": corpus,
+    "questions": questions,
+    "evaluate": evaluate,
+    "inspect": inspect,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from c2c_kernels.cli import bench
 
             return bench.run(options)
+        if options.command in _COMMANDS:
+            return _COMMANDS[options.command].run(options)
+        if options.command == "fit":
+            from c2c_kernels.cli import fit
+
+            return fit.run(options)
         from c2c_kernels.cli import demo
 
         return demo.run(options)
@@ -55,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="c2c-kernels", description="One language model uses what another has read, through its key/value cache."
     )
     parser.add_argument("--version", action="version", version=f"c2c-kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="backends and why one is missing, instruction set, threads, versions")
     info.add_argument("--json", action="store_true", help="print one JSON object")
@@ -92,6 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--json", action="store_true", help="print one JSON object")
 
+    fit = commands.add_parser(
+        "fit",
+        help="make the projector that a sharer of another kind needs",
+        description="Two models read the same texts; ridge regression gives the maps from the sharer's keys and values "
+        "to the receiver's. An interrupted run goes on where it was: give the same command again.",
+    )
+    add_fit_arguments(fit, _positive, _threads)
+
     bench = commands.add_parser(
         "bench",
         help="speed of the kernels beside PyTorch's, and against what the machine can do",
@@ -112,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--markdown", type=_given, metavar="FILE", help="write the tables, between the marks that the file has"
     )
+    for module in _COMMANDS.values():
+        module.add_parser(commands)
     return parser
 
 

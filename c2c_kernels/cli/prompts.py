@@ -47,6 +47,29 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -
     )
 
 
+@dataclass(frozen=True)
+class PromptParts:
+    """Token ids of a prompt around its text: `head`, the text's own tokens, `rest`; `bare` is the question alone."""
+
+    head: list[int]
+    rest: list[int]
+    bare: list[int]
+
+
+def split_prompt(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> PromptParts:
+    """The prompt of `build_prompt` in parts, so that a text that another model has read can take the text's place.
+
+    Raises:
+        CommandError: where the text's tokens depend on the chat template around it.
+    """
+    prompt = build_prompt(tokenizer, text, question)
+    tokens = list(tokenizer(text, add_special_tokens=False).input_ids)
+    head = prompt.prefix[: len(prompt.prefix) - len(tokens)]
+    if head + tokens != prompt.prefix:
+        raise CommandError("the receiver's tokenizer joins the text with the chat template before it: not supported")
+    return PromptParts(head, prompt.rest, prompt.bare)
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
     if not tokenizer.chat_template:
         return f"{content}\nAnswer:"

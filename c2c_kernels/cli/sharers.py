@@ -69,7 +69,7 @@ def _refuse_unless_equal(spec: str, name: str, came: object, wanted: object) -> 
     if came != wanted:
         raise CommandError(
             f"the sharer {spec} does not fit the receiver: its {name} is {came}, the receiver's {wanted}. "
-            "A sharer of another architecture needs a fitted projector, which this version does not make: "
+            "A sharer of another architecture needs a fitted projector, which the demo does not read: "
             "a sharer of the receiver's own architecture is wanted"
         )
 

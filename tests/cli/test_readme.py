@@ -6,6 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny_gguf
+import torch
+
+from c2c_kernels import CacheProjector
+from c2c_kernels.cli.models import load_model
+from c2c_kernels.integrations.transformers import cache_shape, session
+from c2c_kernels.projectors import Source
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -13,9 +20,30 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 def test_operators_block():
     scope: dict = {}
-    exec(BLOCKS[1], scope)
+    exec(BLOCKS[2], scope)
     assert scope["out"].shape == (1, 16, 1, 128) and scope["mass"].shape == (1, 16, 1, 2)
     assert scope["projected_key"].shape == (1, 8, 16384, 128)
+
+
+def test_projector_block(tmp_path, monkeypatch):
+    """With tiny models and a projector between them."""
+    sharer, sharer_tokenizer = load_model(str(tiny_gguf.write(tmp_path / "a.gguf", seed=1)))
+    receiver, receiver_tokenizer = load_model(str(tiny_gguf.write(tmp_path / "b.gguf", seed=2)))
+    shapes = cache_shape(sharer), cache_shape(receiver)
+    sources = [([Source("key", 0)], [Source("value", 0)])] * shapes[1].layers
+    projector = CacheProjector(*shapes, sources, prefix=[1])
+    for parameter in projector.parameters():
+        torch.nn.init.normal_(parameter)
+    projector.save(tmp_path / "gemma3-smollm2.safetensors")
+    monkeypatch.chdir(tmp_path)
+    question_ids = receiver_tokenizer("the cat", return_tensors="pt").input_ids
+    alone = receiver(question_ids).logits
+    scope = {
+        name: value for name, value in locals().items() if name.endswith(("sharer", "receiver", "tokenizer", "ids"))
+    }
+    exec(BLOCKS[1], {**scope, "text": "the cat is in the rain"})
+    with session(receiver, None):  # the block has enabled it
+        torch.testing.assert_close(receiver(question_ids).logits, alone)
 
 
 @pytest.mark.slow

@@ -1,0 +1,60 @@
+"""A projector file and the two models that it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from c2c_kernels import corpus
+from c2c_kernels.cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from c2c_kernels.evaluate import Reader
+
+SHARER, RECEIVER = "google/gemma-3-270m", "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def check_file(path: str) -> None:
+    """CommandError where there is no file at `path`."""
+    if not Path(path).is_file():
+        raise CommandError(f"{path} does not exist: a projector file is wanted")
+
+
+def load_pair(
+    path: str, sharer: str, receiver: str, *, unseen: Sequence[corpus.Document] = (), threads: int | None = None
+) -> Reader:
+    """The projector and its models, the receiver patched.
+
+    Args:
+        path: of the projector.
+        sharer, receiver: what the models are asked for by.
+        unseen: documents that the projector must not have been fitted on; looked at before a model is loaded.
+        threads: of torch; None: as they are.
+
+    Raises:
+        CommandError: for a damaged file, documents of the fit, and models that the projector was not made for.
+    """
+    import torch
+
+    from c2c_kernels.cli.models import load_model
+    from c2c_kernels.evaluate import Reader, check_unseen
+    from c2c_kernels.identity import check_identity, identify
+    from c2c_kernels.integrations.transformers import enable
+    from c2c_kernels.projectors import CacheProjector
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    check_file(path)
+    try:
+        projector = CacheProjector.load(path).eval()
+        if unseen:
+            check_unseen(projector, unseen)
+        loaded = {}
+        for role, spec in (("sharer", sharer), ("receiver", receiver)):
+            loaded[role] = load_model(spec)
+            check_identity(role, getattr(projector, f"{role}_identity"), identify(*loaded[role], spec))
+        enable(loaded["receiver"][0])
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"{path}: {error}") from error
+    return Reader(loaded["sharer"][0], loaded["receiver"][0], loaded["sharer"][1], loaded["receiver"][1], projector)
