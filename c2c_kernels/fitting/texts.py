@@ -66,7 +66,7 @@ def cut(
         size: tokens of a window.
         held_out: one document in so many is kept from the fit, at least one: those with the smallest hashes.
         held_out_tokens: how many tokens of those are read, at most.
-        most: tokens to fit at most, None for all.
+        most: tokens to fit at most, None for all: first windows of documents come first, documents by hash.
 
     Raises:
         ValueError: for an empty document list, documents without text, and a corpus that leaves nothing to fit or to
@@ -81,7 +81,8 @@ def cut(
             raise ValueError(f"texts[{number}] is empty: a document is wanted")
     hashes = text_hashes(texts)
     last = sorted(hashes)[max(len(texts) // held_out, 1) - 1]
-    for text, digest in zip(texts, hashes, strict=True):
+    # By hash, so that a limit leaves a sample of all documents, not the first of a sorted list.
+    for digest, text in sorted(zip(hashes, texts, strict=True)):
         apart = digest <= last
         (kept if apart else fitted).append(list(_windows(text, tokenizer, size, apart)))
     windows = _take(_in_turn(fitted), most)
