@@ -415,6 +415,13 @@ def _project(
     return key, value
 
 
+def shifted(stored: Tensor, offset: int) -> Tensor:
+    """(batch, heads, len, dim) whose token t is token t + offset of `stored`, the first one where there is none."""
+    if not offset:
+        return stored
+    return stored[:, :, (torch.arange(stored.shape[2], device=stored.device) + offset).clamp(min=0)]
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """(n,) as (1, n)."""
     return tensor if tensor.dim() == 2 else tensor[None]
@@ -434,10 +441,7 @@ class _Wide:
             first, second, rest = [], [], []
             for source in sources:
                 stored = self.cache[source.layer][0 if source.kind == "key" else 1]
-                if source.offset:
-                    length = stored.shape[2]
-                    shifted = (torch.arange(length, device=stored.device) + source.offset).clamp(min=0)
-                    stored = stored[:, :, shifted]
+                stored = shifted(stored, source.offset)
                 which = self.shape.layer_frequencies[source.layer]
                 half = len(self.shape.frequencies[which]) if source.kind == "key" else 0
                 for head in range(stored.shape[1]):
@@ -466,7 +470,7 @@ class _Tables:
         heads = self.sharer.kv_heads
         layers = [source.layer for source in sources if source.kind == "key" for _ in range(heads)]
         kinds = tuple(self.sharer.layer_frequencies[layer] for layer in layers)
-        if not any(self.sharer.frequencies[self.sharer.layer_frequencies[layer]] for layer in layers):
+        if not any(self.sharer.frequencies[kind] for kind in kinds):
             return None
         if kinds not in self.made:
             self.made[kinds] = self.sharer.table(layers, self.sharer_positions)

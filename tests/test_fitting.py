@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from error_rule import assert_as_exact
 
 from c2c_kernels.fitting import moments as moments_module
 from c2c_kernels.fitting.moments import Moments
@@ -26,24 +27,32 @@ def data(monkeypatch):
 
 
 def direct(x, y, ridge):
-    """(weights of unit-variance features, mean, scale) by solving on the data."""
+    """(weights of unit-variance features, mean, scale) by solving on the data, in their dtype."""
     mean, scale = x.mean(0), x.std(0, correction=0)
     z, target = (x - mean) / scale, y - y.mean(0)
-    left = z.T @ z / len(z) + ridge * torch.eye(z.shape[1], dtype=torch.float64)
+    left = z.T @ z / len(z) + ridge * torch.eye(z.shape[1], dtype=x.dtype)
     return torch.linalg.solve(left, z.T @ target / len(z)), mean, scale
+
+
+def cross_covariance(x, y):
+    return (x - x.mean(0)).T @ (y - y.mean(0)) / len(x)
 
 
 def test_moments_are_those_of_the_data(data):
     x, y, moments = data
-    columns = torch.tensor([0, 2, 8, 9, 10, 17, 18, 22])
-    torch.testing.assert_close(
-        moments.covariance(columns), torch.cov(x[:, columns].T, correction=0), rtol=1e-5, atol=1e-5
-    )
-    cross = (x[:, columns] - x[:, columns].mean(0)).T @ (y[:, 2:5] - y[:, 2:5].mean(0)) / TOKENS
-    torch.testing.assert_close(moments.cross_covariance(columns, slice(2, 5)), cross, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(moments.means()[0], x.mean(0), rtol=1e-6, atol=0)
-    torch.testing.assert_close(moments.means()[1], y.mean(0), rtol=1e-6, atol=0)
-    torch.testing.assert_close(moments.variance_y(), y.var(0, correction=0), rtol=1e-5, atol=0)
+    columns, targets = torch.tensor([0, 2, 8, 9, 10, 17, 18, 22]), slice(2, 5)
+    found = {
+        "covariance": (moments.covariance(columns), lambda x, y: torch.cov(x[:, columns].T, correction=0)),
+        "cross": (
+            moments.cross_covariance(columns, targets),
+            lambda x, y: cross_covariance(x[:, columns], y[:, targets]),
+        ),
+        "mean of x": (moments.means()[0], lambda x, y: x.mean(0)),
+        "mean of y": (moments.means()[1], lambda x, y: y.mean(0)),
+        "variance of y": (moments.variance_y(), lambda x, y: y.var(0, correction=0)),
+    }
+    for name, (ours, formula) in found.items():
+        assert_as_exact(name, ours.float(), formula(x.float(), y.float()), formula(x, y))
 
 
 def test_large_means_cost_no_digits():
@@ -53,8 +62,8 @@ def test_large_means_cost_no_digits():
     moments = Moments(4, 1)
     for part in x.split(500):
         moments.add(part.clone(), torch.zeros(len(part), 1))
-    columns = torch.arange(4)
-    torch.testing.assert_close(moments.covariance(columns), torch.cov(x.double().T, correction=0), rtol=1e-4, atol=1e-8)
+    ours = moments.covariance(torch.arange(4)).float()
+    assert_as_exact("covariance", ours, torch.cov(x.T, correction=0), torch.cov(x.double().T, correction=0))
 
 
 @pytest.mark.parametrize("ridge", [1e-3, 0.3])
@@ -62,30 +71,48 @@ def test_ridge_is_the_direct_solution(data, ridge):
     x, y, moments = data
     columns = torch.tensor([1, 4, 7, 9, 13, 20])
     found = affine(moments, columns, slice(1, 6), ridge, None)
-    weights, mean, scale = direct(x[:, columns], y[:, 1:6], ridge)
-    wanted = (x[:, columns] - mean) / scale @ weights + y[:, 1:6].mean(0)
-    got = x[:, columns] @ found.weight.double().T + found.bias
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+
+    def predicted(x, y):
+        weights, mean, scale = direct(x, y, ridge)
+        return (x - mean) / scale @ weights + y.mean(0)
+
+    wanted, torchs = (predicted(x[:, columns].to(t), y[:, 1:6].to(t)) for t in (torch.float64, torch.float32))
+    read = x[:, columns].float()
+    terms = float((read.abs() @ found.weight.abs().T + found.bias.abs()).max())
+    assert_as_exact("prediction", read @ found.weight.T + found.bias, torchs, wanted, scale=terms)
 
 
 def test_reduced_rank_is_the_best_of_its_rank(data):
-    """Among projections of the ridge solution's fit on a plane: the singular values say the best that can be had."""
+    """The ridge solution projected on the plane of targets that keeps most of its fit: the leading singular vectors."""
     x, y, moments = data
-    columns, ridge, rank = torch.arange(FEATURES), 0.01, 3
-    weights, mean, scale = direct(x, y, ridge)
-    z = (x - mean) / scale
-    padded = torch.cat([z / TOKENS**0.5, ridge**0.5 * torch.eye(FEATURES, dtype=torch.float64)])
-    singular = torch.linalg.svdvals(padded @ weights)
-    found = affine(moments, columns, slice(0, TARGETS), ridge, rank)
-    outward, inward = found.weight
+    ridge, rank = 0.01, 3
+
+    def best(x, y, by_eigenvectors=False):
+        weights, _, scale = direct(x, y, ridge)
+        padded = torch.cat([(x - x.mean(0)) / scale / len(x) ** 0.5, ridge**0.5 * torch.eye(FEATURES, dtype=x.dtype)])
+        fitted = padded @ weights
+        leading = torch.linalg.svd(fitted)[2][:rank]
+        if by_eigenvectors:
+            leading = torch.linalg.eigh(fitted.T @ fitted)[1][:, -rank:].T
+        return (weights / scale[:, None] @ leading.T @ leading).T
+
+    outward, inward = affine(moments, torch.arange(FEATURES), slice(0, TARGETS), ridge, rank).weight
     assert outward.shape == (TARGETS, rank)
     assert inward.shape == (rank, FEATURES)
-    reduced = (outward.double() @ inward.double()).T * scale[:, None]
-    lost = (padded @ (weights - reduced)).square().sum()
-    torch.testing.assert_close(lost, singular[rank:].square().sum(), rtol=1e-3, atol=0)
-    torch.testing.assert_close(
-        x.mean(0) @ (outward.double() @ inward.double()).T + found.bias, y.mean(0), rtol=1e-4, atol=1e-3
-    )
+    terms = float((outward.abs() @ inward.abs()).max())
+    low = x.float(), y.float()
+    others = (best(*low, by_eigenvectors=True),)
+    assert_as_exact("weights", outward @ inward, best(*low), best(x, y), others=others, scale=terms)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_mean_is_mapped_to_the_mean(data, rank):
+    x, y, moments = data
+    found = affine(moments, torch.arange(FEATURES), slice(0, TARGETS), 0.01, rank)
+    weight = found.weight if rank is None else found.weight[0] @ found.weight[1]
+    mean = x.mean(0)
+    terms = float((mean.abs() @ weight.double().abs().T).max())
+    assert_as_exact("mean", (mean @ weight.double().T + found.bias).float(), y.float().mean(0), y.mean(0), scale=terms)
 
 
 def test_constant_features_are_harmless():
@@ -95,7 +122,12 @@ def test_constant_features_are_harmless():
     moments = Moments(3, 1)
     moments.add(x.clone(), y.clone())
     found = affine(moments, torch.arange(3), slice(0, 1), 1e-6, None)
-    torch.testing.assert_close(x @ found.weight.T + found.bias, y, rtol=1e-3, atol=1e-3)
+
+    def predicted(x, y):
+        weights, mean, scale = direct(x[:, :2], y, 1e-6)
+        return (x[:, :2] - mean) / scale @ weights + y.mean(0)
+
+    assert_as_exact("prediction", x @ found.weight.T + found.bias, predicted(x, y), predicted(x.double(), y.double()))
     assert found.weight[0, 2] == 0
 
 

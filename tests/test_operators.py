@@ -240,7 +240,15 @@ def test_repeated_call_is_checked_and_exact(dtype):
             c2c.merged_attention(query[..., :12], cut, cut),
             c2c.merged_attention(query[..., :12].clone(), cut.clone(), cut.clone()),
         )
-    for wrong in ({"is_causal": 1}, {"window": True}, {"window": [3]}, {"scale": "1"}, {"segments": 0}):
+    for wrong in (
+        {"is_causal": 1},
+        {"window": True},
+        {"window": [3]},
+        {"scale": "1"},
+        {"segments": 0},
+        {"segments": torch.ones(2)},
+        {"backend": ""},
+    ):
         with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
             c2c.merged_attention(query, key, value, **wrong)
     with pytest.raises(ValueError, match="triton"):

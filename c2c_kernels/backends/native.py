@@ -29,6 +29,7 @@ _DTYPES = {
     torch.bool: 7,
 }
 _ABSENT = (0, 0, 0, 0, 0, 0)
+_QUERY, _KEY, _VALUE, _OUT = (place * len(_ABSENT) for place in (0, 1, 2, 7))  # in an attention call's numbers
 _NO_OPTIONS = _ABSENT * 4
 _NO_PROJECTORS = _ABSENT * 6
 _NO_SELECTION = _ABSENT * 3
@@ -219,10 +220,10 @@ def plain_parameters(query, key, value, is_causal, window) -> list[int] | None:
 
 
 def run_plain(parameters: list[int], query, key, value, out, scale: float, softcap: float) -> None:
-    """Forward kernel on `plain_parameters` with these tensors' addresses: tensors 0 to 2 and 7 of the call."""
+    """Forward kernel on `plain_parameters` with these tensors' addresses."""
     numbers = parameters.copy()
-    numbers[0], numbers[6], numbers[12] = query.data_ptr(), key.data_ptr(), value.data_ptr()
-    numbers[42] = out.data_ptr()
+    numbers[_QUERY], numbers[_KEY], numbers[_VALUE] = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    numbers[_OUT] = out.data_ptr()
     status = _cpu.merged_attention(numbers, scale, softcap)
     if status:
         _raise(status, "merged_attention")

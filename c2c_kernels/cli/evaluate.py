@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from c2c_kernels import corpus
-from c2c_kernels.cli import outputs, texts
+from c2c_kernels.cli import outputs, pairs, texts
 from c2c_kernels.cli.errors import CommandError
-from c2c_kernels.cli.pairs import RECEIVER, SHARER, check_file, load_pair
 from c2c_kernels.cli.progress import stage
 
 if TYPE_CHECKING:
@@ -32,10 +31,7 @@ def add_parser(commands: Any) -> None:
         "cache of a sharer that has read the text, with that of another text, and with noise. Intervals of 95% by "
         "resampling documents.",
     )
-    parser.add_argument("projector", metavar="FILE.safetensors", help="what `c2c-kernels fit` or `train` wrote")
-    model = "Hugging Face id, model folder or .gguf file"
-    parser.add_argument("--sharer", default=SHARER, metavar="MODEL", help=f"{model} ({SHARER})")
-    parser.add_argument("--receiver", default=RECEIVER, metavar="MODEL", help=f"{model} ({RECEIVER})")
+    pairs.add_arguments(parser)
     parser.add_argument(
         "--corpus",
         action="append",
@@ -69,7 +65,9 @@ def run(options: argparse.Namespace) -> int:
     if not documents and not sets:
         raise CommandError(f"--corpus {_NONE} and --questions {_NONE}: nothing is left to evaluate")
     unseen = [*documents, *(document for _, _, sources in sets for document in sources)]
-    reader = load_pair(options.projector, options.sharer, options.receiver, unseen=unseen, threads=options.threads)
+    reader = pairs.load_pair(
+        options.projector, options.sharer, options.receiver, unseen=unseen, threads=options.threads
+    )
 
     from c2c_kernels.evaluate import Evaluation
 
@@ -105,7 +103,7 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise CommandError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    check_file(options.projector)
+    pairs.check_file(options.projector)
 
 
 def _documents(options: argparse.Namespace) -> list[corpus.Document]:

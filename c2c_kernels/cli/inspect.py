@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from c2c_kernels.cli import documents, outputs
+from c2c_kernels.cli import documents, outputs, pairs
 from c2c_kernels.cli.errors import CommandError
-from c2c_kernels.cli.pairs import RECEIVER, SHARER, check_file, load_pair
 from c2c_kernels.cli.progress import stage
 
 if TYPE_CHECKING:
@@ -28,10 +27,7 @@ def add_parser(commands: Any) -> None:
         "the shares of attention that go to the sharer by layer and head, by layer and word, and by word of the "
         "answer, and the gates.",
     )
-    parser.add_argument("projector", metavar="FILE.safetensors", help="what `c2c-kernels fit` or `train` wrote")
-    model = "Hugging Face id, model folder or .gguf file"
-    parser.add_argument("--sharer", default=SHARER, metavar="MODEL", help=f"{model} ({SHARER})")
-    parser.add_argument("--receiver", default=RECEIVER, metavar="MODEL", help=f"{model} ({RECEIVER})")
+    pairs.add_arguments(parser)
     parser.add_argument("--document", metavar="FILE", help="what the sharer reads (default: one in the package)")
     parser.add_argument("--question", metavar="TEXT", help="what the receiver is asked")
     parser.add_argument("--png", metavar="FILE.png", help="draw the heat maps")
@@ -49,11 +45,11 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    check_file(options.projector)
+    pairs.check_file(options.projector)
     [document] = documents.read_documents(None if options.document is None else [options.document])
     asked = None if options.question is None else [options.question]
     question = documents.choose_questions(asked, options.document is not None)[0]
-    reader = load_pair(options.projector, options.sharer, options.receiver, threads=options.threads)
+    reader = pairs.load_pair(options.projector, options.sharer, options.receiver, threads=options.threads)
     try:
         found = _look(reader, document, question, options.max_new_tokens)
     except (ValueError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
     from c2c_kernels.evaluate import Reader
 
 SHARER, RECEIVER = "google/gemma-3-270m", "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What names a projector and its models."""
+    parser.add_argument("projector", metavar="FILE.safetensors", help="what `c2c-kernels fit` wrote")
+    model = "Hugging Face id, model folder or .gguf file"
+    parser.add_argument("--sharer", default=SHARER, metavar="MODEL", help=f"{model} ({SHARER})")
+    parser.add_argument("--receiver", default=RECEIVER, metavar="MODEL", help=f"{model} ({RECEIVER})")
 
 
 def check_file(path: str) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import c2c_kernels as c2c
 from c2c_kernels.alignment import token_spans
+from c2c_kernels.backends import reference
 from c2c_kernels.fitting.reading import unrotated
 from c2c_kernels.integrations.transformers import SharedContext, read_tokens
-from c2c_kernels.integrations.transformers.projected import rotate
 from c2c_kernels.projectors import CacheProjector, CacheShape
 
 ARMS = ("alone", "text", "projected", "mismatched", "noise")
@@ -89,7 +89,7 @@ class Statistics:
                 self._draw(layer, 2 * half, stored, generator) for half, stored in enumerate((last.key, last.value))
             )
             if self._turns(layer):
-                key = rotate(key, *self._shape.table([layer], _positions(last)))
+                key = reference.rotate(key, *self._shape.table([layer], _positions(last)[None]))
             made = c2c.SharerSegment(
                 key.to(last.key.dtype),
                 value.to(last.value.dtype),

@@ -47,6 +47,7 @@ def score(
     statistics = Statistics(reader.projector.receiver)
     for piece in pieces[:: max(1, len(pieces) // _FOR_STATISTICS)][:_FOR_STATISTICS]:
         statistics.add(reader.project(piece.context, head))
+    alone = reader.read(head) if head else None
     generator = torch.Generator().manual_seed(seed)
     losses = torch.zeros(len(ARMS), len(names), dtype=torch.float64)
     tokens = torch.zeros(len(names), dtype=torch.float64)
@@ -58,7 +59,7 @@ def score(
             other, document = previous, piece.document
         projected = reader.project(piece.context, head)
         contexts = {
-            "alone": reader.read(head) if head else None,
+            "alone": alone,
             "text": reader.read([*head, *piece.context_ids]),
             "projected": projected,
             "mismatched": other,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from c2c_kernels.alignment import token_spans
+from c2c_kernels.backends import reference
 from c2c_kernels.integrations.transformers.caches import read_cache
-from c2c_kernels.integrations.transformers.projected import read_tokens, rotate
-from c2c_kernels.projectors import CacheProjector, CacheShape, Source
+from c2c_kernels.integrations.transformers.projected import read_tokens
+from c2c_kernels.projectors import CacheProjector, CacheShape, Source, shifted
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +60,7 @@ class Pair:
         """(sharer tokens, width) of a source, as `CacheProjector.segments` gives it to the kernel."""
         key, value = cache[source.layer]
         stored = key if source.kind == "key" else value
-        if source.offset:
-            stored = stored[:, :, (at + source.offset).clamp(min=0)]
+        stored = shifted(stored, source.offset)
         if source.kind == "key":
             stored = unrotated(self.sharer_shape, source.layer, stored, at)
         return _flat(stored)
@@ -70,9 +70,7 @@ def unrotated(shape: CacheShape, layer: int, key: Tensor, positions: Tensor) -> 
     """Keys (batch, heads, len, head_dim) without the rotation that they carry, float32."""
     if not shape.frequencies[shape.layer_frequencies[layer]]:
         return key.float()
-    cos, sin = shape.table([layer], positions)
-    # the inverse of a rotation with a factor: turned back, and divided by the factor twice over
-    return rotate(key.float(), cos, -sin) / shape.rotary_scale**2
+    return reference.unrotate(key.float(), *shape.table([layer], positions[None]))
 
 
 def _flat(stored: Tensor) -> Tensor:

@@ -96,19 +96,19 @@ def merged_attention(
 
     Source: arXiv 2510.03215 for the setting; softmax merging as in FlashAttention (arXiv 2205.14135).
     """
+    if not isinstance(segments, (list, tuple)):
+        raise TypeError(f"segments must be a list or tuple of SharerSegment, got {type(segments).__name__}")
     known = None
     bare = attn_mask is None and query_positions is None and lengths is None and sinks is None
     if bare and not (segments or return_lse or return_mass or torch.compiler.is_compiling()):
-        asked = backend or os.environ.get(ENVIRONMENT_VARIABLE)
+        asked = os.environ.get(ENVIRONMENT_VARIABLE) if backend is None else backend
         known = _repeated.signature(
-            query, key, value, is_causal, scale, window, segment_window, softcap, strategy, type(segments), asked
+            query, key, value, is_causal, scale, window, segment_window, softcap, strategy, asked
         )
         if known is not None and needs_dispatcher((query, key, value)):
             known = None
         if known is not None and (out := _repeated.run(known, query, key, value, scale, softcap)) is not None:
             return out
-    if not isinstance(segments, (list, tuple)):
-        raise TypeError(f"segments must be a list or tuple of SharerSegment, got {type(segments).__name__}")
     packed = [to_tensors(segment, f"segments[{number}]") for number, segment in enumerate(segments)]
     if segment_window is None:
         segment_window = window

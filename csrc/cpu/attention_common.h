@@ -270,11 +270,8 @@ static void adjust_columns(const Tile &tile, int64_t n, float *s, int64_t ld, co
   const bool mask_shared = mask && tile.p.mask.stride[1] == 0;
   const bool by_rows = tile.rows_limited();
   const bool plain = !mask && (by_rows || !tile.limited) && (!tile.gated || tile.backward);
-  if (plain && !row_bias && !(cap > 0.0f)) {
-    if (by_rows) limit_columns(tile, n, s, ld);
-    return;
-  }
-  for (int64_t t = 0; t < n; ++t) {
+  const bool untouched = plain && !row_bias && !(cap > 0.0f);
+  for (int64_t t = 0; !untouched && t < n; ++t) {
     float *column = s + t * ld;
     if (row_bias)
       for (int64_t r = 0; r < tile.rows; ++r) column[r] += row_bias[r];

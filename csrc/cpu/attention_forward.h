@@ -18,7 +18,7 @@ struct Forward {
 
   // Whether a tile sees all that its rows attend to, so that it can finish them itself.
   bool whole_rows() const {
-    return run_count == 1 && runs[0].splits == 1 && !runs[0].absorbed && runs[0].tile_queries > 1;
+    return run_count == 1 && runs[0].splits == 1;  // the own cache alone
   }
 };
 
@@ -541,14 +541,16 @@ static c2c_status_code merged_attention(const c2c_attention_params &p) {
     work += stage_work(p, run);
   }
   Carver sizing{nullptr};
-  for (int64_t which = 0; which < forward.run_count; ++which) shared_size(p, forward.runs[which], sizing);
+  const bool whole = forward.whole_rows();
+  const int64_t kept = whole ? 0 : forward.run_count;  // runs whose states are combined at the end
+  for (int64_t which = 0; which < kept; ++which) shared_size(p, forward.runs[which], sizing);
   const int threads = thread_count(p.threads, work);
   forward.scratch = round_up(forward.scratch, 1024) + 16;  // threads do not share a page
   sizing.take(staged_floats);
   Block memory(sizing.used + threads * forward.scratch);
   if (!memory.data) return C2C_NO_MEMORY;
   Carver shared{memory.data};
-  for (int64_t which = 0; which < forward.run_count; ++which) shared_size(p, forward.runs[which], shared);
+  for (int64_t which = 0; which < kept; ++which) shared_size(p, forward.runs[which], shared);
   float *const staged = shared.take(staged_floats);
   const int64_t blocks = div_up(p.q_len, QUERY_BLOCK), heads = p.batch * p.q_heads;
 
@@ -569,7 +571,7 @@ static c2c_status_code merged_attention(const c2c_attention_params &p) {
     for (int64_t which = 0; which < forward.run_count; ++which)
       if (forward.runs[which].staged) attend_staged(p, forward.runs[which], staged, threads, scratch);
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t unit = 0; unit < (forward.whole_rows() ? 0 : heads * blocks); ++unit) {
+    for (int64_t unit = 0; unit < (whole ? 0 : heads * blocks); ++unit) {
       int64_t row = unit / blocks, i0 = unit % blocks * QUERY_BLOCK;
       combine(forward, row / p.q_heads, row % p.q_heads, i0, least(QUERY_BLOCK, p.q_len - i0), scratch);
     }

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from error_rule import assert_as_exact
 from tiny_models import build
 from tiny_tokenizers import build_tokenizer
 
@@ -98,12 +99,12 @@ def test_a_prefix_of_the_receivers_own():
     torch.testing.assert_close(through.layers[0][1].key, segments[0].key, rtol=1e-4, atol=1e-4)
 
 
-def by_hand(projector, cache, plan):
-    """The maps' definition, source by source, in float64."""
+def by_hand(projector, cache, plan, dtype=torch.float64):
+    """The maps' definition, source by source."""
     shape, receiver = projector.sharer, projector.receiver
 
     def turn(x, layer, space, positions, inverse):
-        angle = space.angles(layer, positions).double()
+        angle = space.angles(layer, positions).to(dtype)
         half = angle.shape[-1]
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         sin = -angle.sin() if inverse else angle.sin()
@@ -112,7 +113,7 @@ def by_hand(projector, cache, plan):
     def weights(layer, half):
         found = layer.weights(half)
         weight = found if isinstance(found, torch.Tensor) else found[0] @ found[1]
-        return weight.double()
+        return weight.to(dtype)
 
     result = []
     for number, layer in enumerate(projector.maps):
@@ -120,7 +121,7 @@ def by_hand(projector, cache, plan):
         for half, sources in (("key", layer.key_sources), ("value", layer.value_sources)):
             parts = []
             for source in sources:
-                stored = cache[source.layer][source.kind == "value"][0].double()
+                stored = cache[source.layer][source.kind == "value"][0].to(dtype)
                 here = torch.arange(stored.shape[1])
                 stored = stored[:, (here + source.offset).clamp(min=0)]
                 if source.kind == "key":  # turned back by the angle of the token that reads it
@@ -129,7 +130,7 @@ def by_hand(projector, cache, plan):
             x = torch.cat(parts, 1)[plan.index]
             natural = torch.empty_like(weights(layer, half))
             natural[..., wide_columns(shape, sources)] = weights(layer, half)
-            y = torch.einsum("hdw,nw->hnd", natural, x) + getattr(layer, f"{half}_bias").double()[:, None]
+            y = torch.einsum("hdw,nw->hnd", natural, x) + getattr(layer, f"{half}_bias").to(dtype)[:, None]
             halves.append(turn(y, number, receiver, plan.positions, False) if half == "key" else y)
         result.append(halves)
     return result
@@ -146,9 +147,10 @@ def test_segments_are_the_definition(tokens, rank, backend):
     plan = projector.plan(*spans)
     segments = projector.segments(cache, plan, backend=backend)
     assert len(segments) == 6
-    for segment, (key, value) in zip(segments, by_hand(projector, cache, plan), strict=True):
-        torch.testing.assert_close(segment.key[0].double(), key, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(segment.value[0].double(), value, rtol=1e-4, atol=1e-4)
+    exact, torchs = (by_hand(projector, cache, plan, dtype) for dtype in (torch.float64, torch.float32))
+    for segment, wanted, theirs in zip(segments, exact, torchs, strict=True):
+        assert_as_exact("key", segment.key[0], theirs[0], wanted[0])
+        assert_as_exact("value", segment.value[0], theirs[1], wanted[1])
 
 
 def test_plans():

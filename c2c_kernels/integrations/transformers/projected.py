@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 import c2c_kernels as c2c
 from c2c_kernels.alignment import TokenSpans
+from c2c_kernels.backends import reference
 from c2c_kernels.integrations.transformers.caches import read_cache
 from c2c_kernels.integrations.transformers.context import SharedContext
 from c2c_kernels.projectors import CacheProjector, CacheShape
@@ -84,7 +85,7 @@ def cache_shape(model: PreTrainedModel) -> CacheShape:
     which: list[int] = []
     for layer, ((before, _), (after, _)) in enumerate(zip(still, moved, strict=True)):
         position = torch.tensor([_PROBE_POSITION], device=before.device)
-        turned = rotate(before.float() / shape.rotary_scale, *shape.table([layer], position))
+        turned = reference.rotate(before.float() / shape.rotary_scale, *shape.table([layer], position[None]))
         bound = _TOLERANCE[before.dtype] * before.abs().max()
         if (turned - after.float()).abs().max() <= bound:
             which.append(shape.layer_frequencies[layer])
@@ -96,17 +97,6 @@ def cache_shape(model: PreTrainedModel) -> CacheShape:
                 "frequencies say (half-rotation layout): not supported"
             )
     return replace(shape, layer_frequencies=tuple(which))
-
-
-def rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Keys (..., len, head_dim) turned by tables (len, rotary_dim), half-rotation layout."""
-    width = cos.shape[-1]
-    half = width // 2
-    first, second, rest = keys[..., :half], keys[..., half:width], keys[..., width:]
-    return torch.cat(
-        [first * cos[..., :half] - second * sin[..., :half], second * cos[..., half:] + first * sin[..., half:], rest],
-        dim=-1,
-    )
 
 
 def projected_context(
