@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import os
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -24,6 +27,7 @@ class Backend:
         devices: torch device types that it runs on.
         dtypes: dtypes of queries and caches that it takes, as torch names them.
         isa: instruction set or architecture in use, "" where there is none.
+        by_name: torch device types that it runs on only where it is asked for by name.
     """
 
     name: str
@@ -32,15 +36,23 @@ class Backend:
     devices: tuple[str, ...]
     dtypes: tuple[str, ...]
     isa: str = ""
+    by_name: tuple[str, ...] = ()
 
-    def refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Why this backend cannot take tensors of this device and dtype; "" where it can."""
+    def refusal(self, device: torch.device, dtype: torch.dtype, named: bool = True) -> str:
+        """Why this backend cannot take tensors of this device and dtype, asked for by name or not; "" where it can."""
         if not self.available:
             return self.reason
-        if device.type not in self.devices and "any" not in self.devices:
-            return f"runs on {', '.join(self.devices)}, got {device.type}"
+        if device.type in self.by_name and not named:
+            return f"takes {device.type} tensors only where it is asked for by name"
+        if device.type not in (*self.devices, *self.by_name) and "any" not in self.devices:
+            return f"runs on {', '.join((*self.devices, *self.by_name))}, got {device.type}"
         if str(dtype).removeprefix("torch.") not in self.dtypes:
             return f"supports {', '.join(self.dtypes)}; got {str(dtype).removeprefix('torch.')}"
+        if self.name == "triton" and device.type == "cuda" and not torch.version.hip:
+            # Asked where there is a tensor on the device: a call on CPU tensors must not start CUDA.
+            major, minor = torch.cuda.get_device_capability(device)
+            if major < 8:
+                return f"needs compute capability 8.0 or later; {device} has {major}.{minor}"
         return ""
 
 
@@ -48,6 +60,7 @@ _REFERENCE = Backend("reference", True, "", ("any",), ("float32", "float64", "bf
 _records: tuple[Backend, ...] | None = None
 _choices: dict[tuple, Backend] = {}
 _said: set[tuple] = set()
+_modules: dict[str, ModuleType] = {}
 
 
 def backends() -> tuple[Backend, ...]:
@@ -60,11 +73,34 @@ def backends() -> tuple[Backend, ...]:
         low = ("bfloat16", "float16", "float32")
         _records = (
             Backend("cuda", False, not_built, ("cuda",), low),
-            Backend("triton", False, not_built, ("cuda",), low),
+            triton_record(),
             native.cpu_record(),
             _REFERENCE,
         )
     return _records
+
+
+def triton_record() -> Backend:
+    """The record of the `triton` backend, found without importing triton.
+
+    With TRITON_INTERPRET=1 it runs in Triton's interpreter, slowly, on tensors of any device, where asked for by name.
+    """
+    dtypes = ("bfloat16", "float16", "float32")
+    if importlib.util.find_spec("triton") is None:
+        return Backend("triton", False, "triton is not installed: pip install 'c2c-kernels[triton]'", ("cuda",), dtypes)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Backend("triton", True, "", (), dtypes, "interpreter", ("cpu", "cuda"))
+    if not torch.cuda.is_available():
+        why = "torch finds no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+        return Backend("triton", False, why, ("cuda",), dtypes)
+    return Backend("triton", True, "", ("cuda",), dtypes)
+
+
+def kernels(name: str) -> ModuleType:
+    """The module whose functions run the operators on the backend `name`; that of triton is imported here."""
+    if name not in _modules:
+        _modules[name] = importlib.import_module(".triton" if name == "triton" else ".native", __name__)
+    return _modules[name]
 
 
 def choose(
@@ -85,7 +121,9 @@ def choose(
     for record in backends():
         if name is not None and record.name != name:
             continue
-        refusal = record.refusal(device, dtype) or (native_refusal if record.name != "reference" else "")
+        refusal = record.refusal(device, dtype, name is not None) or (
+            native_refusal if record.name != "reference" else ""
+        )
         if not refusal:
             if remembered:
                 _choices[request] = record

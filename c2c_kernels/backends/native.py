@@ -252,7 +252,7 @@ def merged_attention(
     return out, lse, mass
 
 
-def _score_delta(grad_out, grad_lse, grad_mass, exact, mass, runs: int) -> Tensor:
+def score_delta(grad_out, grad_lse, grad_mass, exact, mass, runs: int) -> Tensor:
     """(batch, q_heads, q_len, runs) float32: what a score's gradient loses before its weight multiplies it."""
     delta = (grad_out.float() * exact).sum(-1)
     if grad_lse is not None:
@@ -285,11 +285,11 @@ def merged_attention_backward(
         query, key, value, direct, [False] * len(direct), attn_mask, is_causal, query_positions, lengths, window,
         segment_window, sinks, exact, lse, None, keep,
     )  # fmt: skip
-    delta = _score_delta(grad_out, grad_lse, grad_mass, exact, mass, 1 + len(segments))
+    delta = score_delta(grad_out, grad_lse, grad_mass, exact, mass, 1 + len(segments))
     grad_rows = _rows(grad_out)
     grads = [query.new_empty(t.shape, dtype=torch.float32) for t in (query, key, value)]
     segment_grads = []
-    for segment, wants in zip(direct, _gate_needs(segments, needs), strict=True):
+    for segment, wants in zip(direct, gate_needs(segments, needs), strict=True):
         gate = query.new_empty((batch, q_heads, segment.length), dtype=torch.float32) if wants else None
         pair = [t.new_empty(t.shape, dtype=torch.float32) for t in (segment.key, segment.value)]
         segment_grads.append((*pair, gate))
@@ -303,23 +303,32 @@ def merged_attention_backward(
         _raise(status, "merged_attention")
     grad_sinks = None
     if sinks is not None:
-        grad_sinks = -(sink_weight * _sink_delta(delta, grad_mass)).sum((0, 2))
-    found = [*grads, grad_sinks]
-    inputs = [query, key, value, sinks]
+        grad_sinks = -(sink_weight * sink_delta(delta, grad_mass)).sum((0, 2))
+    return in_order(
+        (query, key, value, sinks), (*grads, grad_sinks), segments, segment_grads, needs, project_kv_backward
+    )
+
+
+def in_order(inputs, grads, segments, segment_grads, needs, project_backward) -> list[Tensor]:
+    """Gradients of the inputs that `needs` marks, in the inputs' dtypes, segments' tensors after `inputs`.
+
+    `segment_grads`: for each segment those of its keys and values in receiver space, and of its gate or None.
+    """
+    tensors, found = list(inputs), list(grads)
     for segment, (grad_key, grad_value, grad_gate) in zip(segments, segment_grads, strict=True):
-        flat = _segment_grads(segment, grad_key, grad_value, grad_gate)
+        flat = _segment_grads(segment, grad_key, grad_value, grad_gate, project_backward)
         for tensor, grad in zip(segment.tensors, flat, strict=True):
             if tensor is not None:
-                inputs.append(tensor)
+                tensors.append(tensor)
                 found.append(grad)
     return [
         torch.zeros(t.shape, dtype=t.dtype, device=t.device) if grad is None else grad.to(t.dtype).contiguous()
-        for t, grad, need in zip(inputs, found, needs, strict=True)
+        for t, grad, need in zip(tensors, found, needs, strict=True)
         if need
     ]
 
 
-def _gate_needs(segments: list[SegmentTensors], needs: list[bool]) -> list[bool]:
+def gate_needs(segments: list[SegmentTensors], needs: list[bool]) -> list[bool]:
     """Whether each segment's gate has a gradient asked for, out of the flags of all tensors in order."""
     flags = iter(needs[4:])
     wants = []
@@ -329,19 +338,19 @@ def _gate_needs(segments: list[SegmentTensors], needs: list[bool]) -> list[bool]
     return wants
 
 
-def _sink_delta(delta: Tensor, grad_mass: Tensor | None) -> Tensor:
+def sink_delta(delta: Tensor, grad_mass: Tensor | None) -> Tensor:
     """delta without the term of a run of its own: a sink holds mass that no output reports."""
     return delta[..., 0] if grad_mass is None else delta[..., 0] + grad_mass[..., 0]
 
 
 def _segment_grads(
-    segment: SegmentTensors, grad_key: Tensor, grad_value: Tensor, grad_gate: Tensor | None
+    segment: SegmentTensors, grad_key: Tensor, grad_value: Tensor, grad_gate: Tensor | None, project_backward
 ) -> list[Tensor | None]:
     if segment.plain:
         flat: list[Tensor | None] = [None] * len(SLOTS)
         flat[0], flat[1] = grad_key, grad_value
     else:
-        flat = project_kv_backward("cpu", grad_key, grad_value, segment, None)
+        flat = project_backward("cpu", grad_key, grad_value, segment, None)
     if grad_gate is not None:
         flat[SLOTS.index("gate")] = grad_gate.sum_to_size(segment.gate.shape)
     return flat
@@ -387,9 +396,13 @@ def _rope_table(table: Tensor | None, batch: int, length: int) -> Tensor | None:
 
 
 def project_kv_backward(
-    backend: str, grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, rope: Rope | None
+    backend: str, grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, rope: Rope | None, spread=None
 ) -> list[Tensor | None]:
-    """Gradients by slot in float32: plain matrix products over tokens, memory linear in length."""
+    """Gradients by slot in float32: plain matrix products over tokens, memory linear in length.
+
+    `spread(grad, index, stored)` sums gradients of selected tokens (batch, heads, n, dim) where they came from; PyTorch
+    does it by default, in an order that is fixed on the CPU alone.
+    """
     flat: list[Tensor | None] = [None] * len(SLOTS)
     removed = rope.remove if rope is not None else None
     applied = rope.apply if rope is not None else None
@@ -405,9 +418,8 @@ def project_kv_backward(
         flat[SLOTS.index(f"{name}_bias")] = grad.sum((0, 2))
         grad_raw = reference.zero_beyond(grad_raw, segment.lengths)
         if segment.selected is not None:
-            index = segment.selected.expand(raw.shape[0], segment.length).long()[:, None, :, None]
-            spread = torch.zeros(raw.shape, dtype=torch.float32, device=raw.device)
-            grad_raw = spread.scatter_add_(2, index.expand_as(grad_raw), grad_raw)
+            index = segment.selected.expand(raw.shape[0], segment.length)
+            grad_raw = (spread or _spread)(grad_raw, index, raw.shape[2])
         if remove is not None:
             grad_raw = reference.unrotate_backward(grad_raw, *remove)
         if scale is not None:
@@ -418,6 +430,11 @@ def project_kv_backward(
             grad_raw = grad_raw * expanded.unsqueeze(-1)
         flat[first] = grad_raw
     return flat
+
+
+def _spread(grad: Tensor, index: Tensor, stored: int) -> Tensor:
+    out = torch.zeros((*grad.shape[:2], stored, grad.shape[3]), dtype=torch.float32, device=grad.device)
+    return out.scatter_add_(2, index.long()[:, None, :, None].expand_as(grad), grad)
 
 
 def _projector_grads(grad, x, proj, proj_in) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import choose, native, reference
+from ..backends import choose, kernels, reference
 from ._checks import check_merge_states
 from ._library import LIBRARY, implement, needs_dispatcher
 
@@ -45,11 +45,11 @@ def merge_states(
         return out.to(outs[0].dtype), lse
     if needs_dispatcher((*outs, *lses)):
         return torch.ops.c2c.merge_states(outs, lses, record.name)
-    return native.merge_states(record.name, outs, lses)
+    return kernels(record.name).merge_states(record.name, outs, lses)
 
 
 def _forward(outs, lses, backend):
-    return native.merge_states(backend, outs, lses)
+    return kernels(backend).merge_states(backend, outs, lses)
 
 
 def _fake(outs, lses, backend):

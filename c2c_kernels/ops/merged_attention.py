@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import ENVIRONMENT_VARIABLE, choose, native, reference
+from ..backends import ENVIRONMENT_VARIABLE, choose, kernels, reference
 from ..segment import SegmentTensors, SharerSegment, pack, to_tensors, unpack
 from . import _repeated
 from ._checks import check_lengths, check_merged_attention, check_segment_values
@@ -136,7 +136,7 @@ def merged_attention(
                 record.name,
             )  # fmt: skip
         else:
-            out, lse, mass = native.merged_attention(  # type: ignore[assignment]
+            out, lse, mass = kernels(record.name).merged_attention(  # type: ignore[assignment]
                 record.name, query, key, value, packed, *arguments, strategy, return_mass, return_lse
             )
         if known is not None and record.name == "cpu":
@@ -163,7 +163,7 @@ def _forward(
     exact = for_backward and query.dtype != torch.float32
     if for_backward and strategy == "auto":
         strategy = "materialize"  # the backward pass works on projected segments; lse has to be theirs
-    out, lse, mass = native.merged_attention(
+    out, lse, mass = kernels(backend).merged_attention(
         backend, query, key, value, unpack(segments, layout), attn_mask, is_causal, query_positions, lengths, scale,
         window, segment_window, softcap, sinks, strategy, return_mass, True, torch.float32 if exact else query.dtype,
     )  # fmt: skip
@@ -174,7 +174,7 @@ def _backward(
     grad_out, grad_lse, grad_mass, exact, lse, mass, query, key, value, segments, layout, attn_mask, is_causal,
     query_positions, lengths, scale, window, segment_window, softcap, sinks, strategy, needs, backend,
 ):  # fmt: skip
-    return native.merged_attention_backward(
+    return kernels(backend).merged_attention_backward(
         backend, grad_out, grad_lse, grad_mass, exact, lse, mass, query, key, value, unpack(segments, layout),
         attn_mask, is_causal, query_positions, lengths, scale, window, segment_window, softcap, sinks, strategy, needs,
     )  # fmt: skip

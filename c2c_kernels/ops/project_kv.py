@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import choose, native, reference
+from ..backends import choose, kernels, reference
 from ..segment import Rope, SegmentTensors, SharerSegment, pack, to_tensors, unpack
 from ._checks import check_project_kv, check_segment_values
 from ._library import LIBRARY, implement, needs_dispatcher, refuse_second_derivative, wants_grad
@@ -122,7 +122,7 @@ def _empty_results(segments, layout, rope, removes, dtype, backend) -> tuple[Ten
 
 def _forward(segments, layout, rope, removes, dtype, backend):
     key, value = _empty_results(segments, layout, rope, removes, dtype, backend)
-    native.project_kv(backend, unpack(segments, layout)[0], _rope_from(rope, removes), key, value)
+    kernels(backend).project_kv(backend, unpack(segments, layout)[0], _rope_from(rope, removes), key, value)
     return key, value
 
 
@@ -132,14 +132,14 @@ def _forward_out(segments, layout, rope, removes, key_out, value_out, backend) -
 
 def _write(backend, segment, rope, key_out, value_out) -> None:
     """The kernel into tensors of the caller's, whose versions autograd keeps count of."""
-    native.project_kv(backend, segment, rope, key_out, value_out)
+    kernels(backend).project_kv(backend, segment, rope, key_out, value_out)
     for tensor in (key_out, value_out):
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
 
 
 def _backward(grad_key, grad_value, segments, layout, rope, removes, needs, backend):
-    grads = native.project_kv_backward(
+    grads = kernels(backend).project_kv_backward(
         backend, grad_key, grad_value, unpack(segments, layout)[0], _rope_from(rope, removes)
     )
     present = [grad for slot, grad in enumerate(grads) if layout[0] >> slot & 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import choose, native, reference
+from ..backends import choose, kernels, reference
 from ._checks import check_quantize_kv
 from ._library import LIBRARY, implement, needs_dispatcher, wants_grad
 
@@ -42,12 +42,12 @@ def quantize_kv(key: Tensor, value: Tensor, *, backend: str | None = None) -> tu
         elif needs_dispatcher((x,)):
             results.append(torch.ops.c2c.quantize(x, record.name))
         else:
-            results.append(native.quantize(record.name, x))
+            results.append(kernels(record.name).quantize(record.name, x))
     return results[0][0], results[1][0], results[0][1], results[1][1]
 
 
 def _forward(x, backend):
-    return native.quantize(backend, x)
+    return kernels(backend).quantize(backend, x)
 
 
 def _fake(x, backend):

@@ -1,0 +1,133 @@
+"""The Triton backend: the functions that operators call, with the same names as in `native`.
+
+Importing this package imports triton; `backends.triton_record` tells without it whether that is worth while. On a
+device the values of `lengths`, gates and indices are not looked at by the host, which would have to wait for them:
+lengths are cut to the tensor, an index outside of it reads zeros, a gate that is not above 0 closes its token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ops._checks import check_lengths, check_segment_values
+from ...segment import Rope, SegmentTensors
+from .. import native
+from . import attention, gradients, projection, quantise, scatter, states, tiles_table
+
+_PROJECTED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_values(segments: list[SegmentTensors], name: str, lengths: Tensor | None = None, length: int = 0) -> None:
+    """What the other backends refuse by value, where looking costs nothing: on CPU tensors."""
+    check_lengths("lengths", lengths if lengths is not None and lengths.device.type == "cpu" else None, length)
+    for number, segment in enumerate(segments):
+        if segment.key.device.type == "cpu":
+            check_segment_values(f"{name}[{number}]" if name == "segments" else name, segment)
+
+
+def _in_receiver_space(segment: SegmentTensors) -> bool:
+    """Whether attention can read the segment as it is stored: scales, index and float8 included."""
+    parts = (segment.key_proj, segment.value_proj, segment.key_bias, segment.value_bias)
+    return all(part is None for part in parts)
+
+
+def _materialized(segment: SegmentTensors, dtype: torch.dtype) -> SegmentTensors:
+    """The segment in receiver space, projected by the kernel, in the dtype of the queries."""
+
+    def target(raw: Tensor, proj: Tensor | None) -> Tensor:
+        heads, dim = (raw.shape[1], raw.shape[3]) if proj is None else (proj.shape[0], proj.shape[1])
+        return raw.new_empty((raw.shape[0], heads, segment.length, dim), dtype=dtype)
+
+    key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
+    projection.project(segment, None, key, value)
+    empty = dict.fromkeys(("key_proj", "key_proj_in", "value_proj", "value_proj_in", "key_bias", "value_bias"))
+    return segment._replace(key=key, value=value, key_scale=None, value_scale=None, selected=None, **empty)
+
+
+def _check_dims(operator: str, **dims: int) -> None:
+    for name, dim in dims.items():
+        if dim > tiles_table.LARGEST_DIM:
+            raise ValueError(f"{operator} on triton supports {name} up to {tiles_table.LARGEST_DIM}; got {dim}")
+
+
+def merged_attention(
+    backend: str, query, key, value, segments, attn_mask, is_causal, query_positions, lengths, scale, window,
+    segment_window, softcap, sinks, strategy, return_mass, return_lse, out_dtype=None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Forward kernels; lse and mass are computed where asked for (an empty mass otherwise)."""
+    _check_dims("merged_attention", head_dim=query.shape[3], value_dim=value.shape[3])
+    if strategy == "absorb" and any(s.key_proj is not None and s.value_proj is not None for s in segments):
+        raise ValueError('merged_attention on triton supports strategy "auto" and "materialize"; got "absorb"')
+    _check_values(segments, "segments", lengths, key.shape[2])
+    direct = [s if _in_receiver_space(s) else _materialized(s, query.dtype) for s in segments]
+    out, lse, mass = attention.attend(
+        query, key, value, direct, attn_mask, is_causal, query_positions, lengths, scale, window, segment_window,
+        softcap, sinks, return_mass, return_lse, out_dtype or query.dtype,
+    )  # fmt: skip
+    if mass is None and return_lse:
+        mass = query.new_empty((0,), dtype=torch.float32)
+    return out, lse, mass
+
+
+def merged_attention_backward(
+    backend: str, grad_out, grad_lse, grad_mass, exact, lse, mass, query, key, value, segments, attn_mask, is_causal,
+    query_positions, lengths, scale, window, segment_window, softcap, sinks, strategy, needs,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the inputs that `needs` marks: query, key, value, sinks, then the segments' tensors in order.
+
+    Segments that are not plain are brought into receiver space, differentiated there, and their gradients taken back
+    through the projector. `exact` is the forward's out in float32.
+    """
+    direct = [s if s.plain else _materialized(s, query.dtype) for s in segments]
+    if any(not s.plain and _in_receiver_space(s) for s in segments):
+        # Weights are exp(score - lse): both have to come from the same keys, to the last bit.
+        exact, lse, _ = attention.attend(
+            query, key, value, direct, attn_mask, is_causal, query_positions, lengths, scale, window, segment_window,
+            softcap, sinks, False, True, torch.float32,
+        )  # fmt: skip
+    delta = native.score_delta(grad_out, grad_lse, grad_mass, exact, mass, 1 + len(segments))
+    grad_query, found = gradients.gradients(
+        grad_out, lse, delta, query, key, value, direct, native.gate_needs(segments, needs), attn_mask, is_causal,
+        query_positions, lengths, scale, window, segment_window, softcap,
+    )  # fmt: skip
+    grad_sinks = None
+    if sinks is not None:
+        empty = lse == -torch.inf
+        share = torch.exp(sinks.float()[None, :, None] - lse.masked_fill(empty, torch.inf))
+        grad_sinks = -(share * native.sink_delta(delta, grad_mass)).sum((0, 2))
+    own, *rest = found
+    return native.in_order(
+        (query, key, value, sinks), (grad_query, own.key, own.value, grad_sinks), segments, rest, needs,
+        project_kv_backward,
+    )  # fmt: skip
+
+
+def project_kv(
+    backend: str, segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor, name: str = "segment"
+) -> None:
+    """Forward kernel, written to key_out and value_out."""
+    for half, tensor in (("key", key_out), ("value", value_out)):
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"out {half} has stride {tensor.stride(-1)} in its last dimension, wanted 1")
+        if tensor.dtype not in _PROJECTED:
+            raise TypeError(f"out {half} has dtype {tensor.dtype}, wanted float32, bfloat16 or float16")
+    _check_values([segment._replace(gate=None)], name)
+    projection.project(segment, rope, key_out, value_out)
+
+
+def project_kv_backward(
+    backend: str, grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, rope: Rope | None
+) -> list[Tensor | None]:
+    """Gradients by slot in float32: matrix products of PyTorch; tokens selected by an index go back by a kernel."""
+    return native.project_kv_backward(backend, grad_key, grad_value, segment, rope, scatter.spread)
+
+
+def merge_states(backend: str, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Forward kernel."""
+    return states.merge(outs, lses)
+
+
+def quantize(backend: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward kernel."""
+    return quantise.quantise(x)

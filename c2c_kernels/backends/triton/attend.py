@@ -1,0 +1,146 @@
+"""One tile of queries over a range of one run's tokens: what prefill and decode have in common.
+
+A run is `arguments.Run`: the own cache or a segment in receiver space. `KIND` is its `arguments.Kind`, in that order.
+Rows of a tile are queries packed with the query heads of one KV head: row = query * GROUP + head within the group, so
+that keys and values are read once for all of them.
+"""
+
+import triton
+import triton.language as tl
+
+from .softmax import LOG2E, capped, update
+from .tiles import decoded, dot, load_rows
+
+
+@triton.jit
+def gate_of_rows(run, batch_row, heads, row_inside, GATE: tl.constexpr):
+    """log2 of a gate that is the same for all tokens (GATE 1): (rows,). -inf closes the segment."""
+    gates = run.gate + batch_row.to(tl.int64) * run.gate_b + heads * run.gate_h
+    gate = tl.load(gates, mask=row_inside, other=1.0).to(tl.float32)
+    return tl.where(gate > 0.0, tl.log2(gate), -float("inf"))
+
+
+@triton.jit
+def log_gate(run, batch_row, heads, row_inside, tokens, inside, GATE: tl.constexpr):
+    """log2 of gates of a tile: (1, tokens) for GATE 2 (alike for all heads), (rows, tokens) for GATE 3."""
+    gates = run.gate + batch_row.to(tl.int64) * run.gate_b
+    if GATE == 2:
+        gate = tl.load(gates + tokens.to(tl.int64) * run.gate_n, mask=inside, other=1.0).to(tl.float32)[None, :]
+    else:
+        pointers = gates + heads.to(tl.int64)[:, None] * run.gate_h + tokens.to(tl.int64)[None, :] * run.gate_n
+        gate = tl.load(pointers, mask=row_inside[:, None] & inside[None, :], other=1.0).to(tl.float32)
+    return tl.where(gate > 0.0, tl.log2(gate), -float("inf"))
+
+
+@triton.jit
+def seen(
+    logits,
+    run,
+    batch_row,
+    heads,
+    queries,
+    row_inside,
+    positions,
+    tokens,
+    inside,
+    window,
+    KIND: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Logits with the tokens that a row does not see at -inf, and additive masks added."""
+    POSITIONS: tl.constexpr = KIND[0]
+    CAUSAL: tl.constexpr = KIND[1]
+    WINDOW: tl.constexpr = KIND[2]
+    MASK: tl.constexpr = KIND[4]
+    if MASK != 0:
+        rows = batch_row.to(tl.int64) * run.mask_b + heads.to(tl.int64) * run.mask_h
+        rows += queries.to(tl.int64) * run.mask_q
+        pointers = run.mask + rows[:, None] + tokens.to(tl.int64)[None, :] * run.mask_n
+        mask = tl.load(pointers, mask=row_inside[:, None] & inside[None, :], other=0)
+        if MASK == 1:
+            logits = tl.where(mask != 0, logits, -float("inf"))
+        else:
+            logits += mask.to(tl.float32) * LOG2E
+    if MASKED:
+        logits = tl.where(inside[None, :], logits, -float("inf"))
+    if POSITIONS == 2:  # a segment's own positions, in any order
+        at = run.positions + batch_row.to(tl.int64) * run.positions_b + tokens.to(tl.int64) * run.positions_n
+        places = tl.load(at, mask=inside, other=0).to(tl.int64)
+    else:
+        places = tokens
+    if POSITIONS == 2 or (POSITIONS == 1 and MASKED):
+        if CAUSAL:
+            logits = tl.where(places[None, :] <= positions[:, None], logits, -float("inf"))
+        if WINDOW:
+            logits = tl.where(places[None, :] > positions[:, None] - window, logits, -float("inf"))
+    return logits
+
+
+@triton.jit
+def stored_rows(run, batch_row, tokens, inside):
+    """Where tokens lie in the segment's tensors, by its index; outside of them nothing is read."""
+    if run.index is None:
+        return tokens.to(tl.int64), inside
+    else:
+        at = run.index + batch_row.to(tl.int64) * run.index_b + tokens.to(tl.int64) * run.index_n
+        rows = tl.load(at, mask=inside, other=-1).to(tl.int64)
+        return rows, inside & (rows >= 0) & (rows < run.stored)
+
+
+@triton.jit
+def attend(
+    q, m, l, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, first, last, end, scale, softcap,
+    window, KIND: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Takes tokens first, first + 1, ... last - 1 (first a multiple of BLOCK_N, `end` valid tokens) into (m, l, acc).
+
+    q: (BLOCK_M, BLOCK_D). m, l: (BLOCK_M,) float32. acc: (BLOCK_M, BLOCK_V) float32. MASKED: a tile may hold tokens
+    that some row does not see.
+    """
+    GATE: tl.constexpr = KIND[3]
+    KEY_E4M3: tl.constexpr = KIND[5]
+    VALUE_E4M3: tl.constexpr = KIND[6]
+    WIDE: tl.constexpr = KIND[7]
+    EDGES: tl.constexpr = MASKED or run.index is not None
+    dtype: tl.constexpr = tl.float32 if WIDE else q.dtype
+    q = q.to(dtype)
+    cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    batch64, head64 = batch_row.to(tl.int64), kv_head.to(tl.int64)
+    key = run.key + batch64 * run.key_b + head64 * run.key_h
+    value = run.value + batch64 * run.value_b + head64 * run.value_h
+    if GATE == 1:
+        row_gate = gate_of_rows(run, batch_row, heads, row_inside, GATE)
+    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
+        tokens = start + cols
+        inside = tokens < end
+        if run.index is None:
+            from_key = key + (start + tl.zeros((), tl.int64)) * run.key_n
+            from_value = value + (start + tl.zeros((), tl.int64)) * run.value_n
+            k = load_rows(from_key, cols * run.key_n, inside, dims, DIM, BLOCK_D, EDGES)
+            v = load_rows(from_value, cols * run.value_n, inside, value_dims, VALUE_DIM, BLOCK_V, EDGES)
+            rows, stored = tokens.to(tl.int64), inside
+        else:
+            rows, stored = stored_rows(run, batch_row, tokens, inside)
+            k = load_rows(key, rows * run.key_n, stored, dims, DIM, BLOCK_D, EDGES)
+            v = load_rows(value, rows * run.value_n, stored, value_dims, VALUE_DIM, BLOCK_V, EDGES)
+        zero = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
+        scores = dot(q, tl.trans(decoded(k, KEY_E4M3, dtype)), zero, PRECISION)
+        if run.key_scale is not None:
+            scales = run.key_scale + batch64 * run.key_scale_b + head64 * run.key_scale_h + rows * run.key_scale_n
+            scores *= tl.load(scales, mask=stored, other=0.0).to(tl.float32)[None, :]
+        logits = capped(scores, scale, softcap, SOFTCAP)
+        if GATE == 1:
+            logits += row_gate[:, None]
+        elif GATE != 0:
+            logits += log_gate(run, batch_row, heads, row_inside, tokens, inside, GATE)
+        logits = seen(
+            logits, run, batch_row, heads, queries, row_inside, positions, tokens, inside, window, KIND, MASKED
+        )
+        m, l, weights, factor = update(m, l, logits)
+        if run.value_scale is not None:
+            scales = run.value_scale + batch64 * run.value_scale_b + head64 * run.value_scale_h
+            weights *= tl.load(scales + rows * run.value_scale_n, mask=stored, other=0.0).to(tl.float32)[None, :]
+        acc = dot(weights.to(dtype), decoded(v, VALUE_E4M3, dtype), acc * factor[:, None], PRECISION)
+    return m, l, acc

@@ -1,0 +1,61 @@
+"""Gradients of `merged_attention` on Triton in receiver space: tensors in, tensors out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...segment import SegmentTensors
+from . import arguments, tiles_table
+from .attention import call_arguments
+from .backward import query_gradient_kernel, token_gradient_kernel
+from .launch import Launch, run
+
+
+class TokenGradients(NamedTuple):
+    """Of one run: float32, contiguous, like its key and value; gate (batch, q_heads, length) where asked for."""
+
+    key: Tensor
+    value: Tensor
+    gate: Tensor | None
+
+
+def gradients(
+    grad_out: Tensor, lse: Tensor, delta: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    segments: list[SegmentTensors], wants_gate: list[bool], attn_mask, is_causal, query_positions, lengths, scale,
+    window, segment_window, softcap,
+) -> tuple[Tensor, list[TokenGradients]]:  # fmt: skip
+    """d query, and gradients of the own cache and each segment. delta: (batch, q_heads, q_len, runs) float32."""
+    batch, q_heads = query.shape[:2]
+    common, choice = call_arguments(
+        query, key, value, segments, attn_mask, is_causal, query_positions, lengths, scale, window, segment_window,
+        softcap,
+    )  # fmt: skip
+    grad_query = query.new_empty(query.shape, dtype=torch.float32)
+    found = []
+    for (its_key, its_value), wants in zip(
+        [(key, value), *((s.key, s.value) for s in segments)], [False, *wants_gate], strict=True
+    ):
+        length = its_key.shape[2]
+        gate = query.new_empty((batch, q_heads, length), dtype=torch.float32) if wants else None
+        pair = (query.new_empty(t.shape, dtype=torch.float32) for t in (its_key, its_value))
+        found.append(TokenGradients(*pair, gate))
+    grad_out = arguments.rows(grad_out)
+    common |= {
+        "grad_out": grad_out, "grad_out_b": grad_out.stride(0), "grad_out_h": grad_out.stride(1),
+        "grad_out_t": grad_out.stride(2), "lse": lse.contiguous(), "delta": delta.contiguous(),
+    }  # fmt: skip
+    tile = tiles_table.backward_tile(*choice)
+    names = {"BLOCK_M": tile.rows, "BLOCK_N": tile.tokens, "STAGES": tile.stages}
+    rows, kv_heads = choice[3], key.shape[1]
+    grid = batch * kv_heads * -(-rows // tile.rows)
+    run(
+        Launch(query_gradient_kernel, grid, common | names | {"grad_query": grad_query}, tile.warps, tile.stages),
+        query.device,
+    )
+    tiles = sum(-(-g.key.shape[2] // tile.tokens) for g in found)
+    names |= {"grads": tuple(found), "tiles": tiles}
+    run(Launch(token_gradient_kernel, batch * kv_heads * tiles, common | names, tile.warps, tile.stages), query.device)
+    return grad_query, found

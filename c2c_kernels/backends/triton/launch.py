@@ -1,0 +1,87 @@
+"""How a kernel is run: on the device of its tensors, in Triton's interpreter, or by whoever takes over (`executed_by`).
+
+A launch is described before it happens, so that tools can compile the very kernels that a call runs, for a GPU that is
+not there, and run them in a simulator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Target:
+    """What kernels are compiled for: backend "cuda", "hip" or "interpreter"; arch 80, 90, "gfx942", ..."""
+
+    backend: str
+    arch: int | str
+
+    @property
+    def precision(self) -> str:
+        """What becomes of float32 factors: three tensor-core products on NVIDIA, plain ones elsewhere."""
+        return "tf32x3" if self.backend == "cuda" else "ieee"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: a `triton.jit` function.
+        grid: how many programs.
+        arguments: all arguments by name, compile-time ones too.
+        warps, stages: compiler options.
+    """
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    warps: int = 4
+    stages: int = 2
+
+
+Executor = Callable[[Launch], None]
+_taken_over: ContextVar[tuple[Target, Executor] | None] = ContextVar("c2c_triton_executor", default=None)
+
+
+@contextlib.contextmanager
+def executed_by(target: Target, executor: Executor) -> Iterator[None]:
+    """Hands every launch of the block to `executor`, with tiles chosen for `target`."""
+    token = _taken_over.set((target, executor))
+    try:
+        yield
+    finally:
+        _taken_over.reset(token)
+
+
+def target_of(device: torch.device) -> Target:
+    """What a launch on `device` is compiled for."""
+    taken = _taken_over.get()
+    if taken is not None:
+        return taken[0]
+    if triton.knobs.runtime.interpret:
+        return Target("interpreter", 0)
+    if torch.version.hip:
+        return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return Target("cuda", 10 * major + minor)
+
+
+def run(launch: Launch, device: torch.device) -> None:
+    """Launches on the current stream of `device`; a grid of no programs is no launch."""
+    if launch.grid == 0:
+        return
+    taken = _taken_over.get()
+    if taken is not None:
+        taken[1](launch)
+        return
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        launch.kernel[(launch.grid,)](**launch.arguments, num_warps=launch.warps, num_stages=launch.stages)

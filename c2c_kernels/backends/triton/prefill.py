@@ -1,0 +1,144 @@
+"""`merged_attention` for many queries: one launch over the own cache and every segment in receiver space."""
+
+import triton
+import triton.language as tl
+
+from .attend import attend
+from .softmax import LOG2E, finish, merge, safe
+from .tiles import length_of, load_rows
+
+
+@triton.jit
+def own_range(end, q_len, first_query, last_query, window, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Own tokens that a tile of queries sees: from, first and last that all of its rows see, to; tile borders."""
+    CAUSAL: tl.constexpr = KIND[1]
+    WINDOW: tl.constexpr = KIND[2]
+    MASK: tl.constexpr = KIND[4]
+    low, high = 0, end
+    full_low, full_high = 0, end
+    if CAUSAL:
+        high = tl.maximum(tl.minimum(end, end - q_len + last_query + 1), 0)
+        full_high = tl.maximum(tl.minimum(end, end - q_len + first_query + 1), 0)
+    if WINDOW:
+        reach = tl.minimum(window, 1 << 30).to(tl.int32)
+        low = tl.maximum(end - q_len + first_query - reach + 1, 0)
+        low = tl.minimum(low // BLOCK_N * BLOCK_N, high)
+        full_low = tl.maximum(end - q_len + last_query - reach + 1, 0)
+    full_low = tl.minimum((full_low + BLOCK_N - 1) // BLOCK_N * BLOCK_N, (high + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
+    full_high = tl.maximum(full_high // BLOCK_N * BLOCK_N, full_low)
+    if MASK != 0:
+        full_low = low // BLOCK_N * BLOCK_N
+        full_high = full_low
+    return low, full_low, full_high, high
+
+
+@triton.jit(do_not_specialize=["q_len", "own_length"])
+def prefill_kernel(
+    query, query_b, query_h, query_t,  # (batch, q_heads, q_len, DIM)
+    out,  # (batch, q_heads, q_len, VALUE_DIM) contiguous
+    lse,  # (batch, q_heads, q_len) float32, nullable
+    mass,  # (batch, q_heads, q_len, RUNS) float32, nullable
+    query_positions, query_positions_b, query_positions_t,  # (batch, q_len), nullable
+    sinks, sinks_h,  # (q_heads,), nullable
+    runs,  # RUNS x arguments.Run, the own cache first
+    kv_heads, q_len, own_length, scale, softcap, window, segment_window,
+    RUNS: tl.constexpr, KINDS: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program takes BLOCK_M rows (queries x heads of one KV head) over all runs. BLOCK_R: RUNS to a power of 2."""
+    tiles = tl.cdiv(q_len * GROUP, BLOCK_M)
+    program = tl.program_id(0)
+    tile = tiles - 1 - program % tiles  # those with most tokens to see start first
+    kv_head, batch_row = program // tiles % kv_heads, program // tiles // kv_heads
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_inside = rows < q_len * GROUP
+    queries, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
+    dims = tl.arange(0, BLOCK_D)
+    batch64 = batch_row.to(tl.int64)
+    row_offsets = heads.to(tl.int64) * query_h + queries.to(tl.int64) * query_t
+    q = load_rows(query + batch64 * query_b, row_offsets, row_inside, dims, DIM, BLOCK_D, True)
+    own_end = length_of(runs[0].lengths, batch_row, own_length)
+    own_positions = own_end - q_len + queries
+    if query_positions is None:
+        positions = own_positions.to(tl.int64)
+    else:
+        at = query_positions + batch64 * query_positions_b + queries.to(tl.int64) * query_positions_t
+        positions = tl.load(at, mask=row_inside, other=0).to(tl.int64)
+
+    m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    shares = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)  # each run's part of l
+    first_query = tile * BLOCK_M // GROUP
+    last_query = tl.minimum(tile * BLOCK_M + BLOCK_M, q_len * GROUP) - 1
+    last_query = last_query // GROUP
+    for number in tl.static_range(RUNS):
+        run = runs[number]
+        KIND: tl.constexpr = KINDS[number]
+        m_before = m
+        part = tl.zeros((BLOCK_M,), tl.float32)  # this run's part of l
+        if number == 0:
+            low, full_low, full_high, high = own_range(own_end, q_len, first_query, last_query, window, KIND, BLOCK_N)
+            if KIND[2] != 0:
+                m, part, acc = attend(
+                    q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, low,
+                    tl.minimum(full_low, high), own_end, scale, softcap, window, KIND, True, SOFTCAP, DIM, VALUE_DIM,
+                    BLOCK_D, BLOCK_V, BLOCK_N, STAGES, PRECISION,
+                )  # fmt: skip
+            if KIND[4] == 0:
+                m, part, acc = attend(
+                    q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_low,
+                    full_high, own_end, scale, softcap, window, KIND, False, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+                    BLOCK_N, STAGES, PRECISION,
+                )  # fmt: skip
+            m, part, acc = attend(
+                q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_high, high,
+                own_end, scale, softcap, window, KIND, True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
+                PRECISION,
+            )  # fmt: skip
+        else:
+            end = length_of(run.lengths, batch_row, run.length)
+            full = end // BLOCK_N * BLOCK_N
+            m, part, acc = attend(
+                q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, 0, full, end, scale,
+                softcap, segment_window, KIND, False, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
+                PRECISION,
+            )  # fmt: skip
+            m, part, acc = attend(
+                q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, full, end, end, scale,
+                softcap, segment_window, KIND, True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, 1, PRECISION,
+            )  # fmt: skip
+        kept = tl.exp2(m_before - safe(m))
+        l = l * kept + part
+        if mass is not None:
+            here = tl.arange(0, BLOCK_R)[None, :] == number
+            shares = tl.where(here, part[:, None], shares * kept[:, None])
+    store_results(
+        m, l, acc, shares, out, lse, mass, sinks, sinks_h, batch_row, heads, queries, row_inside, kv_heads * GROUP,
+        q_len, RUNS, VALUE_DIM, BLOCK_V, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_results(
+    m, l, acc, shares, out, lse, mass, sinks, sinks_h, batch_row, heads, queries, row_inside, q_heads, q_len,
+    RUNS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Lets the sinks in, divides, and writes what a tile of rows has found."""
+    if sinks is not None:
+        sink = tl.load(sinks + heads * sinks_h, mask=row_inside, other=-float("inf")).to(tl.float32) * LOG2E
+        m, l, factor, _ = merge(m, l, sink, tl.where(sink == -float("inf"), 0.0, 1.0))
+        acc *= factor[:, None]
+        shares *= factor[:, None]
+    divisor, found = finish(m, l)
+    row = (batch_row.to(tl.int64) * q_heads + heads) * q_len + queries
+    value_dims, numbers = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_R)
+    pointers = out + row[:, None] * VALUE_DIM + value_dims[None, :]
+    inside = row_inside[:, None] & (value_dims < VALUE_DIM)[None, :]
+    tl.store(pointers, (acc / divisor[:, None]).to(out.dtype.element_ty), mask=inside)
+    if lse is not None:
+        tl.store(lse + row, found, mask=row_inside)
+    if mass is not None:
+        inside = row_inside[:, None] & (numbers < RUNS)[None, :]
+        tl.store(mass + row[:, None] * RUNS + numbers[None, :], shares / divisor[:, None], mask=inside)

@@ -1,0 +1,153 @@
+"""The compiled PTX of the Triton kernels for sm_80 and sm_90, run by ptxsim: results, races, bounds, missing waits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Plan, SegmentPlan, build, reference_call
+from error_rule import GRADIENT_ULPS, assert_as_exact
+from test_gradients import cotangents
+from test_project_kv import at_dtype
+from test_project_kv import build as build_projection
+from torch_backward import fused_gradients, operator_gradients
+from triton_simulated import Simulator, simulator
+
+from c2c_kernels.backends import triton as backend
+from c2c_kernels.segment import to_tensors
+
+pytestmark = pytest.mark.skipif(simulator() is None, reason="shared/ptxsim is not in or beside the checkout")
+
+ARCHS = [80, 90]
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+def forward(call: dict, arch: int) -> tuple[tuple, Simulator]:
+    window = call["window"]
+    with Simulator(arch).installed() as simulated:
+        results = backend.merged_attention(
+            "triton", call["query"], call["key"], call["value"], [to_tensors(s) for s in call["segments"]],
+            call["attn_mask"], call["is_causal"], call["query_positions"], call["lengths"],
+            call["query"].shape[-1] ** -0.5, window, call["segment_window"] or window, call["softcap"], call["sinks"],
+            "materialize", True, True,
+        )  # fmt: skip
+    return results, simulated
+
+
+PLANS = {
+    "decode": (
+        Plan(HALF, 2, 2, 3, 1, 165, 64, 64, is_causal=True, lengths=True, segments=[
+            SegmentPlan(70, gate="head", lengths=True), SegmentPlan(0), SegmentPlan(33, quantised=True)
+        ]),
+        ["split_kernel", "combine_kernel"],
+    ),
+    "decode_masks": (
+        Plan(torch.float16, 1, 1, 7, 2, 130, 40, 64, window=40, softcap=5.0, sinks=True, mask="bool_heads", segments=[
+            SegmentPlan(65, gate="full", positions="shuffled", visibility="causal"), SegmentPlan(17, index=True)
+        ]),
+        ["split_kernel", "combine_kernel"],
+    ),
+    "decode_float32": (
+        Plan(SINGLE, 1, 2, 2, 3, 70, 32, 16, mask="additive", lengths=True, segments=[SegmentPlan(31, gate="token")]),
+        ["split_kernel", "combine_kernel"],
+    ),
+    "prefill": (
+        Plan(HALF, 1, 1, 2, 150, 170, 64, 64, is_causal=True, lengths=True, segments=[
+            SegmentPlan(70, gate="full", lengths=True), SegmentPlan(0), SegmentPlan(64)
+        ]),
+        ["prefill_kernel"],
+    ),
+    "prefill_masks": (
+        Plan(torch.float16, 1, 1, 3, 45, 130, 72, 40, is_causal=True, window=30, softcap=5.0, sinks=True,
+            query_positions=True, mask="bool", segments=[
+            SegmentPlan(65, gate="token", positions="shared", visibility="causal"), SegmentPlan(19, quantised=True)
+        ]),
+        ["prefill_kernel"],
+    ),
+    "prefill_float32": (
+        Plan(SINGLE, 1, 1, 2, 40, 70, 32, 40, mask="additive", segments=[SegmentPlan(33, gate="head")]),
+        ["prefill_kernel"],
+    ),
+    "projected": (
+        Plan(HALF, 1, 2, 2, 1, 40, 64, 64, segments=[SegmentPlan(33, 2, 24, 24, "dense", bias=True)]),
+        ["project_kernel", "split_kernel", "combine_kernel"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", PLANS)
+def test_attention(name, arch):
+    plan, kernels = PLANS[name]
+    call = build(plan, 5)
+    ours, simulated = forward(call, arch)
+    assert simulated.names() == kernels
+    oracle = reference_call(call, torch.float64)
+    theirs = reference_call(call, plan.dtype, plan.dtype)
+    for which, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
+        assert_as_exact(which, mine, torchs, exact)
+    if arch == 90 and name == "prefill":
+        assert "wgmma" in simulated.ran[0][1].kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+@pytest.mark.parametrize("projector", ["dense", "low_rank", "none"])
+def test_projection(projector, dtype, arch):
+    part = SegmentPlan(37, 2, 24, 40, projector, bias=True, lengths=True, index=projector == "dense")
+    segment, rope = build_projection(part, dtype, 2, 2, 40, True, True, 3)
+    packed = to_tensors(segment)
+    dims = [raw.shape[3] if proj is None else 40 for raw, proj in (
+        (packed.key, packed.key_proj), (packed.value, packed.value_proj)
+    )]  # fmt: skip
+    outs = [torch.full((2, 2, 37, dim), torch.nan, dtype=dtype) for dim in dims]
+    with Simulator(arch).installed():
+        backend.project_kv("triton", packed, rope, *outs)
+    oracle = at_dtype(segment, rope, torch.float64, torch.float64)
+    theirs = at_dtype(segment, rope, dtype, dtype)
+    for name, mine, torchs, exact in zip(("key", "value"), outs, theirs, oracle, strict=True):
+        assert_as_exact(name, mine, torchs, exact)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_states_and_quantisation(arch):
+    outs, lses = [torch.randn(2, 3, 5, 40, dtype=HALF) for _ in range(2)], [torch.randn(2, 3, 5) for _ in range(2)]
+    lses[0][1], outs[0][1] = -torch.inf, torch.nan
+    with Simulator(arch).installed() as simulated:
+        merged = backend.merge_states("triton", outs, lses)
+        codes, scale = backend.quantize("triton", outs[1])
+    assert simulated.names() == ["merge_kernel", "quantise_kernel"]
+    import c2c_kernels as c2c
+
+    exact = c2c.merge_states([o.double() for o in outs], [s.double() for s in lses], backend="reference")
+    theirs = c2c.merge_states(outs, lses, backend="reference")
+    for name, mine, torchs, right in zip(("out", "lse"), merged, theirs, exact, strict=True):
+        assert_as_exact(name, mine, torchs, right)
+    wanted = c2c.quantize_kv(outs[1], outs[1], backend="reference")
+    assert torch.equal(codes, wanted[0]) and torch.equal(scale, wanted[2])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+def test_gradients(dtype, arch, monkeypatch):
+    """Through the public operator, its launches taken over; two of them besides projection."""
+    from c2c_kernels.backends import Backend
+    from c2c_kernels.ops import merged_attention as operator
+
+    record = Backend("triton", True, "", (), ("bfloat16", "float16", "float32"), "", ("cpu",))
+    monkeypatch.setitem(operator.__globals__, "choose", lambda *arguments: record)
+    parts = [SegmentPlan(35, gate="full", lengths=True), SegmentPlan(0)]
+    plan = Plan(dtype, 1, 1, 2, 40, 70, 32, 24, is_causal=True, softcap=5.0, sinks=True, lengths=True, segments=parts)
+    call, wanted = build(plan, 2), cotangents(plan, 2)
+    with Simulator(arch).installed() as simulated:
+        ours = operator_gradients(call, wanted, "triton")
+    assert simulated.names() == ["prefill_kernel", "query_gradient_kernel", "token_gradient_kernel"]
+    monkeypatch.undo()
+    oracle = operator_gradients(call, wanted, "reference", torch.float64)
+    fused, _ = fused_gradients(call, wanted, dtype)
+    _, sizes = fused_gradients(call, wanted, torch.float64)
+    eager = operator_gradients(call, wanted, "reference")
+    for name, gradient in ours.items():
+        assert_as_exact(
+            name, gradient, fused[name].to(gradient.dtype), oracle[name], GRADIENT_ULPS, others=(eager[name],),
+            scale=max(1, sizes.get(name, 1)),
+        )  # fmt: skip

@@ -1,0 +1,111 @@
+"""Every Triton kernel compiled ahead of time for GPUs that are not there: no spills, shared memory, launch counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from c2c_kernels.backends import triton as backend
+from c2c_kernels.backends.triton import gradients, scatter
+from c2c_kernels.backends.triton.launch import Launch, Target, executed_by
+from c2c_kernels.backends.triton.offline import SHARED_LIMIT, compiled, usage
+from c2c_kernels.segment import SegmentTensors, SharerSegment, to_tensors
+
+TARGETS = [Target("cuda", 80), Target("cuda", 90), Target("cuda", 100), Target("hip", "gfx942")]
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+def plain(dtype, heads: int, length: int, dim: int, **fields) -> SegmentTensors:
+    return to_tensors(SharerSegment(*(torch.empty(1, heads, length, dim, dtype=dtype) for _ in range(2)), **fields))
+
+
+def attention(dtype, q_heads: int, kv_heads: int, dim: int, q_len: int, segments=(), **options):
+    query = torch.empty(1, q_heads, q_len, dim, dtype=dtype)
+    key = torch.empty(1, kv_heads, 1040, dim, dtype=dtype)
+    chosen = dict.fromkeys(("attn_mask", "query_positions", "lengths", "window", "softcap", "sinks")) | options
+    chosen = {"is_causal": True} | chosen
+    backend.merged_attention(
+        "triton", query, key, key, list(segments), chosen["attn_mask"], chosen["is_causal"], chosen["query_positions"],
+        chosen["lengths"], 0.1, chosen["window"], chosen["window"], chosen["softcap"], chosen["sinks"], "materialize",
+        True, True,
+    )  # fmt: skip
+
+
+def backward(dtype, dim: int):
+    query, key = torch.empty(1, 4, 96, dim, dtype=dtype), torch.empty(1, 2, 1040, dim, dtype=dtype)
+    rows = torch.empty(1, 4, 96)
+    segment = plain(dtype, 2, 80, dim, gate=torch.ones(1, 4, 80))
+    gradients.gradients(
+        query, rows, torch.empty(1, 4, 96, 2), query, key, key, [segment], [True], None, True, None, None, 0.1, None,
+        None, None,
+    )  # fmt: skip
+
+
+def project(dtype, kv_heads: int, dim: int, heads: int, raw_dim: int, stored=None, **fields):
+    stored = stored or dtype
+    raw = torch.empty(1, heads, 512, raw_dim).to(stored)
+    proj = torch.empty(kv_heads, dim, heads * raw_dim, dtype=dtype)
+    segment = to_tensors(SharerSegment(raw, raw, proj, proj, **fields))
+    backend.project_kv("triton", segment, None, *(torch.empty(1, kv_heads, 512, dim, dtype=dtype) for _ in range(2)))
+
+
+SCALES = {"key_scale": torch.ones(1, 8, 512), "value_scale": torch.ones(1, 8, 512)}
+TWO = ["split_kernel", "combine_kernel"]
+# What is called, and the kernels that it launches.
+CALLS = {
+    "decode 64": (lambda: attention(HALF, 9, 3, 64, 1, [plain(HALF, 3, 512, 64)]), TWO),
+    "decode 128": (lambda: attention(HALF, 16, 8, 128, 1, [plain(HALF, 8, 512, 128)]), TWO),
+    "decode 128 int8": (lambda: attention(HALF, 16, 8, 128, 1, [plain(torch.int8, 8, 512, 128, **SCALES)]), TWO),
+    "decode 128 e4m3": (
+        lambda: attention(HALF, 16, 8, 128, 1, [plain(torch.float8_e4m3fn, 8, 512, 128, **SCALES)]),
+        TWO,
+    ),
+    "decode 128 float32": (lambda: attention(SINGLE, 16, 8, 128, 1, [plain(SINGLE, 8, 512, 128)]), TWO),
+    "decode 256": (lambda: attention(HALF, 4, 1, 256, 1, window=512), TWO),
+    "decode 64 rows": (lambda: attention(HALF, 16, 2, 128, 8, softcap=30.0, sinks=torch.zeros(16)), TWO),
+    "prefill 64": (lambda: attention(HALF, 9, 3, 64, 256, [plain(HALF, 3, 512, 64)]), ["prefill_kernel"]),
+    "prefill 128": (lambda: attention(HALF, 16, 8, 128, 256, [plain(HALF, 8, 512, 128)]), ["prefill_kernel"]),
+    "prefill 128 float32": (
+        lambda: attention(SINGLE, 16, 8, 128, 256, [plain(SINGLE, 8, 512, 128)]),
+        ["prefill_kernel"],
+    ),
+    "prefill 256": (lambda: attention(HALF, 4, 1, 256, 256, window=512), ["prefill_kernel"]),
+    "prefill 128 masks": (
+        lambda: attention(
+            HALF, 16, 8, 128, 256, [plain(HALF, 8, 512, 128, gate=torch.ones(1, 16, 512))], softcap=30.0,
+            sinks=torch.zeros(16), attn_mask=torch.ones(1, 1, 256, 1040, dtype=torch.bool),
+        ),
+        ["prefill_kernel"],
+    ),
+    "backward 64": (lambda: backward(HALF, 64), ["query_gradient_kernel", "token_gradient_kernel"]),
+    "backward 128": (lambda: backward(HALF, 128), ["query_gradient_kernel", "token_gradient_kernel"]),
+    "backward 64 float32": (lambda: backward(SINGLE, 64), ["query_gradient_kernel", "token_gradient_kernel"]),
+    "project": (lambda: project(HALF, 8, 128, 8, 64), ["project_kernel"]),
+    "project int8": (lambda: project(HALF, 8, 128, 8, 64, torch.int8, **SCALES), ["project_kernel"]),
+    "project float32": (lambda: project(SINGLE, 8, 128, 8, 64), ["project_kernel"]),
+    "merge": (
+        lambda: backend.merge_states("triton", [torch.empty(1, 16, 64, 128)] * 2, [torch.empty(1, 16, 64)] * 2),
+        ["merge_kernel"],
+    ),
+    "quantise": (lambda: backend.quantize("triton", torch.empty(1, 8, 64, 128, dtype=HALF)), ["quantise_kernel"]),
+    "spread": (
+        lambda: scatter.spread(torch.empty(1, 2, 40, 64), torch.zeros(1, 40, dtype=torch.int64), 70),
+        ["spread_kernel"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t.backend}-{t.arch}")
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_without_spills(name, target):
+    call, kernels = CALLS[name]
+    launches: list[Launch] = []
+    with executed_by(target, launches.append):
+        call()
+    assert [launch.kernel.__name__ for launch in launches] == kernels
+    for launch in launches:
+        found = usage(compiled(launch, target).kernel, target)
+        assert found.spills == 0, f"{launch.kernel.__name__}: {found}"
+        assert found.shared <= SHARED_LIMIT[target.arch], f"{launch.kernel.__name__}: {found}"
+        if launch.kernel.__name__ == "prefill_kernel" and target.arch in (80, 90):
+            assert found.resident_warps >= 8, found

@@ -1,0 +1,220 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors: run by test_processes.py with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Plan, SegmentPlan, build, reference_call
+from error_rule import assert_as_exact
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import DTYPES, plans, seeds, segments
+from test_merged_attention import run
+from test_project_kv import at_dtype
+from test_project_kv import build as build_projection
+
+import c2c_kernels as c2c
+
+
+def check(plan: Plan, seed: int) -> None:
+    plan.strategy = plan.strategy.replace("absorb", "auto")  # refused: a test of its own
+    call = build(plan, seed)
+    ours = run(call, "triton")
+    oracle = reference_call(call, torch.float64)
+    theirs = reference_call(call, plan.dtype, plan.dtype)
+    for name, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
+        assert_as_exact(name, mine, torchs, exact)
+
+
+@given(plans(max_length=130, max_queries=33), seeds)
+@settings(max_examples=40)
+def test_attention_matches_reference(plan, seed):
+    check(plan, seed)
+
+
+SEGMENTS = [
+    SegmentPlan(130, gate="full", lengths=True, positions="shuffled", visibility="causal"),
+    SegmentPlan(0),
+    SegmentPlan(33, gate="head", quantised=True, index=True),
+    SegmentPlan(70, 2, 24, 24, "low_rank", bias=True, gate="token"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("q_len", [1, 5, 70])
+def test_every_feature_at_once(dtype, q_len):
+    check(
+        Plan(
+            dtype, 2, 2, 4, q_len, 300, 40, 64, is_causal=True, window=40, softcap=2.0, sinks=True, lengths=True,
+            mask="additive", query_positions=True, segments=SEGMENTS,
+        ),
+        3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_empty_and_closed_segments_change_no_bit(q_len, sinks):
+    query, key, value = torch.randn(2, 4, q_len, 32), torch.randn(2, 2, 130, 32), torch.randn(2, 2, 130, 32)
+    logits = torch.randn(4) if sinks else None
+    wide = (torch.randn(2, 2, 70, 32), torch.randn(2, 2, 70, 32))
+    raw, proj = torch.randn(2, 3, 70, 8), torch.randn(2, 32, 24)
+    neutral = [
+        c2c.SharerSegment(wide[0][:, :, :0], wide[1][:, :, :0]),
+        c2c.SharerSegment(raw[:, :, :0], raw[:, :, :0], proj, proj),
+        c2c.SharerSegment(*wide, gate=torch.zeros(1)),
+        c2c.SharerSegment(raw, raw, proj, proj, gate=torch.zeros(2, 4, 70)),
+        c2c.SharerSegment(*wide, lengths=torch.zeros(2, dtype=torch.int64)),
+    ]
+    options = {"is_causal": True, "sinks": logits, "return_lse": True, "return_mass": True, "backend": "triton"}
+    plain = c2c.merged_attention(query, key, value, **options)
+    for parts in (*([part] for part in neutral), neutral):
+        out, lse, mass = c2c.merged_attention(query, key, value, parts, **options)
+        assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])
+        assert torch.equal(mass[..., :1], plain[2]) and not mass[..., 1:].any()
+
+
+@pytest.mark.parametrize("q_len", [3, 50])
+def test_rows_that_see_nothing(q_len):
+    query, key = torch.randn(2, 4, q_len, 16), torch.randn(2, 2, 5, 16)
+    mask = torch.zeros(2, 1, q_len, 5, dtype=torch.bool)
+    mask[1, 0, 2] = True
+    options = {"return_lse": True, "return_mass": True, "backend": "triton"}
+    out, lse, mass = c2c.merged_attention(query, key, key, attn_mask=mask, **options)
+    assert not out[0].any() and (lse[0] == -torch.inf).all() and not mass[0].any()
+    assert out[1, :, 2].any() and lse[1, :, 2].isfinite().all()
+    out, lse, mass = c2c.merged_attention(query, key[:, :, :0], key[:, :, :0], **options)
+    assert not out.any() and (lse == -torch.inf).all() and not mass.any()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 16), (2, 4, 0, 16)])
+def test_empty_batches_and_queries(shape):
+    key = torch.randn(shape[0], 2, 5, 16)
+    out, lse, mass = c2c.merged_attention(
+        torch.randn(shape), key, key, return_lse=True, return_mass=True, backend="triton"
+    )
+    assert out.shape == shape and lse.shape == shape[:3] and mass.shape == (*shape[:3], 1)
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_rows_do_not_depend_on_the_batch_or_on_padding(q_len):
+    from test_invariance import row_of
+
+    part = SegmentPlan(333, gate="full", lengths=True, positions="shuffled")
+    plan = Plan(torch.bfloat16, 3, 2, 3, q_len, 500, 32, 40, is_causal=True, lengths=True, segments=[part])
+    call = build(plan, 3)
+    whole = run(call, "triton")
+    for row in range(plan.batch):
+        alone = row_of(call, row)
+        length = int(alone["lengths"][0])
+        cut = dict(alone, key=alone["key"][:, :, :length], value=alone["value"][:, :, :length], lengths=None)
+        for fewer in (alone, cut):
+            for together, separate in zip(whole, run(fewer, "triton"), strict=True):
+                assert torch.equal(together[row : row + 1], separate)
+
+
+@given(
+    segments(130), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, 3), st.sampled_from((16, 40, 64)),
+    st.booleans(), st.booleans(), seeds,
+)  # fmt: skip
+@settings(max_examples=50)
+def test_projection_matches_reference(part, dtype, batch, kv_heads, dim, remove, apply, seed):
+    segment, rope = build_projection(part, dtype, batch, kv_heads, dim, remove, apply, seed)
+    ours = c2c.project_kv(segment, rope=rope, backend="triton")
+    oracle = at_dtype(segment, rope, torch.float64, torch.float64)
+    theirs = at_dtype(segment, rope, dtype, dtype)
+    for name, mine, torchs, exact in zip(("key", "value"), ours, theirs, oracle, strict=True):
+        assert_as_exact(name, mine, torchs, exact)
+
+
+@pytest.mark.parametrize("length", [1, 70])
+def test_projected_into_the_slice_of_a_cache_and_nowhere_else(length):
+    segment = c2c.SharerSegment(
+        torch.randn(2, 3, length, 24), torch.randn(2, 3, length, 24), torch.randn(2, 40, 72), torch.randn(2, 56, 72)
+    )
+    caches = [torch.full((2, 2, length + 11, dim), torch.nan) for dim in (40, 56)]
+    views = tuple(cache[:, :, 4 : 4 + length] for cache in caches)
+    c2c.project_kv(segment, out=views, backend="triton")
+    for cache, view, wanted in zip(caches, views, c2c.project_kv(segment, backend="reference"), strict=True):
+        torch.testing.assert_close(view, wanted)
+        assert cache[:, :, :4].isnan().all() and cache[:, :, 4 + length :].isnan().all()
+
+
+def test_every_e4m3_code():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(1, 1, 16, 16)
+    scale = torch.full((1, 1, 16), 0.5)
+    segment = c2c.SharerSegment(codes, codes, key_scale=scale, value_scale=scale)
+    key, value = c2c.project_kv(segment, backend="triton")
+    torch.testing.assert_close(key, codes.float() * 0.5, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(value, key, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_quantised_segments_are_read_in_place(dtype, q_len):
+    query, key, value = (torch.randn(2, heads, n, 32) for heads, n in ((4, q_len), (2, 50), (2, 50)))
+    stored = [(torch.randn(2, 2, 77, 32) * 30).to(dtype) for _ in range(2)]
+    scales = [torch.rand(2, 2, 77) * 0.1 for _ in range(2)]
+    segment = c2c.SharerSegment(*stored, key_scale=scales[0], value_scale=scales[1])
+    wide = c2c.SharerSegment(*(x.float() * s.unsqueeze(-1) for x, s in zip(stored, scales, strict=True)))
+    exact = c2c.merged_attention(*(x.double() for x in (query, key, value)), [
+        c2c.SharerSegment(wide.key.double(), wide.value.double())
+    ])  # fmt: skip
+    theirs = c2c.merged_attention(query, key, value, [wide], backend="reference")
+    assert_as_exact("out", c2c.merged_attention(query, key, value, [segment], backend="triton"), theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_states_are_merged(dtype, count):
+    outs = [torch.randn(2, 5, 7, 40, dtype=dtype).transpose(1, 2)[:, 1:] for _ in range(count)]
+    lses = [torch.randn(2, 7, 5)[:, 1:] * 9 for _ in range(count)]
+    lses[0][1] = -torch.inf
+    outs[0][1] = torch.nan
+    lses[-1][1, 2] = -torch.inf
+    out, lse = c2c.merge_states(outs, lses, backend="triton")
+    exact = c2c.merge_states([o.double() for o in outs], [s.double() for s in lses], backend="reference")
+    theirs = c2c.merge_states(outs, lses, backend="reference")
+    assert_as_exact("out", out, theirs[0], exact[0])
+    assert_as_exact("lse", lse, theirs[1], exact[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_caches_are_quantised_as_by_the_reference(dtype):
+    x = (torch.randn(2, 3, 37, 40) * torch.logspace(-3, 3, 37).reshape(37, 1)).to(dtype).transpose(1, 2)
+    x[0, 0, 0] = 0
+    x[0, 0, 1, 3] = torch.inf
+    x[0, 0, 2, 3] = torch.nan
+    mine, wanted = (c2c.quantize_kv(x, -x, backend=name) for name in ("triton", "reference"))
+    for one, other in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_values_that_no_kernel_takes_are_refused():
+    query, key = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 5, 16)
+    refused = [
+        ("segments", {"segments": [c2c.SharerSegment(key, key, lengths=torch.tensor([6]))]}),
+        ("gate", {"segments": [c2c.SharerSegment(key, key, gate=torch.tensor([-1.0]))]}),
+        ("index", {"segments": [c2c.SharerSegment(key, key, index=torch.tensor([5]))]}),
+        ("lengths", {"lengths": torch.tensor([9])}),
+    ]
+    for word, options in refused:
+        with pytest.raises(ValueError, match=word):
+            c2c.merged_attention(query, key, key, backend="triton", **options)
+    wide = torch.randn(1, 2, 5, 264)
+    with pytest.raises(ValueError, match="supports head_dim up to 256; got 264"):
+        c2c.merged_attention(wide, wide, wide, backend="triton")
+    raw, proj = torch.randn(1, 2, 5, 4), torch.randn(2, 16, 8)
+    with pytest.raises(ValueError, match='supports strategy "auto" and "materialize"; got "absorb"'):
+        c2c.merged_attention(
+            query, key, key, [c2c.SharerSegment(raw, raw, proj, proj)], strategy="absorb", backend="triton"
+        )
+    with pytest.raises(ValueError, match="supports bfloat16, float16, float32; got float64"):
+        c2c.merged_attention(query.double(), key.double(), key.double(), backend="triton")
+
+
+def test_the_interpreter_is_taken_only_by_name():
+    (record,) = (r for r in c2c.backends() if r.name == "triton")
+    assert record.available and record.isa == "interpreter" and record.devices == ()
+    x = torch.randn(1, 2, 3, 16)
+    assert torch.equal(c2c.merged_attention(x, x, x), c2c.merged_attention(x, x, x, backend="cpu"))

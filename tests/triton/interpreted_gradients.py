@@ -1,0 +1,71 @@
+"""Gradients of the Triton kernels in Triton's interpreter: run by test_processes.py with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Plan, SegmentPlan, build
+from error_rule import GRADIENT_ULPS, assert_as_exact
+from hypothesis import given, settings
+from plans import DTYPES, plans, seeds
+from test_gradients import cotangents
+from torch_backward import fused_gradients, operator_gradients
+
+import c2c_kernels as c2c
+
+
+def check(plan: Plan, seed: int) -> None:
+    plan.strategy = plan.strategy.replace("absorb", "auto")
+    call, wanted = build(plan, seed), cotangents(plan, seed)
+    ours = operator_gradients(call, wanted, "triton")
+    oracle = operator_gradients(call, wanted, "reference", torch.float64)
+    fused, _ = fused_gradients(call, wanted, plan.dtype)
+    _, sizes = fused_gradients(call, wanted, torch.float64)
+    eager = operator_gradients(call, wanted, "reference")
+    assert ours.keys() == oracle.keys() == fused.keys()
+    for name, gradient in ours.items():
+        theirs = fused[name].to(gradient.dtype)
+        assert_as_exact(
+            name, gradient, theirs, oracle[name], GRADIENT_ULPS, others=(eager[name],), scale=max(1, sizes.get(name, 1))
+        )  # fmt: skip
+
+
+@given(plans(max_length=65, max_queries=17), seeds)
+@settings(max_examples=25)
+def test_gradients_match_reference(plan, seed):
+    check(plan, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_every_kind_of_input(dtype):
+    parts = [
+        SegmentPlan(33, 2, 24, 24, "dense", bias=True, gate="full"),
+        SegmentPlan(20, gate="some_zero", positions="shuffled", visibility="causal"),
+        SegmentPlan(9, 2, 8, 16, "low_rank", index=True, gate="head"),
+        SegmentPlan(0),
+    ]
+    plan = Plan(
+        dtype, 2, 2, 3, 40, 90, 40, 24, is_causal=True, window=30, softcap=5.0, sinks=True, lengths=True, segments=parts
+    )
+    check(plan, 2)
+
+
+def test_gradients_are_the_same_bits_on_every_run():
+    call = build(Plan(torch.float32, 1, 2, 2, 35, 70, 32, 32, segments=[SegmentPlan(40, gate="full", index=True)]), 4)
+    wanted = [torch.randn(1, 4, 35, 32), torch.randn(1, 4, 35), torch.randn(1, 4, 35, 2)]
+    first, second = (operator_gradients(call, [w.double() for w in wanted], "triton") for _ in range(2))
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name]), name
+
+
+def test_gradient_of_a_closed_gate():
+    query, key, value = (torch.randn(1, 2, 3, 16) for _ in range(3))
+    other = [torch.randn(1, 2, 4, 16) for _ in range(2)]
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        gate = torch.zeros(1, 2, 4, dtype=dtype, requires_grad=True)
+        segment = c2c.SharerSegment(*(t.to(dtype) for t in other), gate=gate)
+        inputs = (t.to(dtype) for t in (query, key, value))
+        c2c.merged_attention(*inputs, [segment], backend=backend).square().sum().backward()
+        found.append(gate.grad)
+    assert_as_exact("gate", found[0], found[1], found[2], GRADIENT_ULPS)
