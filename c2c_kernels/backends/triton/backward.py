@@ -92,11 +92,10 @@ def query_gradient_kernel(
     last_query = (tl.minimum(tile * BLOCK_M + BLOCK_M, q_len * GROUP) - 1) // GROUP
     for number in tl.static_range(RUNS):
         run = runs[number]
-        KIND: tl.constexpr = KINDS[number]
-        dtype: tl.constexpr = tl.float32 if KIND[7] else q.dtype
+        its_q, its_g = (q.to(tl.float32), g.to(tl.float32)) if KINDS[number][7] else (q, g.to(q.dtype))
         its_delta = tl.load(delta + row * RUNS + number, mask=row_inside, other=0.0)
         if number == 0:
-            low, _, _, high = own_range(own_end, q_len, first_query, last_query, window, KIND, BLOCK_N)
+            low, _, _, high = own_range(own_end, q_len, first_query, last_query, window, KINDS[number], BLOCK_N)
             end, its_positions, its_window = own_end, own_positions, window
         else:
             end = length_of(run.lengths, batch_row, run.length)
@@ -107,15 +106,15 @@ def query_gradient_kernel(
             tokens = start + cols
             inside = tokens < end
             start64 = start + tl.zeros((), tl.int64)
-            k = load_rows(key + start64 * run.key_n, cols * run.key_n, inside, dims, DIM, BLOCK_D, True).to(dtype)
+            k = load_rows(key + start64 * run.key_n, cols * run.key_n, inside, dims, DIM, BLOCK_D, True).to(its_q.dtype)
             v = load_rows(
                 value + start64 * run.value_n, cols * run.value_n, inside, value_dims, VALUE_DIM, BLOCK_V, True
             )
             _, change, _ = score_gradients(
-                q.to(dtype), g.to(dtype), k, v.to(dtype), found, its_delta, run, batch_row, heads, queries, row_inside,
-                its_positions, tokens, inside, scale, softcap, its_window, KIND, True, SOFTCAP, PRECISION,
+                its_q, its_g, k, v.to(its_q.dtype), found, its_delta, run, batch_row, heads, queries, row_inside,
+                its_positions, tokens, inside, scale, softcap, its_window, KINDS[number], True, SOFTCAP, PRECISION,
             )  # fmt: skip
-            grad = dot(change.to(dtype), k, grad, PRECISION)
+            grad = dot(change.to(k.dtype), k, grad, PRECISION)
     pointers = grad_query + row[:, None] * DIM + dims[None, :]
     tl.store(pointers, grad, mask=row_inside[:, None] & (dims < DIM)[None, :])
 
@@ -158,11 +157,10 @@ def token_gradient_kernel(
     first_tile = 0
     for number in tl.static_range(RUNS):
         run = runs[number]
-        KIND: tl.constexpr = KINDS[number]
         length = own_length if number == 0 else run.length
         its_tiles = tl.cdiv(length, BLOCK_N)
+        dtype = tl.float32 if KINDS[number][7] else query.dtype.element_ty
         if (tile >= first_tile) & (tile < first_tile + its_tiles):
-            dtype: tl.constexpr = tl.float32 if KIND[7] else query.dtype.element_ty
             end = length_of(run.lengths, batch_row, length)
             start = (tile - first_tile) * BLOCK_N
             tokens = start + tl.arange(0, BLOCK_N)
@@ -176,7 +174,9 @@ def token_gradient_kernel(
             grad_v = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
             low, high, its_window = 0, q_len, segment_window
             if number == 0:
-                low, high = first_query_that_sees(own_end, q_len, start, start + BLOCK_N, window, KIND, BLOCK_M)
+                low, high = first_query_that_sees(
+                    own_end, q_len, start, start + BLOCK_N, window, KINDS[number], BLOCK_M
+                )
                 its_window = window
             high = tl.where(start < end, high, 0)
             for member in range(GROUP):
@@ -205,7 +205,7 @@ def token_gradient_kernel(
                             positions = tl.load(at, mask=row_inside, other=0).to(tl.int64)
                     weights, change, for_gate = score_gradients(
                         q, g, k, v, found, its_delta, run, batch_row, heads, queries, row_inside, positions, tokens,
-                        inside, scale, softcap, its_window, KIND, True, SOFTCAP, PRECISION,
+                        inside, scale, softcap, its_window, KINDS[number], True, SOFTCAP, PRECISION,
                     )  # fmt: skip
                     grad_v = dot(tl.trans(weights.to(dtype)), g, grad_v, PRECISION)
                     grad_k = dot(tl.trans(change.to(dtype)), q, grad_k, PRECISION)

@@ -47,7 +47,6 @@ def split_kernel(
     first_split = 0
     for number in tl.static_range(RUNS):
         run = runs[number]
-        KIND: tl.constexpr = KINDS[number]
         length = own_length if number == 0 else run.length
         run_splits = tl.cdiv(length, SPLIT)
         if (split >= first_split) & (split < first_split + run_splits):
@@ -58,18 +57,20 @@ def split_kernel(
             first = (split - first_split) * SPLIT
             last = tl.minimum(first + SPLIT, end)
             if number == 0:
-                if KIND[2] != 0:
+                if KINDS[number][2] != 0:
                     reach = tl.minimum(window, 1 << 30).to(tl.int32)
                     first = tl.maximum(first, (own_end - q_len - reach + 1) // BLOCK_N * BLOCK_N)
                 m, l, acc = attend(
                     q, m, l, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, first, last, end,
-                    scale, softcap, window, KIND, True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
+                    scale, softcap, window,
+                    KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
                     PRECISION,
                 )  # fmt: skip
             else:
                 m, l, acc = attend(
                     q, m, l, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, first, last, end,
-                    scale, softcap, segment_window, KIND, True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N,
+                    scale, softcap, segment_window,
+                    KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N,
                     STAGES, PRECISION,
                 )  # fmt: skip
             at = row * splits + split

@@ -75,26 +75,30 @@ def prefill_kernel(
     last_query = last_query // GROUP
     for number in tl.static_range(RUNS):
         run = runs[number]
-        KIND: tl.constexpr = KINDS[number]
         m_before = m
         part = tl.zeros((BLOCK_M,), tl.float32)  # this run's part of l
         if number == 0:
-            low, full_low, full_high, high = own_range(own_end, q_len, first_query, last_query, window, KIND, BLOCK_N)
-            if KIND[2] != 0:
+            low, full_low, full_high, high = own_range(
+                own_end, q_len, first_query, last_query, window, KINDS[number], BLOCK_N
+            )
+            if KINDS[number][2] != 0:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, low,
-                    tl.minimum(full_low, high), own_end, scale, softcap, window, KIND, True, SOFTCAP, DIM, VALUE_DIM,
+                    tl.minimum(full_low, high), own_end, scale, softcap, window,
+                    KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
                     BLOCK_D, BLOCK_V, BLOCK_N, STAGES, PRECISION,
                 )  # fmt: skip
-            if KIND[4] == 0:
+            if KINDS[number][4] == 0:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_low,
-                    full_high, own_end, scale, softcap, window, KIND, False, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+                    full_high, own_end, scale, softcap, window,
+                    KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
                     BLOCK_N, STAGES, PRECISION,
                 )  # fmt: skip
             m, part, acc = attend(
                 q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_high, high,
-                own_end, scale, softcap, window, KIND, True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
+                own_end, scale, softcap, window,
+                KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
                 PRECISION,
             )  # fmt: skip
         else:
@@ -102,12 +106,14 @@ def prefill_kernel(
             full = end // BLOCK_N * BLOCK_N
             m, part, acc = attend(
                 q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, 0, full, end, scale,
-                softcap, segment_window, KIND, False, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
+                softcap, segment_window,
+                KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
                 PRECISION,
             )  # fmt: skip
             m, part, acc = attend(
                 q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, full, end, end, scale,
-                softcap, segment_window, KIND, True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, 1, PRECISION,
+                softcap, segment_window,
+                KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, 1, PRECISION,
             )  # fmt: skip
         kept = tl.exp2(m_before - safe(m))
         l = l * kept + part
