@@ -14,7 +14,7 @@ head, so that one `project_kv` call un-rotates, gathers, projects and rotates. S
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .alignment import NO_TEXT, Strategy, TokenSpans, align
+from .backends import reference
 from .ops.project_kv import project_kv
 from .segment import Rope, SharerSegment
 
@@ -329,6 +330,30 @@ class CacheProjector(nn.Module):
                 )
             )
         return segments
+
+    def features(
+        self, cache: Layers, plan: TokenPlan, *, sharer_positions: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per receiver layer what its maps read of every segment token: (tokens, width) float32 for keys and values.
+
+        Columns in the order of `wide_columns`, rotation removed, tokens of all rows within their lengths; arguments as
+        for `segments`.
+        """
+        self.check_cache(cache)
+        length = cache[0][0].shape[2]
+        at = torch.arange(length) if sharer_positions is None else sharer_positions
+        wide, tables = _Wide(self.sharer, cache), _Tables(self.sharer, self.receiver, _rows(at), plan.positions)
+        valid = torch.ones(1, plan.index.shape[-1], dtype=torch.bool)
+        if plan.lengths is not None:
+            valid = torch.arange(plan.index.shape[-1]) < plan.lengths[:, None]
+        for layer in self.maps:
+            key, value = (
+                reference.prepare_raw(
+                    wide.read(sources), None, plan.index, tables.remove(sources), plan.lengths, torch.float32
+                )[:, 0][valid.expand(cache[0][0].shape[0], -1)]
+                for sources in (layer.key_sources, layer.value_sources)
+            )
+            yield key, value
 
     def check_cache(self, cache: Layers) -> None:
         """ValueError unless `cache` has the shape of the sharer's."""

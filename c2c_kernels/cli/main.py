@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from c2c_kernels._version import __version__
-from c2c_kernels.cli import corpus, evaluate, inspect, questions
+from c2c_kernels.cli import corpus, evaluate, inspect, questions, train
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.fit_arguments import add_fit_arguments
 
@@ -19,6 +19,7 @@ _MOST_THREADS = 1024
 _COMMANDS: dict[str, Any] = {
     "corpus": corpus,
     "questions": questions,
+    "train": train,
     "evaluate": evaluate,
     "inspect": inspect,
 }

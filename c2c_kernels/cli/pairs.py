@@ -31,7 +31,14 @@ def check_file(path: str) -> None:
 
 
 def load_pair(
-    path: str, sharer: str, receiver: str, *, unseen: Sequence[corpus.Document] = (), threads: int | None = None
+    path: str,
+    sharer: str,
+    receiver: str,
+    *,
+    unseen: Sequence[corpus.Document] = (),
+    threads: int | None = None,
+    dtype: str = "float32",
+    backend: str | None = None,
 ) -> Reader:
     """The projector and its models, the receiver patched.
 
@@ -40,6 +47,8 @@ def load_pair(
         sharer, receiver: what the models are asked for by.
         unseen: documents that the projector must not have been fitted on; looked at before a model is loaded.
         threads: of torch; None: as they are.
+        dtype: of the models.
+        backend: of the receiver's attention; None: the fastest.
 
     Raises:
         CommandError: for a damaged file, documents of the fit, and models that the projector was not made for.
@@ -61,9 +70,9 @@ def load_pair(
             check_unseen(projector, unseen)
         loaded = {}
         for role, spec in (("sharer", sharer), ("receiver", receiver)):
-            loaded[role] = load_model(spec)
+            loaded[role] = load_model(spec, getattr(torch, dtype))
             check_identity(role, getattr(projector, f"{role}_identity"), identify(*loaded[role], spec))
-        enable(loaded["receiver"][0])
+        enable(loaded["receiver"][0], backend)
     except (ValueError, TypeError) as error:
         raise CommandError(f"{path}: {error}") from error
     return Reader(loaded["sharer"][0], loaded["receiver"][0], loaded["sharer"][1], loaded["receiver"][1], projector)

@@ -23,14 +23,46 @@ def stage(label: str, total: int | None = None, *, in_bytes: bool = False) -> It
         terminal = console.Console(file=sys.stderr)
     if terminal is None or not terminal.is_terminal:
         with _line(label):
-            yield lambda completed: None
+            yield lambda completed, text="": None
         return
     amount = [progress.DownloadColumn() if in_bytes else progress.MofNCompleteColumn()] if total else []
     columns = [progress.TextColumn("{task.description:<36}", markup=False), progress.BarColumn(30), *amount]
     with progress.Progress(*columns, progress.TimeElapsedColumn(), console=terminal) as bars:
         task = bars.add_task(label, total=total)
-        yield lambda completed: bars.update(task, completed=completed)
+        yield lambda completed, text="": bars.update(task, completed=completed, description=text or label)
         bars.update(task, total=total or 1, completed=total or 1)
+
+
+@contextmanager
+def watch(label: str, total: int | None) -> Iterator[Callable[[int, str, str], None]]:
+    """Shows long work: yields `show(completed, beside, line)`; `beside` stands at the bar, a `line` stays.
+
+    Without rich, or where standard error is no terminal, lines are written, and one at every twentieth of `total`.
+    None: nothing is shown.
+    """
+    if total is None:
+        yield lambda completed, beside, line: None
+        return
+    if not sys.stderr.isatty():
+        shown = -1
+
+        def write(completed: int, beside: str, line: str) -> None:
+            nonlocal shown
+            part = 20 * completed // total
+            if line or part > shown:
+                note(f"{label} {completed / total:.0%}: {', '.join(text for text in (beside, line) if text)}")
+            shown = max(shown, part)
+
+        yield write
+        return
+    with stage(label, total) as move:
+
+        def show(completed: int, beside: str, line: str) -> None:
+            move(completed, f"{label}: {beside}")  # type: ignore[call-arg]
+            if line:
+                note(line)
+
+        yield show
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from c2c_kernels._version import __version__
 from c2c_kernels.alignment import Strategy, check_offsets
-from c2c_kernels.fitting.checkpoint import Checkpoint
+from c2c_kernels.checkpoints import Checkpoint
 from c2c_kernels.fitting.moments import Moments
 from c2c_kernels.fitting.reading import Pair
 from c2c_kernels.fitting.ridge import Affine, GroupChoice, HeldOut, affine, choose_ridge
@@ -227,8 +228,11 @@ def _sum(
             "receiver": asdict(pair.plan.receiver_identity),
             "prefix": list(pair.plan.prefix),
         }
-        keeper = Checkpoint(Path(checkpoint), made_for, options.checkpoint_seconds)
-        done, spent = keeper.restore(moments)
+        keeper = Checkpoint(Path(checkpoint), "fit", made_for, options.checkpoint_seconds)
+        if (kept := keeper.restore()) is not None:
+            record, state = kept
+            moments.load_state(state)
+            done, spent = int(record["windows"]), float(record["seconds"])
     total = corpus.tokens
     read = sum(window.tokens for window in corpus.windows[:done])
     update("read", read, total)
@@ -240,8 +244,8 @@ def _sum(
         spent += time.perf_counter() - began
         read += sum(window.tokens for window in part)
         update("read", read, total)
-        if keeper is not None:
-            keeper.keep(moments, at + len(part), spent, always=at + len(part) == len(corpus.windows))
+        if keeper is not None and (keeper.due() or at + len(part) == len(corpus.windows)):
+            keeper.keep(partial(dict, windows=at + len(part), seconds=spent), moments.state)
     return moments, HeldOut(*_rows(pair, corpus.held_out, sources)), spent
 
 
