@@ -22,7 +22,8 @@ class TrainOptions:
         least_context: fewest of them.
         continuation: own tokens of the receiver that follow, at most; a window gives several continuations.
         questions_per_text: how many questions about one text are asked at once, at most.
-        lr: learning rate of the maps, in units of the features' and targets' standard deviations.
+        lr: learning rate of the maps' weights, in the coordinates of `training.coordinates`.
+        bias_lr: that of the biases, in standard deviations of what a map gives.
         gate_lr: that of the gates.
         warmup: share of the run in which the rates rise from 0; they fall to 0 along a cosine after it.
         weight_decay: of AdamW, towards 0.
@@ -47,6 +48,7 @@ class TrainOptions:
     continuation: int = 128
     questions_per_text: int = 3
     lr: float = 3e-4
+    bias_lr: float = 3e-3
     gate_lr: float = 1e-2
     warmup: float = 0.03
     weight_decay: float = 0.0
@@ -72,7 +74,7 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("minutes", "lr", "gate_lr", "clip"):
+        for name in ("minutes", "lr", "bias_lr", "gate_lr", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a number above 0, got {value}")

@@ -21,16 +21,16 @@ from c2c_kernels.identity import check_identity, identify
 from c2c_kernels.integrations.transformers import disable
 from c2c_kernels.projectors import CacheProjector
 from c2c_kernels.training.batches import Batch, collate
+from c2c_kernels.training.coordinates import Coordinates, InputMoments
 from c2c_kernels.training.course import Course, rate, temperature
 from c2c_kernels.training.examples import Asked, Questions, Stream, Texts
 from c2c_kernels.training.options import TrainOptions
 from c2c_kernels.training.processes import Processes
 from c2c_kernels.training.trainee import Trainee
-from c2c_kernels.training.units import Deviations, drop_units, factors, use_units
 from c2c_kernels.training.validation import Validation
 
-# Windows of each kind over which deviations are measured.
-_FOR_UNITS = 8
+# Windows over which the moments of what maps read are measured.
+_FOR_MOMENTS = 16
 _CURVE_POINTS = 48
 _DIGITS = 16  # of the SHA-256s that facts record, as a fit does
 # Of the documents, or texts with questions, at most one in so many is held out.
@@ -158,7 +158,6 @@ def train_projector(
     finally:
         if not was_enabled:
             disable(receiver.base_model)
-    drop_units(projector)
     projector.gate_temperature = options.gate_temperature[1]
     projector.facts = {**projector.facts, "training": _facts(run, examples, options, processes)}
     if checkpoint is not None and processes.rank == 0:
@@ -177,20 +176,12 @@ def _train(
 ) -> _Run:
     projector, course, run = trainee.projector, Course(streams, options), _Run()
     restored = None if keeper is None else keeper.restore()
-    measured = Deviations(projector)
-    if restored is None:
-        for stream in streams:
-            for number in range(_FOR_UNITS):
-                batch = collate([stream.window(number)], projector)
-                measured.add(trainee.read(batch), batch.plan)
-        use_units(projector, measured)
-    else:
-        use_units(projector, Deviations.none(projector))
-    optimizer = _optimizer(projector, options)
+    coordinates = Coordinates(projector, _moments(trainee, streams) if restored is None else None)
+    optimizer = _optimizer(projector, coordinates, options)
     if restored is not None:
         run = _Run(**restored[0])
         course.taken, course.dealt = dict(run.taken), run.dealt
-        _load_state(projector, optimizer, restored[1])
+        _load_state(projector, coordinates, optimizer, restored[1])
     module: nn.Module = trainee
     if processes.count > 1:
         module = DistributedDataParallel(trainee)
@@ -212,13 +203,15 @@ def _train(
         if run.done >= 1:
             return run
         if keeper is not None and processes.rank == 0 and run.step and keeper.due():
-            keeper.keep(lambda: asdict(run), lambda: _state(projector, optimizer))
+            keeper.keep(lambda: asdict(run), lambda: _state(projector, coordinates, optimizer))
         for group in optimizer.param_groups:
             group["lr"] = group["most"] * rate(run.done, options.warmup)
         terms, scored = _step(module, course, projector, options, processes)
+        coordinates.pull()
         torch.nn.utils.clip_grad_norm_(parameters, options.clip, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        coordinates.push()
         run.step += 1
         run.taken, run.dealt = dict(course.taken), course.dealt
         run.scored += scored
@@ -254,36 +247,53 @@ def _step(
     return processes.mean(terms), scored
 
 
-def _optimizer(projector: CacheProjector, options: TrainOptions) -> torch.optim.Optimizer:
-    gates = [p for name, p in projector.named_parameters() if name == "gate_logits"]
-    maps = [p for name, p in projector.named_parameters() if name != "gate_logits"]
+def _moments(trainee: Trainee, streams: Sequence[Stream]) -> InputMoments:
+    moments = InputMoments(trainee.projector)
+    for number in range(_FOR_MOMENTS):
+        batch = collate([streams[number % len(streams)].window(number)], trainee.projector)
+        moments.add(trainee.read(batch), batch.plan)
+    return moments
+
+
+def _optimizer(projector: CacheProjector, coordinates: Coordinates, options: TrainOptions) -> torch.optim.Optimizer:
+    weights = [parameter for parameter in coordinates.maps.values() if parameter.dim() > 1]
+    biases = [parameter for parameter in coordinates.maps.values() if parameter.dim() == 1]
+    assert projector.gate_logits is not None
     groups = [
-        {"params": maps, "most": options.lr, "weight_decay": options.weight_decay},
-        {"params": gates, "most": options.gate_lr, "weight_decay": 0.0},
+        {"params": weights, "most": options.lr, "weight_decay": options.weight_decay},
+        {"params": biases, "most": options.bias_lr, "weight_decay": 0.0},
+        {"params": [projector.gate_logits], "most": options.gate_lr, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), fused=True)
 
 
-def _state(projector: CacheProjector, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that the next step depends on: parameters, their units, and the optimiser's state."""
-    tensors = {f"units.{name}": tensor for name, tensor in factors(projector)}
-    for name, parameter in projector.named_parameters():
-        tensors[f"parameter.{name}"] = parameter.detach()
+def _trained(projector: CacheProjector, coordinates: Coordinates) -> dict[str, nn.Parameter]:
+    assert projector.gate_logits is not None
+    return {**coordinates.maps, "gate_logits": projector.gate_logits}
+
+
+def _state(projector: CacheProjector, coordinates: Coordinates, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that the next step depends on: parameters, their coordinates, and the optimiser's state."""
+    assert projector.gate_logits is not None
+    tensors = {**coordinates.state(), "gate_logits": projector.gate_logits.detach()}
+    for name, parameter in _trained(projector, coordinates).items():
         for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = torch.as_tensor(value)
+            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
     return tensors
 
 
 @torch.no_grad()
-def _load_state(projector: CacheProjector, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    for name, tensor in factors(projector):
-        tensor.copy_(state.pop(f"units.{name}"))
-    names = dict(projector.named_parameters())
-    for name, parameter in names.items():
-        parameter.copy_(state.pop(f"parameter.{name}"))
+def _load_state(
+    projector: CacheProjector, coordinates: Coordinates, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
+) -> None:
+    assert projector.gate_logits is not None
+    coordinates.load_state(state)
+    projector.gate_logits.copy_(state["gate_logits"])
+    trained = _trained(projector, coordinates)
     for place, tensor in state.items():
-        key, _, name = place.partition(".")
-        optimizer.state[names[name]][key] = tensor.clone()
+        if place.startswith("optimizer."):
+            _, key, name = place.split(".", 2)
+            optimizer.state[trained[name]][key] = tensor.clone()
 
 
 def _check_projector(
