@@ -25,6 +25,7 @@ class Units(nn.Module):
 
     def __init__(self, factor: Tensor) -> None:
         super().__init__()
+        self.factor: Tensor
         self.register_buffer("factor", factor)
 
     def forward(self, inner: Tensor) -> Tensor:
