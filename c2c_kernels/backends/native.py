@@ -5,6 +5,8 @@ Kernels read rows whose last dimension is contiguous; tensors that are laid out 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -387,22 +389,43 @@ def _rope_table(table: Tensor | None, batch: int, length: int) -> Tensor | None:
 
 
 def project_kv_backward(
-    backend: str, grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, rope: Rope | None
+    backend: str,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    segment: SegmentTensors,
+    rope: Rope | None,
+    needs: Sequence[bool] | None = None,
 ) -> list[Tensor | None]:
-    """Gradients by slot in float32: plain matrix products over tokens, memory linear in length."""
+    """Gradients by slot in float32: plain matrix products over tokens, memory linear in length.
+
+    `needs`: of the tensors that are there, in the order of their slots, which are wanted; None: all. What is frozen
+    costs nothing: of a sharer that is not trained that is half of the products.
+    """
     flat: list[Tensor | None] = [None] * len(SLOTS)
+    flags = iter(needs or ())
+    wanted = {
+        name: t is not None and (needs is None or next(flags)) for name, t in zip(SLOTS, segment.tensors, strict=True)
+    }
     removed = rope.remove if rope is not None else None
     applied = rope.apply if rope is not None else None
+    if removed is None and _reads_once(segment, wanted):
+        return _grads_of_one_read(grad_key, grad_value, segment, applied)
     for first, grad, remove, apply in ((0, grad_key, removed, applied), (1, grad_value, None, None)):
         name = SLOTS[first]
         raw, proj, proj_in, scale = (getattr(segment, f"{name}{end}") for end in ("", "_proj", "_proj_in", "_scale"))
         grad = reference.zero_beyond(grad.float(), segment.lengths)
         if apply is not None:
             grad = reference.rotate_backward(grad, *apply)
+        if wanted[f"{name}_bias"]:
+            flat[SLOTS.index(f"{name}_bias")] = grad.sum((0, 2))
+        wants_raw = wanted[name] or wanted[f"{name}_scale"]
+        if not (wants_raw or wanted[f"{name}_proj"] or wanted[f"{name}_proj_in"]):
+            continue
         x = reference.prepare_raw(raw, scale, segment.selected, remove, segment.lengths, torch.float32)
-        grad_raw, grad_proj, grad_proj_in = _projector_grads(grad, x, proj, proj_in)
+        grad_raw, grad_proj, grad_proj_in = _projector_grads(grad, x, proj, proj_in, wants_raw)
         flat[SLOTS.index(f"{name}_proj")], flat[SLOTS.index(f"{name}_proj_in")] = grad_proj, grad_proj_in
-        flat[SLOTS.index(f"{name}_bias")] = grad.sum((0, 2))
+        if grad_raw is None:
+            continue
         grad_raw = reference.zero_beyond(grad_raw, segment.lengths)
         if segment.selected is not None:
             index = segment.selected.expand(raw.shape[0], segment.length).long()[:, None, :, None]
@@ -420,8 +443,36 @@ def project_kv_backward(
     return flat
 
 
-def _projector_grads(grad, x, proj, proj_in) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of raw tokens x (batch, heads, n, dim), of the projector and of its inner factor."""
+def _reads_once(segment: SegmentTensors, wanted: dict[str, bool]) -> bool:
+    """Whether keys and values are made of the same tokens by dense maps, and the tokens' gradient is not wanted."""
+    key, value = segment.key, segment.value
+    same = key.data_ptr() == value.data_ptr() and key.shape == value.shape and key.stride() == value.stride()
+    dense = segment.key_proj is not None and segment.value_proj is not None
+    dense = dense and segment.key_proj_in is None and segment.value_proj_in is None
+    scaled = segment.key_scale is not None or segment.value_scale is not None
+    return same and dense and not scaled and not (wanted["key"] or wanted["value"])
+
+
+def _grads_of_one_read(
+    grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, apply: tuple[Tensor, Tensor] | None
+) -> list[Tensor | None]:
+    """Gradients of both projectors and biases from one product over the tokens that both read."""
+    grads = [reference.zero_beyond(grad.float(), segment.lengths) for grad in (grad_key, grad_value)]
+    if apply is not None:
+        grads[0] = reference.rotate_backward(grads[0], *apply)
+    x = reference.prepare_raw(segment.key, None, segment.selected, None, segment.lengths, torch.float32)
+    rows = torch.cat([grad.transpose(1, 2).flatten(2).flatten(0, 1) for grad in grads], dim=1)
+    both = rows.T @ x.transpose(1, 2).flatten(2).flatten(0, 1)
+    width = segment.key_proj.shape[0] * segment.key_proj.shape[1]
+    flat: list[Tensor | None] = [None] * len(SLOTS)
+    flat[SLOTS.index("key_proj")] = both[:width].reshape(segment.key_proj.shape)
+    flat[SLOTS.index("value_proj")] = both[width:].reshape(segment.value_proj.shape)
+    flat[SLOTS.index("key_bias")], flat[SLOTS.index("value_bias")] = (grad.sum((0, 2)) for grad in grads)
+    return flat
+
+
+def _projector_grads(grad, x, proj, proj_in, wants_raw) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of raw tokens x (batch, heads, n, dim) where wanted, of the projector and of its inner factor."""
     if proj is None:
         return grad, None, None
     tokens = x.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -429,10 +480,14 @@ def _projector_grads(grad, x, proj, proj_in) -> tuple[Tensor, Tensor | None, Ten
     weight = proj.float().flatten(0, 1)
     inner = tokens if proj_in is None else tokens @ proj_in.float().T
     grad_proj = (rows.T @ inner).reshape(proj.shape)
+    if proj_in is None and not wants_raw:
+        return None, grad_proj, None
     grad_inner = rows @ weight
     grad_proj_in = None
     if proj_in is not None:
         grad_proj_in = grad_inner.T @ tokens
+        if not wants_raw:
+            return None, grad_proj, grad_proj_in
         grad_inner = grad_inner @ proj_in.float()
     batch, heads, length, dim = x.shape
     return grad_inner.reshape(batch, length, heads, dim).transpose(1, 2), grad_proj, grad_proj_in

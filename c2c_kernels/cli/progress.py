@@ -9,9 +9,12 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def stage(label: str, total: int | None = None, *, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+def stage(
+    label: str, total: int | None = None, *, in_bytes: bool = False, beside: Callable[[], str] = lambda: ""
+) -> Iterator[Callable[[int], None]]:
     """Shows `label` while the block runs and how long it took; yields `update(completed)`.
 
+    `beside` is asked at every update for what stands after the label.
     Without rich, or where standard error is no terminal, it is one line: the label, at the end the seconds.
     """
     try:
@@ -23,13 +26,13 @@ def stage(label: str, total: int | None = None, *, in_bytes: bool = False) -> It
         terminal = console.Console(file=sys.stderr)
     if terminal is None or not terminal.is_terminal:
         with _line(label):
-            yield lambda completed, text="": None
+            yield lambda completed: None
         return
     amount = [progress.DownloadColumn() if in_bytes else progress.MofNCompleteColumn()] if total else []
     columns = [progress.TextColumn("{task.description:<36}", markup=False), progress.BarColumn(30), *amount]
     with progress.Progress(*columns, progress.TimeElapsedColumn(), console=terminal) as bars:
         task = bars.add_task(label, total=total)
-        yield lambda completed, text="": bars.update(task, completed=completed, description=text or label)
+        yield lambda completed: bars.update(task, completed=completed, description=f"{label} {beside()}".rstrip())
         bars.update(task, total=total or 1, completed=total or 1)
 
 
@@ -55,10 +58,12 @@ def watch(label: str, total: int | None) -> Iterator[Callable[[int, str, str], N
 
         yield write
         return
-    with stage(label, total) as move:
+    beside_bar: list[str] = []
+    with stage(label, total, beside=lambda: " ".join(beside_bar)) as move:
 
         def show(completed: int, beside: str, line: str) -> None:
-            move(completed, f"{label}: {beside}")  # type: ignore[call-arg]
+            beside_bar[:] = [beside]
+            move(completed)
             if line:
                 note(line)
 

@@ -222,7 +222,7 @@ def _lines(progress: Progress) -> tuple[str, str]:
     """What stands beside the bar, and what is worth a line of its own."""
     from c2c_kernels.training.validation import text_of
 
-    short = f"loss {progress.loss:.3f}"
+    short = f"loss {progress.loss:.3f}" if progress.step else ""
     found = "" if progress.held_out is None else f"step {progress.step}, {progress.seconds:.0f} s: "
     return short, found and found + text_of(progress.held_out or {})
 

@@ -140,7 +140,7 @@ def _write(backend, segment, rope, key_out, value_out) -> None:
 
 def _backward(grad_key, grad_value, segments, layout, rope, removes, needs, backend):
     grads = native.project_kv_backward(
-        backend, grad_key, grad_value, unpack(segments, layout)[0], _rope_from(rope, removes)
+        backend, grad_key, grad_value, unpack(segments, layout)[0], _rope_from(rope, removes), needs
     )
     present = [grad for slot, grad in enumerate(grads) if layout[0] >> slot & 1]
     return [

@@ -68,7 +68,7 @@ def collate(windows: Sequence[Window], projector: CacheProjector) -> Batch:
         targets.append(wanted)
     return Batch(
         sharer_ids=pad([torch.tensor(w.sharer.ids) for w in windows]),
-        plan=TokenPlan(index, positions, ends, lengths),
+        plan=TokenPlan(index, positions, ends, None if len(set(lengths.tolist())) == 1 else lengths),
         head_ids=pad([torch.tensor(w.head, dtype=torch.long) for w in windows]),
         head_lengths=torch.tensor([len(w.head) for w in windows]),
         text_ids=pad([torch.tensor([*w.head, *w.receiver.ids]) for w in windows]),

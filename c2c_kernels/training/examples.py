@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 from c2c_kernels.alignment import NO_TEXT, TokenSpans, token_spans
@@ -148,11 +149,7 @@ class Texts:
                 length, size = len(starts) - 1, self._options.window
                 shift = draw.randrange(min(size, length)) if length > size else 0
                 cuts = [0, *range(shift, length, size), length] if shift else [*range(0, length, size), length]
-                pieces += [
-                    (document, first, last)
-                    for first, last in zip(cuts, cuts[1:], strict=False)
-                    if last - first >= self._least
-                ]
+                pieces += [(document, first, last) for first, last in pairwise(cuts) if last - first >= self._least]
             draw.shuffle(pieces)
             self._epochs.append(pieces)
         return self._epochs[epoch]

@@ -64,14 +64,14 @@ def head_loss(
     Returns:
         () float32 loss, and (2,) float32 (cross-entropy, KL), without gradient; KL is NaN without a teacher.
     """
-    return _HeadLoss.apply(hidden, targets, teacher, distill, head)  # type: ignore[no-any-return]
+    return _HeadLoss.apply(hidden, targets, teacher, distill, head)
 
 
 class _HeadLoss(torch.autograd.Function):
     """dloss/dlogits = p - (1 - w) onehot - w q is known in the forward pass: nothing is computed twice."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, targets: Tensor, teacher: Tensor | None, distill: float, head: Head
     ) -> tuple[Tensor, Tensor]:
         wants, count = hidden.requires_grad, len(hidden)
@@ -108,7 +108,7 @@ class _HeadLoss(torch.autograd.Function):
         return loss.float(), terms
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grads,) = ctx.saved_tensors
         return grads * grad_loss.to(grads.dtype), None, None, None, None
 

@@ -19,6 +19,7 @@ from c2c_kernels.checkpoints import Checkpoint
 from c2c_kernels.fitting.texts import corpus_hash, text_hashes
 from c2c_kernels.identity import check_identity, identify
 from c2c_kernels.integrations.transformers import disable
+from c2c_kernels.integrations.transformers.attention import PATCH
 from c2c_kernels.projectors import CacheProjector
 from c2c_kernels.training.batches import Batch, collate
 from c2c_kernels.training.coordinates import Coordinates, InputMoments
@@ -143,7 +144,7 @@ def train_projector(
     projector = copy.deepcopy(projector).requires_grad_(True)
     if projector.gate_logits is None:
         projector.add_gates(int(receiver.config.num_attention_heads))
-    was_enabled = receiver.base_model.__dict__.get("_c2c_patch") is not None
+    was_enabled = PATCH in receiver.base_model.__dict__
     trainee = Trainee(
         projector, sharer, receiver, distill=options.distill, match=options.match, backend=backend
     ).train()
@@ -205,7 +206,7 @@ def _train(
         if keeper is not None and processes.rank == 0 and run.step and keeper.due():
             keeper.keep(lambda: asdict(run), lambda: _state(projector, coordinates, optimizer))
         for group in optimizer.param_groups:
-            group["lr"] = group["most"] * rate(run.done, options.warmup)
+            group["lr"] = group["most"] * rate(_middle(run, options), options.warmup)
         terms, scored = _step(module, course, projector, options, processes)
         coordinates.pull()
         torch.nn.utils.clip_grad_norm_(parameters, options.clip, error_if_nonfinite=True)
@@ -224,6 +225,13 @@ def _done(run: _Run, options: TrainOptions) -> float:
         return run.step / options.steps
     assert options.minutes is not None
     return min(run.seconds / (60 * options.minutes), 1.0)
+
+
+def _middle(run: _Run, options: TrainOptions) -> float:
+    """Share of the run in the middle of the next step, as far as it is known: no step has a rate of 0."""
+    if options.steps is not None:
+        return (run.step + 0.5) / options.steps
+    return run.done + (0.5 * run.done / run.step if run.step else 1e-3)
 
 
 def _step(

@@ -44,14 +44,16 @@ class Trainee(nn.Module):
         self.distill, self.match, self.backend = distill, match, backend
         for model in (sharer, receiver):
             model.eval().requires_grad_(False)
-        head = Head(receiver)
         # No modules of this one: neither its parameters nor what DistributedDataParallel looks after.
-        self._beside = {"sharer": sharer, "body": enable(receiver.base_model, backend), "head": head}
+        self._beside = {"sharer": sharer, "body": enable(receiver.base_model, backend), "head": Head(receiver)}
         self._heads: dict[tuple[int, ...], Layers] = {}
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(loss, (3,) cross-entropy, KL and match without gradient: NaN for what is not computed)."""
-        projected = self._projected(batch)
+    def forward(self, batch: Batch, cache: Layers | None = None) -> tuple[Tensor, Tensor]:
+        """(loss, (3,) cross-entropy, KL and match without gradient: NaN for what is not computed).
+
+        `cache`: what the sharer keeps of the windows, where it has read them already.
+        """
+        projected = self._projected(batch, cache)
         teacher, own = self._teach(batch)
         hidden = self._rows(batch, self._context(batch, projected, batch.visible))
         scored = batch.targets != NOT_SCORED
@@ -82,13 +84,14 @@ class Trainee(nn.Module):
         """What the sharer keeps of every window."""
         return read_cache(read_tokens(self._beside["sharer"], batch.sharer_ids), "sharer")
 
-    def _projected(self, batch: Batch) -> list[c2c.SharerSegment]:
-        return self.projector.segments(self.read(batch), batch.plan, backend=self.backend)
+    def _projected(self, batch: Batch, cache: Layers | None = None) -> list[c2c.SharerSegment]:
+        read = self.read(batch) if cache is None else cache
+        return self.projector.segments(read, batch.plan, backend=self.backend)
 
     def _rows(self, batch: Batch, context: SharedContext | None) -> Tensor:
         """(rows, own tokens, width) last hidden states."""
         body = self._beside["body"]
-        return body(input_ids=batch.own_ids, use_cache=False, c2c=context).last_hidden_state  # type: ignore[no-any-return]
+        return body(input_ids=batch.own_ids, use_cache=False, c2c=context).last_hidden_state
 
     @torch.no_grad()
     def _read_text(self, batch: Batch) -> tuple[Tensor, Layers]:
@@ -162,9 +165,9 @@ class Trainee(nn.Module):
 
     def _unlike(self, batch: Batch, projected: list[c2c.SharerSegment], own: Layers) -> Tensor:
         """Mean over layers and halves of sum (projected - own)^2 / sum (own - mean)^2, over the texts' tokens."""
-        lengths = batch.plan.lengths
-        assert lengths is not None
-        valid = torch.arange(batch.plan.index.shape[1]) < lengths[:, None]
+        valid = torch.ones(batch.plan.index.shape, dtype=torch.bool)
+        if batch.plan.lengths is not None:
+            valid = torch.arange(valid.shape[1]) < batch.plan.lengths[:, None]
         places = batch.plan.positions[valid]
         windows = torch.arange(len(valid))[:, None].expand_as(valid)[valid]
         errors = []
