@@ -9,6 +9,7 @@ from error_rule import assert_as_exact
 from c2c_kernels.fitting import moments as moments_module
 from c2c_kernels.fitting.moments import Moments
 from c2c_kernels.fitting.ridge import GroupChoice, HeldOut, Normal, affine, choose_ridge
+from c2c_kernels.fitting.stretch import stretched
 
 FEATURES, TARGETS, TOKENS = 23, 7, 400
 
@@ -171,3 +172,23 @@ def test_refusals():
         moments.add(torch.zeros(4, 3), torch.zeros(5, 2))
     with pytest.raises(ValueError, match="no tokens"):
         moments.means()
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_stretched_maps_keep_the_mean(data, rank):
+    x, y, moments = data
+    found = affine(moments, torch.arange(FEATURES), slice(0, TARGETS), 0.01, rank)
+    mean = moments.means()[1]
+    longer = stretched(found, mean, 1.25)
+
+    def weight(maps, dtype):
+        return maps.weight[0].to(dtype) @ maps.weight[1].to(dtype) if rank else maps.weight.to(dtype)
+
+    def apply(maps, dtype):
+        return x.to(dtype) @ weight(maps, dtype).T + maps.bias.to(dtype)
+
+    wanted = mean + 1.25 * (apply(found, torch.float64) - mean)
+    plain = mean.float() + 1.25 * (apply(found, torch.float32) - mean.float())
+    terms = float((x.abs() @ weight(longer, torch.float64).abs().T).max())
+    assert_as_exact("stretched", apply(longer, torch.float32), plain, wanted, scale=terms)
+    torch.testing.assert_close(apply(longer, torch.float64).mean(0), y.mean(0), rtol=1e-6, atol=0)

@@ -15,7 +15,7 @@ from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.models import load_model
 from c2c_kernels.cli.progress import note, stage
 
-_LABELS = {"read": "read and sum", "solve": "choose layers and solve"}
+_LABELS = {"read": "read and sum", "solve": "choose layers and solve", "stretch": "stretch keys"}
 
 
 def run(options: argparse.Namespace) -> int:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from c2c_kernels.evaluate.arms import ARMS, Reader, Statistics
 from c2c_kernels.evaluate.pieces import Piece
 from c2c_kernels.evaluate.results import LossResult
-from c2c_kernels.integrations.transformers import SharedContext
+from c2c_kernels.integrations.transformers.continuation import continuation_loss
 
 # Pieces whose projected caches give the noise its statistics, before anything is scored.
 _FOR_STATISTICS = 12
@@ -72,10 +70,3 @@ def score(
         previous = projected
         update(done)
     return LossResult(name, tuple(names), losses, tokens, len(pieces))
-
-
-def continuation_loss(model: object, context: SharedContext | None, ids: Sequence[int]) -> Tensor:
-    """() float64 sum of -ln p over all tokens but the first, nats."""
-    given = torch.tensor([list(ids)])
-    logits = model(given[:, :-1], c2c=context, use_cache=False).logits[0]  # type: ignore[operator]
-    return F.cross_entropy(logits.float(), given[0, 1:], reduction="sum").double()
