@@ -238,6 +238,7 @@ def _sum(
         began = time.perf_counter()
         moments.add(x, y)
         spent += time.perf_counter() - began
+        del x, y  # before the next ones are made
         read += sum(window.tokens for window in part)
         update("read", read, total)
         if keeper is not None:
