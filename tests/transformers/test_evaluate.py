@@ -114,6 +114,20 @@ def _plain(shape, contexts, layer: int, half: str) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
+def test_no_text_is_projected_twice(reader: Reader, pieces: list[evaluate.Piece], monkeypatch):
+    """The statistics of the noise and the first mismatched cache come from the contexts that are scored."""
+    read: list[str] = []
+    project = Reader.project
+
+    def counted(self, text, head):
+        read.append(text)
+        return project(self, text, head)
+
+    monkeypatch.setattr(Reader, "project", counted)
+    evaluate.score(reader, pieces)
+    assert sorted(read) == sorted(piece.context for piece in pieces)
+
+
 def test_noise_needs_statistics(reader: Reader):
     with pytest.raises(ValueError, match="at least two tokens"):
         Statistics(reader.projector.receiver).noise(reader.project("abc", PREFIX), torch.Generator())

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_fit import OPTIONS, TEXTS, fit
+from test_fit import OPTIONS, fit
 from test_projected import QUESTION, random_projector
 from tiny_models import WINDOW, build
 from tiny_tokenizers import build_tokenizer, random_texts
 from transformers import DynamicCache
 
-import c2c_kernels as c2c
 from c2c_kernels.alignment import token_spans
 from c2c_kernels.fitting.reading import unrotated
 from c2c_kernels.integrations.transformers import enable, project_text, read_tokens, session
@@ -89,15 +88,17 @@ def test_a_fit_for_a_sliding_window_receiver():
     assert projector.prefix == (1,)
     assert len(set(projector.receiver.layer_frequencies)) == 2
     sharer, receiver = build("llama"), build("gemma3")
-    found, true = {"key": [[] for _ in range(4)], "value": [[] for _ in range(4)]}, {"key": [], "value": []}
-    true = {half: [[] for _ in range(4)] for half in found}
+    found, true = ({half: [[] for _ in range(4)] for half in ("key", "value")} for _ in range(2))
     for text in random_texts(60, 60, seed=98):
         spans = token_spans(build_tokenizer(25, bos=True), text), token_spans(build_tokenizer(4), text)
         cache = [(layer.keys, layer.values) for layer in read_tokens(sharer, spans[0].ids).layers]
         ours = read_tokens(receiver, [1, *spans[1].ids])
         plan = projector.plan(*spans)
         for number, segment in enumerate(projector.segments(cache, plan)):
-            pairs = {"key": (segment.key, ours.layers[number].keys), "value": (segment.value, ours.layers[number].values)}
+            pairs = {
+                "key": (segment.key, ours.layers[number].keys),
+                "value": (segment.value, ours.layers[number].values),
+            }
             for half, (got, wanted) in pairs.items():
                 wanted = wanted[:, :, plan.positions]
                 if half == "key":
@@ -124,6 +125,6 @@ def test_refusals():
         project_text(projector, "a" * 1000, *pairs)
     with pytest.raises(ValueError, match="cache has 2 layers, the projector's sharer has 4"):
         project_text(projector, "abc", (build("llama", num_hidden_layers=2), pairs[1][1]), pairs[1])
-    with pytest.raises(TypeError, match="gives no character offsets"):
-        project_text(projector, "abc", (sharer, object()), pairs[1])
-    assert isinstance(projector, c2c.CacheProjector) and TEXTS
+    slow = type("Slow", (), {"is_fast": False})()
+    with pytest.raises(TypeError, match=r"the sharer's tokenizer \(Slow\) gives no character offsets"):
+        project_text(projector, "abc", (sharer, slow), pairs[1])

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 import c2c_kernels as c2c
-from c2c_kernels.alignment import TokenSpans, token_spans
+from c2c_kernels.alignment import TokenSpans, check_offsets, token_spans
 from c2c_kernels.backends import reference
 from c2c_kernels.integrations.transformers.caches import read_cache
 from c2c_kernels.integrations.transformers.context import SharedContext
@@ -174,6 +174,8 @@ def project_text(
     """
     if not text:
         raise ValueError("text is empty: something to read is wanted")
+    check_offsets(sharer[1], "the sharer's tokenizer")
+    check_offsets(receiver[1], "the receiver's tokenizer")
     theirs = token_spans(sharer[1], text)
     ours = token_spans(receiver[1], text, add_special_tokens=False)
     before = projector.prefix if head is None else head
