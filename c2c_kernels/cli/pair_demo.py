@@ -203,7 +203,7 @@ class _Direction:
         reader, role, length = self.reader, self.role, self.options.max_new_tokens
         model, tokenizer = reader.receiver, reader.receiver_tokenizer
         text = self._tokens(role.document.text)
-        rows = []
+        rows: list[PairRow] = []
         with stage("answer in four ways", len(ARMS) * len(role.document.questions)) as update:
             for asked in role.document.questions:
                 prompt = parts(tokenizer, role.document.text, asked)

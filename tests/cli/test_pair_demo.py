@@ -398,8 +398,7 @@ def test_on_the_real_models(smollm2_gguf, gemma3_gguf, capsys):
         known_pairs.find("gemma3-smollm2", None)
     except CommandError as error:
         pytest.skip(str(error))
-    question = ("--question", "What is this text about?", "--max-new-tokens", "8", "--threads", "1")
+    question = ("--question", "What is this text about?", "--max-new-tokens", "1", "--threads", "1")
     [found] = _demo(capsys, "--pair", "gemma3-smollm2", *question)["directions"]
     nats = found["loss"]["nats"]
-    assert nats["text"] < nats["cache"] < nats["none"]
-    assert found["loss"]["recovered"]["cache"] > 2 * found["loss"]["recovered"]["mismatched"]
+    assert nats["text"] < nats["cache"] < nats["mismatched"] and nats["cache"] < nats["none"]
