@@ -50,6 +50,11 @@ def test_moments_are_those_of_the_data(data):
         ),
         "mean of x": (moments.means()[0], lambda x, y: x.mean(0)),
         "mean of y": (moments.means()[1], lambda x, y: y.mean(0)),
+        "variance of x": (moments.variance_x(), lambda x, y: x.var(0, correction=0)),
+        "covariance between": (
+            moments.covariance_between(range(3, 9), range(11, FEATURES)),
+            lambda x, y: cross_covariance(x[:, 3:9], x[:, 11:]),
+        ),
         "variance of y": (moments.variance_y(), lambda x, y: y.var(0, correction=0)),
     }
     for name, (ours, formula) in found.items():
@@ -172,6 +177,9 @@ def test_refusals():
         moments.add(torch.zeros(4, 3), torch.zeros(5, 2))
     with pytest.raises(ValueError, match="no tokens"):
         moments.means()
+    moments.add(torch.ones(4, 3), torch.ones(4, 2))
+    with pytest.raises(ValueError, match=r"rows range\(0, 2\) must end before columns range\(1, 3\) begin"):
+        moments.covariance_between(range(2), range(1, 3))
 
 
 @pytest.mark.parametrize("rank", [None, 3])

@@ -174,6 +174,7 @@ def _train(
         options.receiver,
         threads=options.threads,
         dtype=options.dtype,
+        maps="float32",
         backend=options.backend,
     )
     asked = [_asked(reader.receiver_tokenizer, question) for question in questions]

@@ -250,6 +250,7 @@ def _sum(
         began = time.perf_counter()
         moments.add(x, y)
         spent += time.perf_counter() - began
+        del x, y  # before the next ones are made
         read += sum(window.tokens for window in part)
         update("read", read, total)
         if keeper is not None and (keeper.due() or at + len(part) == len(corpus.windows)):

@@ -270,7 +270,7 @@ def test_a_sharer_of_another_shape_is_refused(folders, note_file, capsys):
         capsys, "demo", "--receiver", folders["a"], "--sharer", folders["wide"], "--document", str(note_file)
     )
     assert "its num_key_value_heads is 4, the receiver's 2" in line
-    assert "needs a fitted projector, which the demo does not read" in line
+    assert "needs a fitted projector (--pair, --projector)" in line
 
 
 def test_a_document_beyond_the_context_is_refused(folders, tmp_path, capsys):
