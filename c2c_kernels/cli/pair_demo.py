@@ -225,7 +225,8 @@ class _Direction:
         """The document is cut: the receiver gets its beginning in four ways and is scored on its end."""
         from c2c_kernels.cli.pair_report import ARMS, LossRow
         from c2c_kernels.corpus import Document
-        from c2c_kernels.evaluate import continuation_loss, first_piece
+        from c2c_kernels.evaluate import first_piece
+        from c2c_kernels.integrations.transformers.continuation import continuation_loss
 
         reader, role = self.reader, self.role
         length = len(self._tokens(role.document.text))

@@ -14,7 +14,7 @@ from c2c_kernels.evaluate.asking import ask
 from c2c_kernels.evaluate.bootstrap import Interval
 from c2c_kernels.evaluate.pieces import Piece, cut, first_piece
 from c2c_kernels.evaluate.results import AnswerResult, Evaluation, LossResult
-from c2c_kernels.evaluate.scoring import continuation_loss, score
+from c2c_kernels.evaluate.scoring import score
 from c2c_kernels.evaluate.unseen import check_unseen
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "Reader",
     "ask",
     "check_unseen",
-    "continuation_loss",
     "cut",
     "first_piece",
     "score",
