@@ -32,6 +32,10 @@ _DTYPES = {
 }
 _ABSENT = (0, 0, 0, 0, 0, 0)
 _QUERY, _KEY, _VALUE, _OUT = (place * len(_ABSENT) for place in (0, 1, 2, 7))  # in an attention call's numbers
+_KEY_OUT, _VALUE_OUT = (place * len(_ABSENT) for place in (4, 5))  # in a projection's numbers,
+_PROJECTED_SEGMENT = 6 * len(_ABSENT) + 7  # where six tensors and seven sizes go before the segment
+# The tensors of a segment that a repeated projection may have.
+PROJECTED = ("key", "value", "key_proj", "value_proj", "key_bias", "value_bias", "key_scale", "value_scale")
 _NO_OPTIONS = _ABSENT * 4
 _NO_PROJECTORS = _ABSENT * 6
 _NO_SELECTION = _ABSENT * 3
@@ -349,10 +353,9 @@ def _segment_grads(
     return flat
 
 
-def project_kv(
-    backend: str, segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor, name: str = "segment"
-) -> None:
-    """Forward kernel, written to key_out and value_out; errors call the segment `name`."""
+def _projection_numbers(
+    segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor, keep: list[Tensor]
+) -> list[int]:
     targets = []
     for half, tensor in (("key", key_out), ("value", value_out)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
@@ -361,7 +364,6 @@ def project_kv(
             raise TypeError(f"out {half} has dtype {tensor.dtype}, wanted float32, bfloat16 or float16")
         targets.append(tensor)
     batch, kv_heads, length, head_dim = key_out.shape
-    keep: list[Tensor] = []
     segment = segment._replace(gate=None, positions=None, causal=False)
     tables: list[Tensor | None] = [None] * 4
     if rope is not None:
@@ -371,7 +373,8 @@ def project_kv(
             *(_rope_table(t, batch, segment.key.shape[2]) for t in removed),
             *(_rope_table(t, batch, length) for t in applied),
         ]
-    numbers = [
+        keep += [table for table in tables if table is not None]
+    return [
         *(n for t in (*tables, *targets) for n in _numbers(t)),
         batch, kv_heads, head_dim, value_out.shape[3],
         0 if tables[0] is None else tables[0].shape[2],
@@ -379,9 +382,38 @@ def project_kv(
         torch.get_num_threads(),
         *_segment_numbers(segment, batch, kv_heads, keep),
     ]  # fmt: skip
-    status = _cpu.project_kv(numbers)
+
+
+def project_kv(
+    backend: str, segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor, name: str = "segment"
+) -> None:
+    """Forward kernel, written to key_out and value_out; errors call the segment `name`."""
+    keep: list[Tensor] = []
+    status = _cpu.project_kv(_projection_numbers(segment, rope, key_out, value_out, keep))
     if status:
         _raise(status, "project_kv", name)
+
+
+def projection_parameters(segment: SegmentTensors, key_out: Tensor, value_out: Tensor) -> list[int] | None:
+    """The kernel's parameters without rotation, for any tensors laid out alike; None where one is copied first."""
+    keep: list[Tensor] = []
+    numbers = _projection_numbers(segment, None, key_out, value_out, keep)
+    return None if keep else numbers
+
+
+def projection_places(sources: Sequence[str]) -> list[int]:
+    """Where the addresses of a segment's tensors, named as in SLOTS, and of the two results lie in the parameters."""
+    return [_PROJECTED_SEGMENT + SLOTS.index(name) * len(_ABSENT) for name in sources] + [_KEY_OUT, _VALUE_OUT]
+
+
+def run_projection(parameters: list[int], places: list[int], addresses: list[int]) -> None:
+    """Forward kernel on `projection_parameters` with tensors at these addresses."""
+    numbers = parameters.copy()
+    for place, address in zip(places, addresses, strict=True):
+        numbers[place] = address
+    status = _cpu.project_kv(numbers)
+    if status:
+        _raise(status, "project_kv", "segment")
 
 
 def _rope_table(table: Tensor | None, batch: int, length: int) -> Tensor | None:

@@ -120,14 +120,16 @@ static void stream_tile(Tile &tile, TileScratch &x) {
     for (int64_t part = 0; part < run.parts; ++part) {
       const int64_t head = run.absorbed ? part : tile.group;
       const void *keys = at(*run.key, tile.b, head, j);
+      const void *next =
+          part + 1 < run.parts ? at(*run.key, tile.b, head + 1, j) : at(*run.value, tile.b, run.absorbed ? 0 : head, j);
       const float *q = x.q + part * run.key_dim;
       if (!run.key_scale) {
         dot_tokens(q, run.key_ld, tile.rows, run.key->dtype, keys, run.key->stride[2], n, run.key_dim, x.s, BLOCK,
-                   part > 0);
+                   part > 0, next);
         continue;
       }
       dot_tokens(q, run.key_ld, tile.rows, run.key->dtype, keys, run.key->stride[2], n, run.key_dim, x.scaled, BLOCK,
-                 false);
+                 false, next);
       load_scales(*run.key_scale, tile.b, head, j, n, x.scales);
       for (int64_t r = 0; r < tile.rows; ++r)
         for (int64_t t = 0; t < n; ++t) {
@@ -146,6 +148,8 @@ static void stream_tile(Tile &tile, TileScratch &x) {
     for (int64_t part = 0; part < run.parts; ++part) {
       const int64_t head = run.absorbed ? part : tile.group;
       const void *values = at(*run.value, tile.b, head, j);
+      const void *next = part + 1 < run.parts ? at(*run.value, tile.b, head + 1, j)
+                                              : at(*run.key, tile.b, run.absorbed ? 0 : head, j + n);
       const float *weights = x.s;
       if (run.value_scale) {
         load_scales(*run.value_scale, tile.b, head, j, n, x.scales);
@@ -154,7 +158,7 @@ static void stream_tile(Tile &tile, TileScratch &x) {
         weights = x.scaled;
       }
       weigh_tokens(weights, BLOCK, tile.rows, run.value->dtype, values, run.value->stride[2], n, run.value_dim,
-                   x.acc + part * run.value_dim, run.value_ld);
+                   x.acc + part * run.value_dim, run.value_ld, next);
     }
   }
 }
