@@ -157,6 +157,30 @@ def test_groups_that_say_something_are_chosen():
     torch.testing.assert_close(none, torch.ones(4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("left", [0.0, 1e-7])
+def test_targets_that_never_change_say_nothing_about_groups(left):
+    """Dimensions that a model's weights make 0, or that undoing a rotation leaves at 1e-7, have no share."""
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(2000, 12, generator=generator)
+    y = x[:, 3:6] @ torch.randn(3, 4, generator=generator) + 0.5 * x[:, 9:12] @ torch.randn(3, 4, generator=generator)
+    y = torch.cat([torch.zeros(2000, 2), y], dim=1)
+    y[:, 0] = left * torch.randn(2000, generator=generator)
+    moments = Moments(12, 6)
+    moments.add(x[:1500].clone(), y[:1500].clone())
+    held_out = HeldOut(x[1500:], y[1500:])
+    groups = [torch.arange(start, start + 3) for start in range(0, 12, 3)]
+    choice = GroupChoice(moments, held_out, groups)
+    assert choice.choose(slice(0, 6), 2, 0.01) == [1, 3]
+    columns = torch.cat([groups[1], groups[3]])
+    ridge, error = choose_ridge(moments, held_out, columns, slice(0, 6), (10.0, 1e-4))
+    assert ridge == 1e-4
+    found = affine(moments, columns, slice(0, 6), ridge, None)
+    without = affine(moments, columns, slice(2, 6), ridge, None)
+    assert error == pytest.approx(held_out.left_by(found, columns, slice(0, 6)), rel=0.02)
+    assert held_out.left_by(found, columns, slice(0, 6)) == held_out.left_by(without, columns, slice(2, 6)) < 1e-3
+    assert choose_ridge(moments, held_out, columns, slice(1, 2), (10.0, 1e-4))[1] == 0
+
+
 def test_state_goes_on_to_the_same_bits(data):
     x, y, moments = data
     again = Moments(FEATURES, TARGETS)
