@@ -52,14 +52,14 @@ def add_parser(commands: Any) -> None:
         ("--batch", int, 1, "windows of text read at once"),
         ("--question-batch", int, 4, "texts with questions read at once"),
         ("--accumulate", int, 2, "such batches in a step"),
-        ("--question-weight", float, 0.5, "share of the batches that are questions"),
+        ("--question-weight", float, 0.3, "share of the batches that are questions"),
         ("--most-questions", int, _MADE_UP_COUNT, "of each set"),
-        ("--lr", float, 3e-4, "learning rate of the maps, in whitened coordinates"),
-        ("--bias-lr", float, 3e-3, "learning rate of the biases, in standard deviations"),
+        ("--lr", float, 4e-4, "learning rate of the maps, in whitened coordinates"),
+        ("--bias-lr", float, 1e-2, "learning rate of the biases, in standard deviations"),
         ("--gate-lr", float, 1e-2, "learning rate of the gates"),
         ("--context", int, 480, "most receiver tokens read through the projector"),
         ("--continuation", int, 128, "tokens after it"),
-        ("--distill", float, 0.5, "weight of the divergence from the receiver that has read the text, the rest is "
+        ("--distill", float, 0.8, "weight of the divergence from the receiver that has read the text, the rest is "
          "cross-entropy"),
         ("--match", float, 0.0, "weight of the error of projected keys and values"),
         ("--held-out", int, 8, "windows of each kind kept to look at in between"),
