@@ -279,6 +279,28 @@ def test_a_document_that_is_too_short_to_be_cut(folders, projectors, tmp_path, c
     assert picture.read_bytes().startswith(_PNG)
 
 
+@pytest.mark.parametrize(("sharer", "receiver"), [("base", "chat"), ("chat", "base")])
+def test_inspect_and_evaluate_go_both_ways(folders, projectors, note_files, tmp_path, capsys, sharer, receiver):
+    named = ["--sharer", folders[sharer], "--receiver", folders[receiver]]
+    path, page, figures = projectors[sharer, receiver], tmp_path / "p.html", tmp_path / "p.json"
+    more = ["--document", note_files[0], "--question", "Who is in the boat?", "--max-new-tokens", "3"]
+    assert main(["inspect", path, *named, *more, "--html", str(page)]) == 0
+    [data] = re.findall(r'id="data">(.*?)</script>', page.read_text(), flags=re.DOTALL)
+    assert len(json.loads(data)["byHead"]) == (3 if receiver == "chat" else 2)
+    texts = [{"text": " ".join(Path(path).read_text() for path in note_files), "split": "held-out"}] * 2
+    texts[1] = {**texts[1], "text": texts[1]["text"][50:]}
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    sizes = ["--pieces", "2", "--context", "60", "--continuation", "20"]
+    projector = CacheProjector.load(path)
+    projector.facts["corpus"] = {"texts": []}
+    projector.save(tmp_path / "p.safetensors")
+    command = ["evaluate", str(tmp_path / "p.safetensors"), *named, "--corpus", str(tmp_path / "t.jsonl"), *sizes]
+    assert main([*command, "--questions", "none", "--json", str(figures)]) == 0
+    [loss] = json.loads(figures.read_text())["loss"]
+    assert (loss["documents"], loss["tokens"]) == (2, 38)
+    assert len({round(arm["value"], 4) for arm in loss["loss"].values()}) == 5
+
+
 # what is right
 
 
