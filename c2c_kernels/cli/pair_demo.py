@@ -148,6 +148,8 @@ class _Direction:
                 began = time.perf_counter()
                 contexts[arm] = self._project(document.text, cache, head)
                 projected[arm] = time.perf_counter() - began
+            if role.own is not None:
+                contexts["none"] = contexts["text"] = reader.read(head)
             rows = self._answers(head, contexts)
             loss = self._loss(caches["mismatched"][0])
         cache, seconds = caches["cache"]
@@ -207,10 +209,12 @@ class _Direction:
         with stage("answer in four ways", len(ARMS) * len(role.document.questions)) as update:
             for asked in role.document.questions:
                 prompt = parts(tokenizer, role.document.text, asked)
-                bare = prompt.bare if role.own is None else [*head, *prompt.rest]
-                tokens = {"none": bare, "text": [*head, *text, *prompt.rest]}
+                # its own document is read already, in every arm
+                tokens = {"none": prompt.bare, "text": [*head, *text, *prompt.rest]}
+                if role.own is not None:
+                    tokens = {"none": prompt.rest, "text": [*text, *prompt.rest]}
                 if not rows:
-                    answer(model, tokenizer, bare, 2)  # the first call in a process is slower than the others
+                    answer(model, tokenizer, prompt.bare, 2)  # the first call in a process is slower than the others
                 given = {}
                 for arm in ARMS:
                     with session(model, contexts.get(arm)):

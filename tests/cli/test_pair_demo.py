@@ -240,12 +240,19 @@ def test_a_swap(folders, projectors, note_files, capsys):
         [question] = found["questions"]
         assert question["question"] == "Who is in the boat?"  # a question of the user's has no cloze
         given = question["answers"]
-        assert given["none"]["prompt_tokens"] > len(hand.ids(own)) + given["cache"]["prompt_tokens"]
+        assert given["none"]["prompt_tokens"] == given["cache"]["prompt_tokens"]
+        assert given["text"]["prompt_tokens"] == given["cache"]["prompt_tokens"] + len(hand.ids(text))
         prompt = parts(hand.receiver[1], text, Asked("Who is in the boat?"))
-        cache = hand.projected([*prompt.head, *hand.ids(f"{own}\n\n")], text)
-        ids = [*prompt.rest, *given["cache"]["tokens"]]
-        logits = hand.receiver[0](torch.tensor([ids[:-1]]), past_key_values=cache).logits[0]
-        assert logits[-len(given["cache"]["tokens"]) :].argmax(-1).tolist() == given["cache"]["tokens"]
+        before = [*prompt.head, *hand.ids(f"{own}\n\n")]
+        for arm, cache in (
+            ("none", read_tokens(hand.receiver[0], before)),
+            ("text", read_tokens(hand.receiver[0], [*before, *hand.ids(text)])),
+            ("cache", hand.projected(before, text)),
+            ("mismatched", hand.projected(before, other)),
+        ):
+            written = given[arm]["tokens"]
+            logits = hand.receiver[0](torch.tensor([[*prompt.rest, *written[:-1]]]), past_key_values=cache).logits[0]
+            assert logits[-len(written) :].argmax(-1).tolist() == written, arm
 
 
 def test_the_report_and_the_picture(folders, projectors, tmp_path, capsys):
