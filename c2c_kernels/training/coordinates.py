@@ -28,10 +28,9 @@ RIDGE = 0.1  # of unit variance: directions with less than a tenth of it are not
 
 @dataclass(eq=False)
 class Whitening:
-    """Of what one list of sources gives: mean (width,), factor L and its inverse, (width, width)."""
+    """Of what one list of sources gives: mean (width,) and L^-1 (width, width)."""
 
     mean: Tensor
-    factor: Tensor
     inverse: Tensor
 
 
@@ -61,8 +60,8 @@ class InputMoments:
                 count = len(x)
         self.tokens += count
 
-    def whitening(self, sources: tuple[Source, ...], dtype: torch.dtype = torch.float32) -> Whitening:
-        """Computed in float64, given as `dtype`."""
+    def whitening(self, sources: tuple[Source, ...], dtype: torch.dtype = torch.float32) -> tuple[Whitening, Tensor]:
+        """And the factor L itself, which is needed once; computed in float64, given as `dtype`."""
         total, products = self._sums[sources]
         mean = total / self.tokens
         covariance = products / self.tokens - torch.outer(mean, mean)
@@ -74,7 +73,9 @@ class InputMoments:
         regular.diagonal().add_(RIDGE)
         factor = deviation[:, None] * torch.linalg.cholesky(regular)
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=False)
-        return Whitening(*(part.to(dtype).contiguous() for part in (mean, factor, inverse)))  # one layout, one rounding
+        # one layout, one rounding
+        mean, inverse, factor = (part.to(dtype).contiguous() for part in (mean, inverse, factor))
+        return Whitening(mean, inverse), factor
 
 
 class Coordinates:
@@ -93,6 +94,7 @@ class Coordinates:
         self._whitenings: dict[tuple[Source, ...], Whitening] = {}
         self._scales: dict[str, Tensor] = {}  # of outputs, and of inner activations
         self.maps: dict[str, nn.Parameter] = {}
+        factors: dict[tuple[Source, ...], Tensor] = {}
         for number, layer, half in self._halves():
             sources = _sources(layer, half)
             if sources not in self._whitenings:
@@ -100,10 +102,10 @@ class Coordinates:
                 if moments is None:
                     width = sum(projector.sharer.width(source) for source in sources)
                     square = torch.eye(width, dtype=dtype)
-                    self._whitenings[sources] = Whitening(square.new_zeros(width), square, square.clone())
+                    self._whitenings[sources], factors[sources] = Whitening(square.new_zeros(width), square), square
                 else:
-                    self._whitenings[sources] = moments.whitening(sources, dtype)
-            self._enter(f"layers.{number}.{half}", layer, half)
+                    self._whitenings[sources], factors[sources] = moments.whitening(sources, dtype)
+            self._enter(f"layers.{number}.{half}", layer, half, factors[sources])
 
     @torch.no_grad()
     def pull(self) -> None:
@@ -164,15 +166,15 @@ class Coordinates:
             yield number, layer, "value"
 
     @torch.no_grad()
-    def _enter(self, name: str, layer: LinearProjector, half: Literal["key", "value"]) -> None:
+    def _enter(self, name: str, layer: LinearProjector, half: Literal["key", "value"], factor: Tensor) -> None:
         white = self._whitenings[_sources(layer, half)]
         outward, into, bias = _parts(layer, half)
         weight = outward.flatten(0, 1)
         if into is None:
-            whole = weight @ white.factor
+            whole = weight @ factor
             at_mean = weight @ white.mean
         else:
-            inward = into @ white.factor
+            inward = into @ factor
             self.maps[f"{name}_proj_in"] = nn.Parameter(inward)
             self._scales[f"{name}.inner"] = _positive(inward.norm(dim=1))
             whole = weight @ inward

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from threads import torch_threads
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import c2c_kernels as c2c
@@ -25,10 +26,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(autouse=True)
 def _two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 @pytest.fixture
