@@ -9,6 +9,7 @@ from error_rule import assert_as_exact
 from c2c_kernels.fitting import moments as moments_module
 from c2c_kernels.fitting.moments import Moments
 from c2c_kernels.fitting.ridge import GroupChoice, HeldOut, Normal, affine, choose_ridge
+from c2c_kernels.fitting.stretch import stretched
 
 FEATURES, TARGETS, TOKENS = 23, 7, 400
 
@@ -49,6 +50,11 @@ def test_moments_are_those_of_the_data(data):
         ),
         "mean of x": (moments.means()[0], lambda x, y: x.mean(0)),
         "mean of y": (moments.means()[1], lambda x, y: y.mean(0)),
+        "variance of x": (moments.variance_x(), lambda x, y: x.var(0, correction=0)),
+        "covariance between": (
+            moments.covariance_between(range(3, 9), range(11, FEATURES)),
+            lambda x, y: cross_covariance(x[:, 3:9], x[:, 11:]),
+        ),
         "variance of y": (moments.variance_y(), lambda x, y: y.var(0, correction=0)),
     }
     for name, (ours, formula) in found.items():
@@ -151,6 +157,30 @@ def test_groups_that_say_something_are_chosen():
     torch.testing.assert_close(none, torch.ones(4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("left", [0.0, 1e-7])
+def test_targets_that_never_change_say_nothing_about_groups(left):
+    """Dimensions that a model's weights make 0, or that undoing a rotation leaves at 1e-7, have no share."""
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(2000, 12, generator=generator)
+    y = x[:, 3:6] @ torch.randn(3, 4, generator=generator) + 0.5 * x[:, 9:12] @ torch.randn(3, 4, generator=generator)
+    y = torch.cat([torch.zeros(2000, 2), y], dim=1)
+    y[:, 0] = left * torch.randn(2000, generator=generator)
+    moments = Moments(12, 6)
+    moments.add(x[:1500].clone(), y[:1500].clone())
+    held_out = HeldOut(x[1500:], y[1500:])
+    groups = [torch.arange(start, start + 3) for start in range(0, 12, 3)]
+    choice = GroupChoice(moments, held_out, groups)
+    assert choice.choose(slice(0, 6), 2, 0.01) == [1, 3]
+    columns = torch.cat([groups[1], groups[3]])
+    ridge, error = choose_ridge(moments, held_out, columns, slice(0, 6), (10.0, 1e-4))
+    assert ridge == 1e-4
+    found = affine(moments, columns, slice(0, 6), ridge, None)
+    without = affine(moments, columns, slice(2, 6), ridge, None)
+    assert error == pytest.approx(held_out.left_by(found, columns, slice(0, 6)), rel=0.02)
+    assert held_out.left_by(found, columns, slice(0, 6)) == held_out.left_by(without, columns, slice(2, 6)) < 1e-3
+    assert choose_ridge(moments, held_out, columns, slice(1, 2), (10.0, 1e-4))[1] == 0
+
+
 def test_state_goes_on_to_the_same_bits(data):
     x, y, moments = data
     again = Moments(FEATURES, TARGETS)
@@ -171,3 +201,26 @@ def test_refusals():
         moments.add(torch.zeros(4, 3), torch.zeros(5, 2))
     with pytest.raises(ValueError, match="no tokens"):
         moments.means()
+    moments.add(torch.ones(4, 3), torch.ones(4, 2))
+    with pytest.raises(ValueError, match=r"rows range\(0, 2\) must end before columns range\(1, 3\) begin"):
+        moments.covariance_between(range(2), range(1, 3))
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_stretched_maps_keep_the_mean(data, rank):
+    x, y, moments = data
+    found = affine(moments, torch.arange(FEATURES), slice(0, TARGETS), 0.01, rank)
+    mean = moments.means()[1]
+    longer = stretched(found, mean, 1.25)
+
+    def weight(maps, dtype):
+        return maps.weight[0].to(dtype) @ maps.weight[1].to(dtype) if rank else maps.weight.to(dtype)
+
+    def apply(maps, dtype):
+        return x.to(dtype) @ weight(maps, dtype).T + maps.bias.to(dtype)
+
+    wanted = mean + 1.25 * (apply(found, torch.float64) - mean)
+    plain = mean.float() + 1.25 * (apply(found, torch.float32) - mean.float())
+    terms = float((x.abs() @ weight(longer, torch.float64).abs().T).max())
+    assert_as_exact("stretched", apply(longer, torch.float32), plain, wanted, scale=terms)
+    assert_as_exact("mean", apply(longer, torch.float32).mean(0), plain.mean(0), y.mean(0), scale=terms)

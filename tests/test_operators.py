@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import os
@@ -255,3 +256,60 @@ def test_repeated_call_is_checked_and_exact(dtype):
         c2c.merged_attention(query, key, value, is_causal=True, backend="triton")
     query.requires_grad_()
     assert c2c.merged_attention(query, key, value, is_causal=True).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeated_projection_is_checked_and_exact(dtype):
+    """The same for `project_kv`, which writes to the caller's memory."""
+
+    def segment(scaled=False, biased=False):
+        def raw():
+            x = torch.randn(2, 2, 5, 12)
+            return (x * 40).to(torch.int8) if scaled else x.to(dtype)
+
+        found = c2c.SharerSegment(raw(), raw(), torch.randn(3, 8, 24).to(dtype), torch.randn(3, 6, 24).to(dtype))
+        if scaled:
+            found.key_scale, found.value_scale = torch.rand(2, 2, 5), torch.rand(2, 1, 5)
+        if biased:
+            found.key_bias = torch.randn(3, 8).to(dtype)
+        return found
+
+    def checked(given):
+        """By a call that is never repeated: `lengths` that hide nothing."""
+        return c2c.project_kv(dataclasses.replace(given, lengths=torch.tensor([5, 5])))
+
+    cache = torch.zeros(2, 3, 9, 8, dtype=dtype), torch.zeros(2, 3, 9, 6, dtype=dtype)
+    for _ in range(3):
+        for options in ({}, {"scaled": True}, {"biased": True}, {"scaled": True, "biased": True}):
+            given = segment(**options)
+            wanted = checked(given)
+            fresh = tuple(torch.full_like(t, torch.nan) for t in wanted)
+            for found in (c2c.project_kv(given), c2c.project_kv(given, out=fresh)):
+                assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), options
+            versions = [t._version for t in cache]
+            slices = tuple(t[:, :, 2:7] for t in cache)
+            assert c2c.project_kv(given, out=slices)[0] is slices[0]
+            assert all(torch.equal(a, b) for a, b in zip(slices, wanted, strict=True)), options
+            assert all(t._version > v for t, v in zip(cache, versions, strict=True))
+            assert not any(t[:, :, :2].any() or t[:, :, 7:].any() for t in cache)
+    given = segment()
+    out = torch.empty(2, 3, 5, 8, dtype=dtype), torch.empty(2, 3, 5, 6, dtype=dtype)
+    c2c.project_kv(given, out=out)
+    shared = torch.empty(2000, dtype=dtype)
+    inside = c2c.SharerSegment(
+        shared[100:340].view(2, 2, 5, 12), given.value, given.key_proj, given.value_proj
+    )  # laid out alike, but the result lies within the source
+    with pytest.raises(ValueError, match="out key shares memory with the segment"):
+        c2c.project_kv(inside, out=(shared[200:440].view(2, 3, 5, 8), out[1]))
+    narrow = dataclasses.replace(given, value_proj=torch.randn(3, 8, 24).to(dtype))
+    c2c.project_kv(narrow, out=(out[0], torch.empty_like(out[0])))
+    with pytest.raises(ValueError, match="same memory"):
+        c2c.project_kv(narrow, out=(out[0], out[0]))
+    with pytest.raises(ValueError, match="triton"):
+        c2c.project_kv(given, backend="triton")
+    with pytest.raises(ValueError, match="backend"):
+        c2c.project_kv(given, backend="")
+    given.key_proj.requires_grad_()
+    assert c2c.project_kv(given)[0].requires_grad
+    with pytest.raises(ValueError, match="out= is written in place without autograd"):
+        c2c.project_kv(given, out=out)

@@ -90,6 +90,39 @@ def test_cpu_gradients_match_reference(part, dtype, remove, apply, seed):
         assert_as_exact(name, gradient, theirs[name], oracle[name], GRADIENT_ULPS)
 
 
+@pytest.mark.parametrize("frozen", [(), ("key_proj",), ("value_bias",), ("key_proj", "key_bias")], ids=str)
+@pytest.mark.parametrize("apply", [False, True])
+@pytest.mark.parametrize("index", [False, True])
+def test_gradients_of_maps_that_read_the_same_frozen_tokens(index, apply, frozen):
+    """Keys and values of one tensor: one product for both projectors; gradients of what is frozen are None."""
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x = random(2, 1, 19, 36)
+    selected = torch.randint(19, (2, 23), generator=generator) if index else None
+    length = 23 if index else 19
+    lengths, rope = torch.tensor([length - 5, length]), Rope(apply=tables(generator, 1, length, 8) if apply else None)
+    maps = {"key_proj": random(3, 8, 36), "value_proj": random(3, 5, 36)}
+    maps |= {"key_bias": random(3, 8), "value_bias": random(3, 5)}
+    cotangents = random(2, 3, length, 8), random(2, 3, length, 5)
+
+    def gradients(backend, dtype):
+        leaves = {name: t.to(dtype, copy=True).requires_grad_(name not in frozen) for name, t in maps.items()}
+        tokens = x.to(dtype)
+        segment = c2c.SharerSegment(tokens, tokens, **leaves, lengths=lengths, index=selected)
+        made = c2c.project_kv(segment, rope=rope, backend=backend)
+        sum((half * c.to(dtype)).sum() for half, c in zip(made, cotangents, strict=True)).backward()
+        assert all(leaves[name].grad is None for name in frozen) and tokens.grad is None
+        return {name: leaf.grad for name, leaf in leaves.items() if name not in frozen}
+
+    ours, theirs = (gradients(backend, torch.float32) for backend in ("cpu", "reference"))
+    oracle = gradients("reference", torch.float64)
+    for name, gradient in ours.items():
+        assert_as_exact(name, gradient, theirs[name], oracle[name], GRADIENT_ULPS)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [1, 8, 9, 300])
 def test_written_into_the_slice_of_a_cache_and_nowhere_else(dtype, length):

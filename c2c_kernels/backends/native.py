@@ -5,6 +5,8 @@ Kernels read rows whose last dimension is contiguous; tensors that are laid out 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,10 @@ _DTYPES = {
 }
 _ABSENT = (0, 0, 0, 0, 0, 0)
 _QUERY, _KEY, _VALUE, _OUT = (place * len(_ABSENT) for place in (0, 1, 2, 7))  # in an attention call's numbers
+_KEY_OUT, _VALUE_OUT = (place * len(_ABSENT) for place in (4, 5))  # in a projection's numbers,
+_PROJECTED_SEGMENT = 6 * len(_ABSENT) + 7  # where six tensors and seven sizes go before the segment
+# The tensors of a segment that a repeated projection may have.
+PROJECTED = ("key", "value", "key_proj", "value_proj", "key_bias", "value_bias", "key_scale", "value_scale")
 _NO_OPTIONS = _ABSENT * 4
 _NO_PROJECTORS = _ABSENT * 6
 _NO_SELECTION = _ABSENT * 3
@@ -356,10 +362,9 @@ def _segment_grads(
     return flat
 
 
-def project_kv(
-    backend: str, segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor, name: str = "segment"
-) -> None:
-    """Forward kernel, written to key_out and value_out; errors call the segment `name`."""
+def _projection_numbers(
+    segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor, keep: list[Tensor]
+) -> list[int]:
     targets = []
     for half, tensor in (("key", key_out), ("value", value_out)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
@@ -368,7 +373,6 @@ def project_kv(
             raise TypeError(f"out {half} has dtype {tensor.dtype}, wanted float32, bfloat16 or float16")
         targets.append(tensor)
     batch, kv_heads, length, head_dim = key_out.shape
-    keep: list[Tensor] = []
     segment = segment._replace(gate=None, positions=None, causal=False)
     tables: list[Tensor | None] = [None] * 4
     if rope is not None:
@@ -378,7 +382,8 @@ def project_kv(
             *(_rope_table(t, batch, segment.key.shape[2]) for t in removed),
             *(_rope_table(t, batch, length) for t in applied),
         ]
-    numbers = [
+        keep += [table for table in tables if table is not None]
+    return [
         *(n for t in (*tables, *targets) for n in _numbers(t)),
         batch, kv_heads, head_dim, value_out.shape[3],
         0 if tables[0] is None else tables[0].shape[2],
@@ -386,9 +391,38 @@ def project_kv(
         torch.get_num_threads(),
         *_segment_numbers(segment, batch, kv_heads, keep),
     ]  # fmt: skip
-    status = _cpu.project_kv(numbers)
+
+
+def project_kv(
+    backend: str, segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor, name: str = "segment"
+) -> None:
+    """Forward kernel, written to key_out and value_out; errors call the segment `name`."""
+    keep: list[Tensor] = []
+    status = _cpu.project_kv(_projection_numbers(segment, rope, key_out, value_out, keep))
     if status:
         _raise(status, "project_kv", name)
+
+
+def projection_parameters(segment: SegmentTensors, key_out: Tensor, value_out: Tensor) -> list[int] | None:
+    """The kernel's parameters without rotation, for any tensors laid out alike; None where one is copied first."""
+    keep: list[Tensor] = []
+    numbers = _projection_numbers(segment, None, key_out, value_out, keep)
+    return None if keep else numbers
+
+
+def projection_places(sources: Sequence[str]) -> list[int]:
+    """Where the addresses of a segment's tensors, named as in SLOTS, and of the two results lie in the parameters."""
+    return [_PROJECTED_SEGMENT + SLOTS.index(name) * len(_ABSENT) for name in sources] + [_KEY_OUT, _VALUE_OUT]
+
+
+def run_projection(parameters: list[int], places: list[int], addresses: list[int]) -> None:
+    """Forward kernel on `projection_parameters` with tensors at these addresses."""
+    numbers = parameters.copy()
+    for place, address in zip(places, addresses, strict=True):
+        numbers[place] = address
+    status = _cpu.project_kv(numbers)
+    if status:
+        _raise(status, "project_kv", "segment")
 
 
 def _rope_table(table: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -396,26 +430,46 @@ def _rope_table(table: Tensor | None, batch: int, length: int) -> Tensor | None:
 
 
 def project_kv_backward(
-    backend: str, grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, rope: Rope | None, spread=None
+    backend: str,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    segment: SegmentTensors,
+    rope: Rope | None,
+    needs: Sequence[bool] | None = None,
+    spread: Callable[[Tensor, Tensor, int], Tensor] | None = None,
 ) -> list[Tensor | None]:
     """Gradients by slot in float32: plain matrix products over tokens, memory linear in length.
 
-    `spread(grad, index, stored)` sums gradients of selected tokens (batch, heads, n, dim) where they came from; PyTorch
-    does it by default, in an order that is fixed on the CPU alone.
+    `needs`: of the tensors that are there, in the order of their slots, which are wanted; None: all. What is frozen
+    costs nothing: of a sharer that is not trained that is half of the products. `spread(grad, index, stored)` sums
+    gradients of selected tokens (batch, heads, n, dim) where they came from; PyTorch does it by default, in an order
+    that is fixed on the CPU alone.
     """
     flat: list[Tensor | None] = [None] * len(SLOTS)
+    flags = iter(needs or ())
+    wanted = {
+        name: t is not None and (needs is None or next(flags)) for name, t in zip(SLOTS, segment.tensors, strict=True)
+    }
     removed = rope.remove if rope is not None else None
     applied = rope.apply if rope is not None else None
+    if removed is None and _reads_once(segment, wanted):
+        return _grads_of_one_read(grad_key, grad_value, segment, applied)
     for first, grad, remove, apply in ((0, grad_key, removed, applied), (1, grad_value, None, None)):
         name = SLOTS[first]
         raw, proj, proj_in, scale = (getattr(segment, f"{name}{end}") for end in ("", "_proj", "_proj_in", "_scale"))
         grad = reference.zero_beyond(grad.float(), segment.lengths)
         if apply is not None:
             grad = reference.rotate_backward(grad, *apply)
+        if wanted[f"{name}_bias"]:
+            flat[SLOTS.index(f"{name}_bias")] = grad.sum((0, 2))
+        wants_raw = wanted[name] or wanted[f"{name}_scale"]
+        if not (wants_raw or wanted[f"{name}_proj"] or wanted[f"{name}_proj_in"]):
+            continue
         x = reference.prepare_raw(raw, scale, segment.selected, remove, segment.lengths, torch.float32)
-        grad_raw, grad_proj, grad_proj_in = _projector_grads(grad, x, proj, proj_in)
+        grad_raw, grad_proj, grad_proj_in = _projector_grads(grad, x, proj, proj_in, wants_raw)
         flat[SLOTS.index(f"{name}_proj")], flat[SLOTS.index(f"{name}_proj_in")] = grad_proj, grad_proj_in
-        flat[SLOTS.index(f"{name}_bias")] = grad.sum((0, 2))
+        if grad_raw is None:
+            continue
         grad_raw = reference.zero_beyond(grad_raw, segment.lengths)
         if segment.selected is not None:
             index = segment.selected.expand(raw.shape[0], segment.length)
@@ -437,8 +491,36 @@ def _spread(grad: Tensor, index: Tensor, stored: int) -> Tensor:
     return out.scatter_add_(2, index.long()[:, None, :, None].expand_as(grad), grad)
 
 
-def _projector_grads(grad, x, proj, proj_in) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of raw tokens x (batch, heads, n, dim), of the projector and of its inner factor."""
+def _reads_once(segment: SegmentTensors, wanted: dict[str, bool]) -> bool:
+    """Whether keys and values are made of the same tokens by dense maps, and the tokens' gradient is not wanted."""
+    key, value = segment.key, segment.value
+    same = key.data_ptr() == value.data_ptr() and key.shape == value.shape and key.stride() == value.stride()
+    dense = segment.key_proj is not None and segment.value_proj is not None
+    dense = dense and segment.key_proj_in is None and segment.value_proj_in is None
+    scaled = segment.key_scale is not None or segment.value_scale is not None
+    return same and dense and not scaled and not (wanted["key"] or wanted["value"])
+
+
+def _grads_of_one_read(
+    grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, apply: tuple[Tensor, Tensor] | None
+) -> list[Tensor | None]:
+    """Gradients of both projectors and biases from one product over the tokens that both read."""
+    grads = [reference.zero_beyond(grad.float(), segment.lengths) for grad in (grad_key, grad_value)]
+    if apply is not None:
+        grads[0] = reference.rotate_backward(grads[0], *apply)
+    x = reference.prepare_raw(segment.key, None, segment.selected, None, segment.lengths, torch.float32)
+    rows = torch.cat([grad.transpose(1, 2).flatten(2).flatten(0, 1) for grad in grads], dim=1)
+    both = rows.T @ x.transpose(1, 2).flatten(2).flatten(0, 1)
+    width = segment.key_proj.shape[0] * segment.key_proj.shape[1]
+    flat: list[Tensor | None] = [None] * len(SLOTS)
+    flat[SLOTS.index("key_proj")] = both[:width].reshape(segment.key_proj.shape)
+    flat[SLOTS.index("value_proj")] = both[width:].reshape(segment.value_proj.shape)
+    flat[SLOTS.index("key_bias")], flat[SLOTS.index("value_bias")] = (grad.sum((0, 2)) for grad in grads)
+    return flat
+
+
+def _projector_grads(grad, x, proj, proj_in, wants_raw) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of raw tokens x (batch, heads, n, dim) where wanted, of the projector and of its inner factor."""
     if proj is None:
         return grad, None, None
     tokens = x.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -446,10 +528,14 @@ def _projector_grads(grad, x, proj, proj_in) -> tuple[Tensor, Tensor | None, Ten
     weight = proj.float().flatten(0, 1)
     inner = tokens if proj_in is None else tokens @ proj_in.float().T
     grad_proj = (rows.T @ inner).reshape(proj.shape)
+    if proj_in is None and not wants_raw:
+        return None, grad_proj, None
     grad_inner = rows @ weight
     grad_proj_in = None
     if proj_in is not None:
         grad_proj_in = grad_inner.T @ tokens
+        if not wants_raw:
+            return None, grad_proj, grad_proj_in
         grad_inner = grad_inner @ proj_in.float()
     batch, heads, length, dim = x.shape
     return grad_inner.reshape(batch, length, heads, dim).transpose(1, 2), grad_proj, grad_proj_in

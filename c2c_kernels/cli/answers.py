@@ -83,14 +83,17 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 @torch.inference_mode()
-def attention_share(model: PreTrainedModel, context: Any, rest: list[int], answered: list[int]) -> Tensor:
+def attention_share(
+    model: PreTrainedModel, context: Any, rest: list[int], answered: list[int], *, segment: int | None = None
+) -> Tensor:
     """(layers, heads, answer tokens) share of attention on the sharers while each answer token was written.
 
-    One more forward pass over question and answer, so that recording does not weigh on the timing.
+    With `segment`, on that segment of the context alone. One more forward pass over question and answer, so that
+    recording does not weigh on the timing.
     """
     from c2c_kernels.integrations import transformers as c2c_hf
 
     with c2c_hf.session(model, context), c2c_hf.record_mass(model) as record:
         model(input_ids=torch.tensor([rest + answered[:-1]]), use_cache=False)
-    own = torch.stack([calls[0][0, :, :, 0] for calls in record.mass]).float()
-    return 1.0 - own[:, :, -len(answered) :]
+    mass = torch.stack([calls[0][0] for calls in record.mass])[:, :, -len(answered) :].float()
+    return 1.0 - mass[..., 0] if segment is None else mass[..., 1:][..., segment]

@@ -14,7 +14,7 @@ import torch
 
 from c2c_kernels.backends import choose
 from c2c_kernels.cli import documents as texts
-from c2c_kernels.cli import outputs
+from c2c_kernels.cli import outputs, pair_demo
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.progress import stage
 
@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     backend = _check_backend(options.backend, options.dtype)
     if options.plot:
         outputs.check("--plot", Path(options.plot), ".png")
+    if pair_demo.asked_for(options):
+        return pair_demo.run(options, backend)
     read = texts.read_documents(options.document)
     questions = texts.choose_questions(options.question, options.document is not None)
     portions = texts.deal(read, len(options.sharer or [""]))

@@ -127,6 +127,8 @@ def _question_sets(
                 found = corpus.made_up(options.most_questions, seed=options.seed, split="held-out")
             elif spec.endswith(".jsonl"):
                 found = corpus.read_questions(spec)
+                contexts = dict.fromkeys(question.context for question in found[: options.most_questions])
+                sources = [corpus.Document(f"context {at}", text) for at, text in enumerate(contexts, 1)]
             else:
                 sources = texts.documents(spec, "held-out")
                 found = corpus.about(sources)

@@ -10,18 +10,19 @@ from pathlib import Path
 
 import torch
 
-from c2c_kernels.cli import outputs, texts
+from c2c_kernels.cli import known_pairs, outputs, texts
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.models import load_model
 from c2c_kernels.cli.progress import note, stage
 
-_LABELS = {"read": "read and sum", "solve": "choose layers and solve"}
+_LABELS = {"read": "read and sum", "solve": "choose layers and solve", "stretch": "stretch keys"}
 
 
 def run(options: argparse.Namespace) -> int:
     """Fits and writes the file. An interrupted run goes on from its checkpoint beside the output."""
     from c2c_kernels.fitting import FitOptions, fit_projector
 
+    _complete(options)
     output = Path(options.output)
     outputs.check("--output", output, ".safetensors")
     documents = [document for spec in options.corpus for document in texts.documents(spec, "fit")]
@@ -71,6 +72,26 @@ def run(options: argparse.Namespace) -> int:
         f"values {halves['value']:.0%}"
     )
     return 0
+
+
+def _complete(options: argparse.Namespace) -> None:
+    """Fills in what a known pair says. CommandError where something is left open."""
+    if options.pair is not None:
+        output = known_pairs.cached(options.pair)
+        if options.output is None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        known = {
+            **known_pairs.PAIRS[options.pair]._asdict(),
+            "corpus": [known_pairs.CORPUS],
+            "tokens": known_pairs.TOKENS,
+            "output": str(output),
+        }
+        for name, value in known.items():
+            if getattr(options, name) is None:
+                setattr(options, name, value)
+    missing = [f"--{name}" for name in ("sharer", "receiver", "corpus", "output") if getattr(options, name) is None]
+    if missing:
+        raise CommandError(f"{', '.join(missing)} missing: all of them, or --pair, are wanted")
 
 
 class _Bars:

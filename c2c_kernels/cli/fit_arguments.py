@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from c2c_kernels.cli import texts
+from c2c_kernels.cli import known_pairs, texts
 
 Number = Callable[[str], int]
 
@@ -13,16 +13,21 @@ Number = Callable[[str], int]
 def add_fit_arguments(parser: argparse.ArgumentParser, positive: Number, threads: Number) -> None:
     """The command's options; `positive` and `threads` are the types of whole numbers."""
     model = "Hugging Face id, model folder or .gguf file"
-    parser.add_argument("--sharer", required=True, metavar="MODEL", help=f"the model that reads; {model}")
-    parser.add_argument("--receiver", required=True, metavar="MODEL", help=f"the model that answers; {model}")
+    parser.add_argument(
+        "--pair",
+        choices=known_pairs.PAIRS,
+        help=f"make the projector of a known pair where the demo looks for it: its models, {known_pairs.CORPUS}, "
+        f"{known_pairs.TOKENS} tokens; what else is given holds",
+    )
+    parser.add_argument("--sharer", metavar="MODEL", help=f"the model that reads; {model}")
+    parser.add_argument("--receiver", metavar="MODEL", help=f"the model that answers; {model}")
     parser.add_argument(
         "--corpus",
-        required=True,
         action="append",
         metavar="TEXTS",
         help=f"what to fit on (repeatable): {texts.HELP}",
     )
-    parser.add_argument("--output", required=True, metavar="FILE.safetensors", help="the projector")
+    parser.add_argument("--output", metavar="FILE.safetensors", help="the projector")
     parser.add_argument("--layers", type=positive, default=3, metavar="N", help="sharer layers that a layer reads (3)")
     parser.add_argument("--before", type=positive, metavar="N", help="read the N tokens before the aligned one as well")
     parser.add_argument("--rank", type=positive, metavar="N", help="rank of the maps (default: full)")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from c2c_kernels._version import __version__
-from c2c_kernels.cli import corpus, evaluate, inspect, questions
+from c2c_kernels.cli import corpus, evaluate, inspect, known_pairs, questions, train
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.fit_arguments import add_fit_arguments
 
@@ -19,6 +19,7 @@ _MOST_THREADS = 1024
 _COMMANDS: dict[str, Any] = {
     "corpus": corpus,
     "questions": questions,
+    "train": train,
     "evaluate": evaluate,
     "inspect": inspect,
 }
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         description="A sharer reads a document; a receiver that never sees the text answers questions about it through "
         "the sharer's cache. Side by side: no context, the text in the prompt, the cache.",
         epilog="One sharer reads every document. Several sharers read one document each, or one document in parts. A "
-        "sharer must have the receiver's architecture.",
+        "sharer must have the receiver's architecture, or a projector between the two: --pair, --swap.",
     )
     model = "Hugging Face id, model folder or .gguf file"
     demo.add_argument(
@@ -97,6 +98,25 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--receiver", type=_given, metavar="MODEL", help=f"{model}; default SmolLM2-135M-Instruct")
     demo.add_argument(
         "--sharer", action="append", type=_given, metavar="MODEL", help=f"{model} (repeatable); default: the receiver's"
+    )
+    pair = demo.add_argument_group("models that share nothing, through a projected cache")
+    pair.add_argument(
+        "--pair",
+        choices=known_pairs.PAIRS,
+        help="the first model reads, the second answers: without context, from the text, from the projected cache, "
+        "from that of another text",
+    )
+    pair.add_argument(
+        "--swap",
+        action="store_true",
+        help="both ways at once: two models have read different documents, each answers from the other's",
+    )
+    pair.add_argument(
+        "--projector",
+        action="append",
+        type=_given,
+        metavar="FILE",
+        help="what `c2c-kernels fit` wrote (default: the pair's own); twice with --swap: there and back",
     )
     demo.add_argument("--plot", type=_given, metavar="FILE.png", help="draw where the attention went")
     demo.add_argument("--max-new-tokens", type=_positive, default=40, metavar="N", help="length of an answer (40)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from c2c_kernels import corpus
 from c2c_kernels.cli.errors import CommandError
@@ -31,7 +31,16 @@ def check_file(path: str) -> None:
 
 
 def load_pair(
-    path: str, sharer: str, receiver: str, *, unseen: Sequence[corpus.Document] = (), threads: int | None = None
+    path: str,
+    sharer: str,
+    receiver: str,
+    *,
+    unseen: Sequence[corpus.Document] = (),
+    threads: int | None = None,
+    dtype: str = "float32",
+    backend: str | None = None,
+    maps: str | None = None,
+    known: dict[str, Any] | None = None,
 ) -> Reader:
     """The projector and its models, the receiver patched.
 
@@ -40,6 +49,10 @@ def load_pair(
         sharer, receiver: what the models are asked for by.
         unseen: documents that the projector must not have been fitted on; looked at before a model is loaded.
         threads: of torch; None: as they are.
+        dtype: of the models.
+        backend: of the receiver's attention; None: the fastest.
+        maps: dtype of the maps; None: that of the models.
+        known: models that were loaded before, by what they were asked for by; new ones are added.
 
     Raises:
         CommandError: for a damaged file, documents of the fit, and models that the projector was not made for.
@@ -55,15 +68,17 @@ def load_pair(
     if threads is not None:
         torch.set_num_threads(threads)
     check_file(path)
+    known = {} if known is None else known
     try:
-        projector = CacheProjector.load(path).eval()
+        projector = CacheProjector.load(path).to(getattr(torch, maps or dtype)).eval()
         if unseen:
             check_unseen(projector, unseen)
-        loaded = {}
         for role, spec in (("sharer", sharer), ("receiver", receiver)):
-            loaded[role] = load_model(spec)
-            check_identity(role, getattr(projector, f"{role}_identity"), identify(*loaded[role], spec))
-        enable(loaded["receiver"][0])
+            if spec not in known:
+                loaded = load_model(spec, getattr(torch, dtype))
+                known[spec] = (*loaded, identify(*loaded, spec))
+            check_identity(role, getattr(projector, f"{role}_identity"), known[spec][2])
+        enable(known[receiver][0], backend=backend)
     except (ValueError, TypeError) as error:
         raise CommandError(f"{path}: {error}") from error
-    return Reader(loaded["sharer"][0], loaded["receiver"][0], loaded["sharer"][1], loaded["receiver"][1], projector)
+    return Reader(known[sharer][0], known[receiver][0], known[sharer][1], known[receiver][1], projector)

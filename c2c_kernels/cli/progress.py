@@ -9,9 +9,12 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def stage(label: str, total: int | None = None, *, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+def stage(
+    label: str, total: int | None = None, *, in_bytes: bool = False, beside: Callable[[], str] = lambda: ""
+) -> Iterator[Callable[[int], None]]:
     """Shows `label` while the block runs and how long it took; yields `update(completed)`.
 
+    `beside` is asked at every update for what stands after the label.
     Without rich, or where standard error is no terminal, it is one line: the label, at the end the seconds.
     """
     try:
@@ -29,8 +32,42 @@ def stage(label: str, total: int | None = None, *, in_bytes: bool = False) -> It
     columns = [progress.TextColumn("{task.description:<36}", markup=False), progress.BarColumn(30), *amount]
     with progress.Progress(*columns, progress.TimeElapsedColumn(), console=terminal) as bars:
         task = bars.add_task(label, total=total)
-        yield lambda completed: bars.update(task, completed=completed)
+        yield lambda completed: bars.update(task, completed=completed, description=f"{label} {beside()}".rstrip())
         bars.update(task, total=total or 1, completed=total or 1)
+
+
+@contextmanager
+def watch(label: str, total: int | None) -> Iterator[Callable[[int, str, str], None]]:
+    """Shows long work: yields `show(completed, beside, line)`; `beside` stands at the bar, a `line` stays.
+
+    Without rich, or where standard error is no terminal, lines are written, and one at every twentieth of `total`.
+    None: nothing is shown.
+    """
+    if total is None:
+        yield lambda completed, beside, line: None
+        return
+    if not sys.stderr.isatty():
+        shown = -1
+
+        def write(completed: int, beside: str, line: str) -> None:
+            nonlocal shown
+            part = 20 * completed // total
+            if line or part > shown:
+                note(f"{label} {completed / total:.0%}: {', '.join(text for text in (beside, line) if text)}")
+            shown = max(shown, part)
+
+        yield write
+        return
+    beside_bar: list[str] = []
+    with stage(label, total, beside=lambda: " ".join(beside_bar)) as move:
+
+        def show(completed: int, beside: str, line: str) -> None:
+            beside_bar[:] = [beside]
+            move(completed)
+            if line:
+                note(line)
+
+        yield show
 
 
 @contextmanager

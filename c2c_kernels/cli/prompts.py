@@ -70,6 +70,22 @@ def split_prompt(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -
     return PromptParts(head, prompt.rest, prompt.bare)
 
 
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """What the receiver is to write after a prompt: the answer and the token that ends it."""
+    if not tokenizer.chat_template:
+        end = tokenizer.eos_token_id
+        return [*_plain(tokenizer, f" {answer}"), *([] if end is None else [end])]
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    _, found, tail = whole.rpartition(answer)
+    end = _plain(tokenizer, tail)[:1] if found and tail else [tokenizer.eos_token_id]
+    return [*_plain(tokenizer, answer), *(token for token in end if token is not None)]
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
     if not tokenizer.chat_template:
         return f"{content}\nAnswer:"

@@ -69,8 +69,8 @@ def _refuse_unless_equal(spec: str, name: str, came: object, wanted: object) -> 
     if came != wanted:
         raise CommandError(
             f"the sharer {spec} does not fit the receiver: its {name} is {came}, the receiver's {wanted}. "
-            "A sharer of another architecture needs a fitted projector, which the demo does not read: "
-            "a sharer of the receiver's own architecture is wanted"
+            "A sharer of another architecture needs a fitted projector (--pair, --projector); without one, a sharer of "
+            "the receiver's own architecture is wanted"
         )
 
 

@@ -12,7 +12,7 @@ Arms, the same tokens scored in each:
 from c2c_kernels.evaluate.arms import ARMS, Reader
 from c2c_kernels.evaluate.asking import ask
 from c2c_kernels.evaluate.bootstrap import Interval
-from c2c_kernels.evaluate.pieces import Piece, cut
+from c2c_kernels.evaluate.pieces import Piece, cut, first_piece
 from c2c_kernels.evaluate.results import AnswerResult, Evaluation, LossResult
 from c2c_kernels.evaluate.scoring import score
 from c2c_kernels.evaluate.unseen import check_unseen
@@ -28,5 +28,6 @@ __all__ = [
     "ask",
     "check_unseen",
     "cut",
+    "first_piece",
     "score",
 ]

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 import c2c_kernels as c2c
-from c2c_kernels.alignment import token_spans
 from c2c_kernels.backends import reference
 from c2c_kernels.fitting.reading import unrotated
-from c2c_kernels.integrations.transformers import SharedContext, read_tokens
+from c2c_kernels.integrations.transformers import SharedContext, project_text, read_tokens
 from c2c_kernels.projectors import CacheProjector, CacheShape
 
+# Texts whose projected caches give the noise its statistics, before anything is scored.
+_FOR_STATISTICS = 12
 ARMS = ("alone", "text", "projected", "mismatched", "noise")
 
 
@@ -41,11 +42,42 @@ class Reader:
 
     def project(self, text: str, head: Sequence[int]) -> SharedContext:
         """What the sharer has read of `text`, in the receiver's space, after the receiver's own `head`."""
-        sharer_spans = token_spans(self.sharer_tokenizer, text)
-        receiver_spans = token_spans(self.receiver_tokenizer, text, add_special_tokens=False)
-        cache = read_tokens(self.sharer, sharer_spans.ids)
-        prefix = read_tokens(self.receiver, head) if head else None
-        return self.projector.context(cache, sharer_spans, receiver_spans, prefix=prefix)
+        ours = (self.receiver, self.receiver_tokenizer)
+        return project_text(self.projector, text, (self.sharer, self.sharer_tokenizer), ours, head=head)
+
+
+class Projections:
+    """Projected contexts of texts, those that gave the noise its statistics kept until they are asked for.
+
+    So no text is projected twice: 265 MB for 12 contexts of 480 tokens in SmolLM2-135M's space.
+
+    Args:
+        reader: the models.
+        texts: in the order in which they are asked for.
+        head: ids that the receiver reads before each.
+
+    Attributes:
+        statistics: of the projections of some texts, spread over all.
+        last: the context of the last text.
+    """
+
+    def __init__(self, reader: Reader, texts: Sequence[str], head: Sequence[int]) -> None:
+        self._reader, self._texts, self._head = reader, texts, head
+        step = max(1, len(texts) // _FOR_STATISTICS)
+        chosen = range(0, len(texts), step)[:_FOR_STATISTICS]
+        self.statistics = Statistics(reader.projector.receiver)
+        self._kept: dict[int, SharedContext] = {}
+        for at in chosen:
+            self._kept[at] = reader.project(texts[at], head)
+            self.statistics.add(self._kept[at])
+        self.last = self.take(len(texts) - 1)
+        self._kept[len(texts) - 1] = self.last
+
+    def take(self, at: int) -> SharedContext:
+        """The context of text number `at`; asked for once."""
+        if at in self._kept:
+            return self._kept.pop(at)
+        return self._reader.project(self._texts[at], self._head)
 
 
 class Statistics:

@@ -8,11 +8,9 @@ from typing import Any, Protocol
 import torch
 
 from c2c_kernels.corpus import Question, is_exact, is_right
-from c2c_kernels.evaluate.arms import ARMS, Reader, Statistics
+from c2c_kernels.evaluate.arms import ARMS, Projections, Reader
 from c2c_kernels.evaluate.results import AnswerResult
 from c2c_kernels.integrations.transformers import SharedContext, session
-
-_FOR_STATISTICS = 12
 
 
 class Prompt(Protocol):
@@ -57,22 +55,20 @@ def ask(
     if len(texts) < 2:
         raise ValueError(f"questions are about {len(texts)} text, at least 2 are wanted: another one is the mismatched")
     head = prompt(texts[0], questions[0].question).head
-    statistics = Statistics(reader.projector.receiver)
-    for text in texts[:: max(1, len(texts) // _FOR_STATISTICS)][:_FOR_STATISTICS]:
-        statistics.add(reader.project(text, head))
+    projections = Projections(reader, texts, head)
     generator = torch.Generator().manual_seed(seed)
     right, exact = (torch.zeros(len(ARMS), len(texts), dtype=torch.float64) for _ in range(2))
     asked = torch.zeros(len(texts), dtype=torch.float64)
     answers: list[dict[str, Any]] = []
-    other = reader.project(texts[-1], head)
+    other = projections.last
     for column, text in enumerate(texts):
-        projected = reader.project(text, head)
+        projected = projections.take(column)
         tokens = reader.receiver_tokenizer(text, add_special_tokens=False)["input_ids"]
         contexts: dict[str, SharedContext] = {
             "text": reader.read([*head, *tokens]),
             "projected": projected,
             "mismatched": other,
-            "noise": statistics.noise(projected, generator),
+            "noise": projections.statistics.noise(projected, generator),
         }
         for question in (q for q in questions if q.context == text):
             given = prompt(text, question.question)

@@ -62,6 +62,11 @@ def cut(
     return sorted(taken, key=lambda piece: order[piece.document]), len(found) - len(long)
 
 
+def first_piece(document: Document, tokenizer: Any, *, context: int, continuation: int) -> Piece | None:
+    """The beginning of a document and what follows it, see `cut`; None where the document is too short."""
+    return next(_pieces(document, tokenizer, context, continuation), None)
+
+
 def _pieces(document: Document, tokenizer: Any, context: int, continuation: int) -> Iterator[Piece]:
     text = document.text
     start = 0

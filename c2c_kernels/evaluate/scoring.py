@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from c2c_kernels.evaluate.arms import ARMS, Reader, Statistics
+from c2c_kernels.evaluate.arms import ARMS, Projections, Reader
 from c2c_kernels.evaluate.pieces import Piece
 from c2c_kernels.evaluate.results import LossResult
-from c2c_kernels.integrations.transformers import SharedContext
-
-# Pieces whose projected caches give the noise its statistics, before anything is scored.
-_FOR_STATISTICS = 12
+from c2c_kernels.integrations.transformers.continuation import continuation_loss
 
 
 @torch.inference_mode()
@@ -44,38 +39,29 @@ def score(
     if len(names) < 2:
         raise ValueError(f"pieces are of {len(names)} documents, at least 2 are wanted: another one is the mismatched")
     head = reader.projector.prefix
-    statistics = Statistics(reader.projector.receiver)
-    for piece in pieces[:: max(1, len(pieces) // _FOR_STATISTICS)][:_FOR_STATISTICS]:
-        statistics.add(reader.project(piece.context, head))
+    projections = Projections(reader, [piece.context for piece in pieces], head)
     alone = reader.read(head) if head else None
     generator = torch.Generator().manual_seed(seed)
     losses = torch.zeros(len(ARMS), len(names), dtype=torch.float64)
     tokens = torch.zeros(len(names), dtype=torch.float64)
     # The document before, in a circle: its last cache is the mismatched one.
-    other = reader.project(pieces[-1].context, head)
+    other = projections.last
     previous, document = other, pieces[0].document
-    for done, piece in enumerate(pieces, 1):
+    for at, piece in enumerate(pieces):
         if piece.document != document:
             other, document = previous, piece.document
-        projected = reader.project(piece.context, head)
+        projected = projections.take(at)
         contexts = {
             "alone": alone,
             "text": reader.read([*head, *piece.context_ids]),
             "projected": projected,
             "mismatched": other,
-            "noise": statistics.noise(projected, generator),
+            "noise": projections.statistics.noise(projected, generator),
         }
         column = names.index(document)
         for row, arm in enumerate(ARMS):
             losses[row, column] += continuation_loss(reader.receiver, contexts[arm], piece.continuation_ids)
         tokens[column] += len(piece.continuation_ids) - 1
         previous = projected
-        update(done)
+        update(at + 1)
     return LossResult(name, tuple(names), losses, tokens, len(pieces))
-
-
-def continuation_loss(model: object, context: SharedContext | None, ids: Sequence[int]) -> Tensor:
-    """() float64 sum of -ln p over all tokens but the first, nats."""
-    given = torch.tensor([list(ids)])
-    logits = model(given[:, :-1], c2c=context, use_cache=False).logits[0]  # type: ignore[operator]
-    return F.cross_entropy(logits.float(), given[0, 1:], reduction="sum").double()

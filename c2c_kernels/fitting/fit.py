@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from c2c_kernels._version import __version__
 from c2c_kernels.alignment import Strategy, check_offsets
-from c2c_kernels.fitting.checkpoint import Checkpoint
+from c2c_kernels.checkpoints import Checkpoint
 from c2c_kernels.fitting.moments import Moments
 from c2c_kernels.fitting.reading import Pair
 from c2c_kernels.fitting.ridge import Affine, GroupChoice, HeldOut, affine, choose_ridge
+from c2c_kernels.fitting.stretch import choose_stretch, stretched
 from c2c_kernels.fitting.texts import Corpus, Window, corpus_hash, cut, text_hashes
 from c2c_kernels.identity import identify
 from c2c_kernels.integrations.transformers.projected import cache_shape
@@ -34,6 +36,8 @@ class FitOptions:
         offsets: tokens that are read besides the aligned one (0): -1 is the one before.
         candidates: sharer layers to choose from; None: all.
         ridges: candidates for the ridge, relative to unit variance of the features; chosen on held-out text.
+        stretches: candidates for the factor by which keys are stretched away from their mean, see `fitting.stretch`;
+            chosen on held-out text.
         rank: of the maps, None for full matrices.
         tokens, strategy: see `CacheProjector`.
         window: receiver tokens of a piece of text that both models read at once.
@@ -48,6 +52,7 @@ class FitOptions:
     offsets: tuple[int, ...] = (0,)
     candidates: tuple[int, ...] | None = None
     ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    stretches: tuple[float, ...] = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3)
     rank: int | None = None
     tokens: Tokens = "receiver"
     strategy: Strategy = "last"
@@ -69,6 +74,8 @@ class FitOptions:
             raise ValueError(f"offsets must hold 0 and otherwise different negative numbers, got {self.offsets}")
         if not self.ridges or min(self.ridges) <= 0:
             raise ValueError(f"ridges must be positive numbers, got {self.ridges}")
+        if not self.stretches or not 0 < min(self.stretches) <= max(self.stretches) < float("inf"):
+            raise ValueError(f"stretches must be positive numbers, got {self.stretches}")
         for name in ("window", "held_out", "held_out_tokens", "chunk"):
             if getattr(self, name) < (16 if name == "window" else 2 if name == "held_out" else 1):
                 raise ValueError(f"{name} is {getattr(self, name)}: that is too small")
@@ -157,6 +164,7 @@ def fit_projector(
     pair = Pair(sharer, receiver, sharer_tokenizer, receiver_tokenizer, sharer_shape, receiver_shape, frame)
     moments, held_out, seconds = _sum(pair, corpus, sources, options, checkpoint, update)
     layers = _solve(moments, held_out, groups, receiver_shape, options, update)
+    layers, stretch = _stretch(pair, corpus, frame, layers, moments, options, update)
     facts = {
         "version": __version__,
         "options": asdict(options),
@@ -169,6 +177,7 @@ def fit_projector(
             "held_out_tokens": len(held_out.x),
         },
         "layers": [layer.record for layer in layers],
+        "stretch": stretch,
         "normal_equations": {"flops": moments.flops, "seconds": seconds},
         "seconds": time.perf_counter() - began,
     }
@@ -218,7 +227,7 @@ def _sum(
     keeper = None
     done, spent = 0, 0.0
     if checkpoint is not None:
-        settings = replace(options, layers_read=1, ridges=(1.0,), rank=None, checkpoint_seconds=0.0)
+        settings = replace(options, layers_read=1, ridges=(1.0,), stretches=(1.0,), rank=None, checkpoint_seconds=0.0)
         made_for = {
             "corpus": corpus.sha256,
             "windows": corpus_hash(window.text for window in (*corpus.windows, *corpus.held_out)),
@@ -227,8 +236,11 @@ def _sum(
             "receiver": asdict(pair.plan.receiver_identity),
             "prefix": list(pair.plan.prefix),
         }
-        keeper = Checkpoint(Path(checkpoint), made_for, options.checkpoint_seconds)
-        done, spent = keeper.restore(moments)
+        keeper = Checkpoint(Path(checkpoint), "fit", made_for, options.checkpoint_seconds)
+        if (kept := keeper.restore()) is not None:
+            record, state = kept
+            moments.load_state(state)
+            done, spent = int(record["windows"]), float(record["seconds"])
     total = corpus.tokens
     read = sum(window.tokens for window in corpus.windows[:done])
     update("read", read, total)
@@ -238,10 +250,11 @@ def _sum(
         began = time.perf_counter()
         moments.add(x, y)
         spent += time.perf_counter() - began
+        del x, y  # before the next ones are made
         read += sum(window.tokens for window in part)
         update("read", read, total)
-        if keeper is not None:
-            keeper.keep(moments, at + len(part), spent, always=at + len(part) == len(corpus.windows))
+        if keeper is not None and (keeper.due() or at + len(part) == len(corpus.windows)):
+            keeper.keep(partial(dict, windows=at + len(part), seconds=spent), moments.state)
     return moments, HeldOut(*_rows(pair, corpus.held_out, sources)), spent
 
 
@@ -307,6 +320,41 @@ def _solve(
         layers.append(_Layer(sources, columns, (halves[0], halves[1]), record))
         step()
     return layers
+
+
+def _stretch(
+    pair: Pair,
+    corpus: Corpus,
+    frame: CacheProjector,
+    layers: list[_Layer],
+    moments: Moments,
+    options: FitOptions,
+    update: Update,
+) -> tuple[list[_Layer], dict[str, Any]]:
+    """The layers with their keys stretched by the factor that is best on held-out text, and what was tried."""
+    receiver = pair.receiver_shape
+    _, means = moments.means()
+    keys, values = receiver.kv_heads * receiver.head_dim, receiver.kv_heads * receiver.value_dim
+
+    def by(factor: float) -> list[_Layer]:
+        found = []
+        for number, layer in enumerate(layers):
+            start = number * (keys + values)
+            key = stretched(layer.halves[0], means[start : start + keys], factor)
+            found.append(replace(layer, halves=(key, layer.halves[1])))
+        return found
+
+    def projector(factor: float) -> CacheProjector:
+        update("stretch", tried.index(factor), len(tried))
+        return _assemble(frame, by(factor), options.rank, {})
+
+    tried = sorted(set(options.stretches))
+    if len(tried) == 1:
+        return by(tried[0]), {"factor": tried[0]}
+    losses = choose_stretch(pair, [window.text for window in corpus.held_out], tried, projector)
+    update("stretch", len(tried), len(tried))
+    best = min(tried, key=lambda factor: losses[factor])
+    return by(best), {"factor": best, "nats": {str(factor): round(losses[factor], 5) for factor in tried}}
 
 
 @torch.no_grad()

@@ -72,11 +72,11 @@ class Moments:
         self._filled()
         return self.square_y / self.tokens - (self.sum_y / self.tokens).square()
 
-    def covariance(self, columns: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """(n, n) covariance of the features `columns` (increasing), computed in float64 and given as `dtype`."""
+    def covariance(self, columns: Tensor) -> Tensor:
+        """(n, n) float64 covariance of the features `columns` (increasing)."""
         self._filled()
         mean = self.sum_x[columns] / self.tokens
-        result = torch.empty(len(columns), len(columns), dtype=dtype)
+        result = torch.empty(len(columns), len(columns), dtype=torch.float64)
         for number, total in enumerate(self.gram):
             start = number * BLOCK
             (inside,) = torch.nonzero((columns >= start) & (columns < start + total.shape[0]), as_tuple=True)
@@ -88,6 +88,26 @@ class Moments:
             result[first : first + len(inside), first:] = part
             result[first:, first : first + len(inside)] = part.T
         return result
+
+    def covariance_between(self, rows: range, columns: range) -> Tensor:
+        """(rows, columns) float64 covariance of two runs of features, `rows` wholly before `columns`."""
+        self._filled()
+        if rows.stop > columns.start:
+            raise ValueError(f"rows {rows} must end before columns {columns} begin")
+        parts = []
+        for number, total in enumerate(self.gram):
+            start = number * BLOCK
+            first, last = max(rows.start, start), min(rows.stop, start + total.shape[0])
+            if first < last:
+                parts.append(total[first - start : last - start, columns.start - start : columns.stop - start])
+        means = (self.sum_x[rows.start : rows.stop], self.sum_x[columns.start : columns.stop])
+        return torch.cat(parts) / self.tokens - torch.outer(*(total / self.tokens for total in means))
+
+    def variance_x(self) -> Tensor:
+        """(features,) variance of every feature, float64."""
+        self._filled()
+        square = torch.cat([total.diagonal() for total in self.gram])
+        return square / self.tokens - (self.sum_x / self.tokens).square()
 
     def cross_covariance(self, columns: Tensor, targets: slice) -> Tensor:
         """(n, targets) covariance of features and targets, float64."""

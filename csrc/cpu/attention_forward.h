@@ -2,13 +2,11 @@
 //
 // Three phases over threads: fold (absorbed segments: q~ = Wk^T q), attend (each job is one run, one tile of query
 // rows, one part of the tokens, and leaves a softmax state), combine (states of a row merged in a fixed order,
-// absorbed sums taken through Wv, result rounded once). Few rows stream the cache once through registers; more rows
-// go through register-blocked products on transposed scores, s[token][row], which need no horizontal sums. Segments
-// that are not read as they are stored pass through a stage (stage.h) between fold and combine.
+// absorbed sums taken through Wv, result rounded once). Few rows stream the cache (attention_stream.h); more rows go
+// through register-blocked products on transposed scores, s[token][row], which need no horizontal sums. Segments that
+// are not read as they are stored pass through a stage (stage.h) between fold and combine.
 
-constexpr int64_t STREAM_ROWS = 12;                // up to here a tile streams tokens instead of packing them
-constexpr int64_t WIDENED_TOKENS = 2 * TILE_ROWS;  // whose keys are in float32 at a time
-constexpr int64_t QUERY_BLOCK = 16;                // queries of one head that are folded or combined together
+constexpr int64_t QUERY_BLOCK = 16;  // queries of one head that are folded or combined together
 
 struct Forward {
   const c2c_attention_params &p;
@@ -21,143 +19,6 @@ struct Forward {
     return run_count == 1 && runs[0].splits == 1;  // the own cache alone
   }
 };
-
-struct TileScratch {
-  float *q, *panels, *s, *scaled, *scales, *acc, *k, *v, *mask, *gates, *row_bias, *row_max, *row_sum, *factor;
-  int64_t *lo, *hi, *coordinate;
-  int32_t *row_lo, *row_hi;
-  SoftmaxState *state;
-
-  TileScratch(Carver &carver, const Run &run, const c2c_attention_params &p) {
-    int64_t rows = round_up(run.group_heads * run.tile_queries, PANEL);
-    q = carver.take(rows * run.key_ld);
-    panels = carver.take(rows * run.key_ld);
-    s = carver.take(BLOCK * (rows + 16));
-    scaled = carver.take(run.key_scale || run.value_scale ? BLOCK * STREAM_ROWS : 0);
-    scales = carver.take(BLOCK);
-    acc = carver.take(rows * run.value_ld);
-    k = carver.take(WIDENED_TOKENS * run.key_ld);
-    v = carver.take(BLOCK * run.value_ld);
-    mask = carver.take(!run.segment && p.mask.data ? BLOCK * rows : 0);
-    gates = carver.take(BLOCK * run.group_heads);
-    row_bias = carver.take(rows);
-    row_max = carver.take(rows);
-    row_sum = carver.take(rows);
-    factor = carver.take(rows);
-    lo = (int64_t *)carver.take(2 * rows);
-    hi = (int64_t *)carver.take(2 * rows);
-    coordinate = (int64_t *)carver.take(2 * BLOCK);
-    row_lo = (int32_t *)carver.take(rows);
-    row_hi = (int32_t *)carver.take(rows);
-    state = (SoftmaxState *)carver.take(2 * rows);
-  }
-};
-
-static int64_t attention_scratch(const Run &run, const c2c_attention_params &p) {
-  Carver carver{nullptr};
-  TileScratch sized(carver, run, p);
-  return carver.used;
-}
-
-// ---- few rows: tokens are streamed ----
-
-// Bias, cap, gates, mask and limits of one row of scores, s[n].
-static void adjust_row(const Tile &tile, int64_t j, int64_t n, int64_t g, int64_t i, float *s, float row_bias) {
-  const c2c_attention_params &p = tile.p;
-  if (tile.run.absorbed)
-    for (int64_t t = 0; t < n; ++t) s[t] += row_bias;
-  for (int64_t t = n; t < BLOCK; ++t) s[t] = -INF;
-  if (p.softcap > 0.0f)
-    for (int64_t t = 0; t < BLOCK; t += LANES) store(s + t, vtanh(load(s + t) * (1.0f / p.softcap)) * p.softcap);
-  for (int64_t t = n; t < BLOCK; ++t) s[t] = -INF;
-  if (tile.gated)
-    for (int64_t t = 0; t < n; ++t) s[t] += tile.gates[g * BLOCK + t];
-  if (!tile.run.segment && p.mask.data) {
-    const c2c_tensor &mask = p.mask;
-    int64_t offset =
-        tile.b * mask.stride[0] + tile.head(g) * mask.stride[1] + (tile.i0 + i) * mask.stride[2] + j * mask.stride[3];
-    for (int64_t t = 0; t < n; ++t) {
-      const float add = mask_at(mask, offset + t * mask.stride[3]);
-      s[t] = mask.dtype == C2C_BOOL && add != 0.0f ? -INF : s[t] + add;
-    }
-  }
-  if (tile.limited) {
-    const int64_t lo = tile.limits.lo[i], hi = tile.limits.hi[i];
-    for (int64_t t = 0; t < n; ++t) s[t] = (tile.coordinate[t] > lo) & (tile.coordinate[t] <= hi) ? s[t] : -INF;
-  }
-}
-
-// Scores of a row become weights relative to its state's new maximum; returns the factor for its sums so far.
-static float softmax_row(float *s, SoftmaxState &state) {
-  V largest = set1(-INF);
-  VI broken = {};
-  for (int64_t t = 0; t < BLOCK; t += LANES) {
-    V x = load(s + t);
-    largest = vmax(x, largest);
-    broken |= x != x;
-  }
-  float factor = state.update(any(broken) ? __builtin_nanf("") : largest_of(largest));
-  const V base = set1(state.max == -INF ? 0.0f : state.max);
-  V total = {};
-  for (int64_t t = 0; t < BLOCK; t += LANES) {
-    V weight = vexp(load(s + t) - base);
-    store(s + t, weight);
-    total += weight;
-  }
-  state.sum += sum(total);
-  return factor;
-}
-
-static void load_scales(const c2c_tensor &scale, int64_t b, int64_t head, int64_t j, int64_t n, float *to) {
-  for (int64_t t = 0; t < n; ++t) to[t] = scale_at(scale, b, head, j + t);
-}
-
-static void stream_tile(Tile &tile, TileScratch &x) {
-  const Run &run = tile.run;
-  for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
-    int64_t n = least(BLOCK, tile.end - j);
-    if (!tile.enter_block(j, n)) continue;
-    for (int64_t part = 0; part < run.parts; ++part) {
-      const int64_t head = run.absorbed ? part : tile.group;
-      const void *keys = at(*run.key, tile.b, head, j);
-      const float *q = x.q + part * run.key_dim;
-      if (!run.key_scale) {
-        dot_tokens(q, run.key_ld, tile.rows, run.key->dtype, keys, run.key->stride[2], n, run.key_dim, x.s, BLOCK,
-                   part > 0);
-        continue;
-      }
-      dot_tokens(q, run.key_ld, tile.rows, run.key->dtype, keys, run.key->stride[2], n, run.key_dim, x.scaled, BLOCK,
-                 false);
-      load_scales(*run.key_scale, tile.b, head, j, n, x.scales);
-      for (int64_t r = 0; r < tile.rows; ++r)
-        for (int64_t t = 0; t < n; ++t) {
-          const float dot = x.scaled[r * BLOCK + t] * x.scales[t];
-          x.s[r * BLOCK + t] = part > 0 ? x.s[r * BLOCK + t] + dot : dot;
-        }
-    }
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      adjust_row(tile, j, n, r / tile.queries, r % tile.queries, x.s + r * BLOCK, x.row_bias[r]);
-      float factor = softmax_row(x.s + r * BLOCK, x.state[r]);
-      if (factor != 1.0f) {
-        float *acc = x.acc + r * run.value_ld;
-        for (int64_t d = 0; d < run.value_ld; ++d) acc[d] *= factor;
-      }
-    }
-    for (int64_t part = 0; part < run.parts; ++part) {
-      const int64_t head = run.absorbed ? part : tile.group;
-      const void *values = at(*run.value, tile.b, head, j);
-      const float *weights = x.s;
-      if (run.value_scale) {
-        load_scales(*run.value_scale, tile.b, head, j, n, x.scales);
-        for (int64_t r = 0; r < tile.rows; ++r)
-          for (int64_t t = 0; t < n; ++t) x.scaled[r * BLOCK + t] = x.s[r * BLOCK + t] * x.scales[t];
-        weights = x.scaled;
-      }
-      weigh_tokens(weights, BLOCK, tile.rows, run.value->dtype, values, run.value->stride[2], n, run.value_dim,
-                   x.acc + part * run.value_dim, run.value_ld);
-    }
-  }
-}
 
 // ---- many rows: register-blocked products ----
 
@@ -380,7 +241,7 @@ static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b
       load_folded(tile, x);
     else
       load_queries(tile, x.q, run.key_ld);
-    if (tile.rows <= STREAM_ROWS)
+    if (tile.rows <= FEW_ROWS)
       stream_tile(tile, x);
     else
       block_tile(tile, x);

@@ -188,6 +188,23 @@ static void transpose_rows(const float *from, int64_t ld_from, int64_t rows, int
     for (int64_t r = 0; r < LANES; ++r) to[c * ld_to + r] = r < rows ? from[r * ld_from + c] : 0.0f;
 }
 
+// The same for stored bfloat16 of whole panels, in float32: pairs are
+// transposed as one and widened afterwards, which takes half the shuffles.
+static void transpose_pairs(const bf16 *from, int64_t ld_from, int64_t rows, int64_t columns, float *to,
+                            int64_t ld_to) {
+  for (int64_t c = 0; c < columns; c += PANEL) {
+    V block[LANES];
+    for (int64_t r = 0; r < LANES; ++r)
+      block[r] = r < rows ? bit_cast<V>(*(const UnalignedPairs *)(from + r * ld_from + c)) : V{};
+    transpose(block);
+    for (int64_t r = 0; r < LANES; ++r) {
+      const VU both = bit_cast<VU>(block[r]);
+      store(to + (c + 2 * r) * ld_to, bit_cast<V>(both << 16));
+      store(to + (c + 2 * r + 1) * ld_to, bit_cast<V>(both & 0xffff0000u));
+    }
+  }
+}
+
 // Panels of B = R^T from rows R[N x K].
 static void pack_panels_transposed(float *panels, const float *rows, int64_t ld, int64_t K, int64_t N) {
   for (int64_t n = 0; n < N; n += PANEL, panels += K * PANEL)

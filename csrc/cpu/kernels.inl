@@ -16,6 +16,8 @@ namespace C2C_NAMESPACE {
 
 #include "stage.h"
 
+#include "attention_stream.h"
+
 #include "attention_forward.h"
 
 #include "normaliser.h"

@@ -1,6 +1,6 @@
 // The two memory-bound loops: a few float32 rows against many stored tokens, each read once and in the order of
-// addresses: reading four tokens side by side halves what memory delivers, and software prefetching on top slows it.
-// Included inside an instruction set's namespace.
+// addresses: reading four tokens side by side halves what memory delivers. Where the hardware needs it, tokens are
+// asked for ahead of their use (ahead.h). Included inside an instruction set's namespace.
 
 constexpr int MAX_ROWS = 4;  // in one pass
 #if LANES == 16
@@ -58,10 +58,48 @@ struct Order<bf16> {
   }
 };
 
+// A token that several rows use is read once: the compiler would read it for each of them.
+template <int ROWS, int VECTORS>
+static ALWAYS_INLINE void share(V (&token)[VECTORS], Count<ROWS>) {
+#pragma GCC unroll 16
+  for (int v = 0; ROWS > 1 && v < VECTORS; ++v) keep_in_register(token[v]);
+}
+
+// What is asked for while n tokens are used, `bytes` of each: the token so many places on, and beyond the last one the
+// first ones of `next` (null: nothing is asked for), which lie alike.
+struct Ahead {
+  uintptr_t here, there;  // where to ask for what follows token 0, within these tokens and beyond them
+  int64_t stride, steps, n;
+
+  template <class T>
+  Ahead(const T *tokens, int64_t stride_, int64_t n_, int64_t bytes, const void *next)
+      : stride(stride_ * (int64_t)sizeof(T)), steps(next ? least(n_, div_up(stream_ahead(), bytes)) : 0), n(n_) {
+    here = (uintptr_t)tokens + steps * stride;
+    there = (uintptr_t)next - (n - steps) * stride;
+  }
+
+  ALWAYS_INLINE const char *place(int64_t j) const {
+    return (const char *)((j < n - steps ? here : there) + j * stride);
+  }
+
+  // Asks for what follows tokens j .. j + TOKENS.
+  template <int TOKENS, int BYTES>
+  ALWAYS_INLINE void ask(int64_t j) const {
+    if (!steps) return;
+    const char *from = place(j);
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t, from += stride)
+#pragma GCC unroll 8
+      for (int byte = 0; byte < BYTES; byte += 64) __builtin_prefetch(from + byte);
+  }
+};
+
 // s[r][j] (+)= x[r] . token[j] over VECTORS whole vectors, for ROWS rows and n tokens.
 template <int ROWS, int VECTORS, class T>
 static void dot_chunk(const float *x, int64_t ldx, const T *tokens, int64_t stride, int64_t n, float *s, int64_t lds,
-                      bool add) {
+                      bool add, const void *next) {
+  constexpr int BYTES = VECTORS * LANES * sizeof(T);
+  const Ahead ahead(tokens, stride, n, BYTES, next);
   V row[ROWS][VECTORS];
   for (int r = 0; r < ROWS; ++r) {
     for (int v = 0; v < VECTORS; ++v) row[r][v] = load(x + r * ldx + v * LANES);
@@ -70,6 +108,7 @@ static void dot_chunk(const float *x, int64_t ldx, const T *tokens, int64_t stri
   auto products = [&](const T *token, V(&sum)[ROWS]) __attribute__((always_inline)) {
     V k[VECTORS];
     Order<T>::load_token(token, k);
+    share(k, Count<ROWS>{});
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       sum[r] = row[r][0] * k[0];
@@ -77,13 +116,31 @@ static void dot_chunk(const float *x, int64_t ldx, const T *tokens, int64_t stri
       for (int v = 1; v < VECTORS; ++v) sum[r] = row[r][v] * k[v] + sum[r];
     }
   };
+  auto four = [&](int64_t j, V(&sum)[4][ROWS]) __attribute__((always_inline)) {
+    ahead.ask<4, BYTES>(j);
+    for (int t = 0; t < 4; ++t, tokens += stride) products(tokens, sum[t]);
+  };
   int64_t j = 0;
-  for (; j + 4 <= n; j += 4, tokens += 4 * stride) {
+#if defined(C2C_AVX512)
+  for (; j + 16 <= n; j += 16) {
+    V sums[4][ROWS];
+    for (int part = 0; part < 4; ++part) {
+      V sum[4][ROWS];
+      four(j + 4 * part, sum);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) sums[part][r] = quarter_sums(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      V dots = fold_quarters(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
+      float *to = s + r * lds + j;
+      store(to, add ? load(to) + dots : dots);
+    }
+  }
+#endif
+  for (; j + 4 <= n; j += 4) {
     V sum[4][ROWS];
-    products(tokens, sum[0]);
-    products(tokens + stride, sum[1]);
-    products(tokens + 2 * stride, sum[2]);
-    products(tokens + 3 * stride, sum[3]);
+    four(j, sum);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       V4 dots = sum4(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
@@ -105,8 +162,11 @@ static void dot_chunk(const float *x, int64_t ldx, const T *tokens, int64_t stri
 // s[r][j] (+)= x[r] . token[j] for tokens wider than registers hold: each is read through once, rows beside it.
 template <int ROWS, class T>
 static void dot_wide(const float *x, int64_t ldx, const T *tokens, int64_t stride, int64_t n, int64_t whole, float *s,
-                     int64_t lds, bool add) {
+                     int64_t lds, bool add, const void *next) {
+  constexpr int PAIR = 2 * LANES * sizeof(T);
+  const Ahead ahead(tokens, stride, n, whole * sizeof(T), next);
   for (int64_t j = 0; j < n; ++j, tokens += stride) {
+    const char *const line = ahead.steps ? ahead.place(j) : nullptr;
     V sums[ROWS][2] = {};
     int64_t d = 0;
     auto step = [&](int half) __attribute__((always_inline)) {
@@ -115,7 +175,9 @@ static void dot_wide(const float *x, int64_t ldx, const T *tokens, int64_t strid
       for (int r = 0; r < ROWS; ++r) sums[r][half] = load(x + r * ldx + d) * k + sums[r][half];
       d += LANES;
     };
-    for (; d + 2 * LANES <= whole;) {
+    while (d + 2 * LANES <= whole) {
+#pragma GCC unroll 4
+      for (int byte = 0; line && byte < PAIR; byte += 64) __builtin_prefetch(line + d * sizeof(T) + byte);
       step(0);
       step(1);
     }
@@ -130,15 +192,19 @@ static void dot_wide(const float *x, int64_t ldx, const T *tokens, int64_t strid
 // acc[r] += sum_j p[r][j] token[j] over VECTORS whole vectors, for ROWS rows.
 template <int ROWS, int VECTORS, class T>
 static void weigh_chunk(const float *p, int64_t ldp, const T *tokens, int64_t stride, int64_t n, float *acc,
-                        int64_t lda) {
+                        int64_t lda, const void *next) {
+  constexpr int BYTES = VECTORS * LANES * sizeof(T);
+  const Ahead ahead(tokens, stride, n, BYTES, next);
   V sum[ROWS][VECTORS];
   for (int r = 0; r < ROWS; ++r) {
     for (int v = 0; v < VECTORS; ++v) sum[r][v] = load(acc + r * lda + v * LANES);
     Order<T>::arrange(sum[r]);
   }
   for (int64_t j = 0; j < n; ++j, tokens += stride) {
+    ahead.ask<1, BYTES>(j);
     V value[VECTORS];
     Order<T>::load_token(tokens, value);
+    share(value, Count<ROWS>{});
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const V weight = set1(p[r * ldp + j]);
@@ -225,22 +291,33 @@ static ALWAYS_INLINE void with_chunk(int64_t rows, int64_t vectors, F f) {
   });
 }
 
+// What a chunk of a pass over tokens asks for beyond its last one: its part of `next`, where no chunk is left that will
+// read these tokens' next dimensions; nothing where rows before have had the tokens fetched.
+template <class T>
+static ALWAYS_INLINE const void *after_chunk(const T *tokens, const void *next, int64_t row, int64_t end,
+                                             int64_t whole) {
+  return row > 0 || !next ? nullptr : end < whole ? (const void *)(tokens + end) : next;
+}
+
 // s[r][j] (+)= x[r] . token[j] for any number of rows and any storage: n tokens of `dim` stored elements, `stride`
-// elements apart. Nothing beyond `dim` elements of a row or token is read.
+// elements apart. Nothing beyond `dim` elements of a row or token is read. `next` (nullable) is what the caller reads
+// afterwards.
 static void dot_tokens(const float *x, int64_t ldx, int64_t rows, int32_t dtype, const void *tokens, int64_t stride,
-                       int64_t n, int64_t dim, float *s, int64_t lds, bool add) {
+                       int64_t n, int64_t dim, float *s, int64_t lds, bool add, const void *next = nullptr) {
   with_type(dtype, tokens, [&](auto *token) {
     const int64_t whole = dim / LANES * LANES;
     if (whole > CHUNK * LANES) {
       for (int64_t row = 0; row < rows; row += MAX_ROWS)
         with_count<MAX_ROWS>(least<int64_t>(MAX_ROWS, rows - row), [&](auto r) {
-          dot_wide<decltype(r)::value>(x + row * ldx, ldx, token, stride, n, whole, s + row * lds, lds, add);
+          dot_wide<decltype(r)::value>(x + row * ldx, ldx, token, stride, n, whole, s + row * lds, lds, add,
+                                       row > 0 ? nullptr : next);
         });
     } else {
       each_chunk(rows, dim, [&](int64_t row, int64_t count, int64_t first, int64_t vectors) {
+        const void *after = after_chunk(token, next, row, first + vectors * LANES, whole);
         with_chunk(count, vectors, [&](auto r, auto v) {
           dot_chunk<decltype(r)::value, decltype(v)::value>(x + row * ldx + first, ldx, token + first, stride, n,
-                                                            s + row * lds, lds, add || first > 0);
+                                                            s + row * lds, lds, add || first > 0, after);
         });
       });
     }
@@ -250,15 +327,16 @@ static void dot_tokens(const float *x, int64_t ldx, int64_t rows, int32_t dtype,
 
 // acc[r] += sum_j p[r][j] token[j]; nothing beyond `dim` elements is read or written.
 static void weigh_tokens(const float *p, int64_t ldp, int64_t rows, int32_t dtype, const void *tokens, int64_t stride,
-                         int64_t n, int64_t dim, float *acc, int64_t lda) {
+                         int64_t n, int64_t dim, float *acc, int64_t lda, const void *next = nullptr) {
   with_type(dtype, tokens, [&](auto *token) {
+    const int64_t whole = dim / LANES * LANES;
     each_chunk(rows, dim, [&](int64_t row, int64_t count, int64_t first, int64_t vectors) {
+      const void *after = after_chunk(token, next, row, first + vectors * LANES, whole);
       with_chunk(count, vectors, [&](auto r, auto v) {
         weigh_chunk<decltype(r)::value, decltype(v)::value>(p + row * ldp, ldp, token + first, stride, n,
-                                                            acc + row * lda + first, lda);
+                                                            acc + row * lda + first, lda, after);
       });
     });
-    const int64_t whole = dim / LANES * LANES;
     if (whole < dim) weigh_tail(p, ldp, rows, token + whole, stride, n, dim - whole, acc + whole, lda);
   });
 }

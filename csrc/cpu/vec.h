@@ -295,13 +295,26 @@ static ALWAYS_INLINE bool any(VI mask) {
 #endif
 }
 
+#if defined(C2C_AVX512)
+// Partial sums of a, b, c, d, side by side in each quarter.
+static ALWAYS_INLINE V quarter_sums(V a, V b, V c, V d) {
+  V ab = (V)_mm512_unpacklo_ps((__m512)a, (__m512)b) + (V)_mm512_unpackhi_ps((__m512)a, (__m512)b);
+  V cd = (V)_mm512_unpacklo_ps((__m512)c, (__m512)d) + (V)_mm512_unpackhi_ps((__m512)c, (__m512)d);
+  return (V)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0x44) + (V)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0xee);
+}
+
+// fold_to_4 of four vectors, side by side: the same additions in the same order.
+static ALWAYS_INLINE V fold_quarters(V a, V b, V c, V d) {
+  V ab = (V)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88) + (V)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xdd);
+  V cd = (V)_mm512_shuffle_f32x4((__m512)c, (__m512)d, 0x88) + (V)_mm512_shuffle_f32x4((__m512)c, (__m512)d, 0xdd);
+  return (V)_mm512_shuffle_f32x4((__m512)ab, (__m512)cd, 0x88) + (V)_mm512_shuffle_f32x4((__m512)ab, (__m512)cd, 0xdd);
+}
+#endif
+
 // (sum a, sum b, sum c, sum d): four horizontal sums for little more than the price of one.
 static ALWAYS_INLINE V4 sum4(V a, V b, V c, V d) {
 #if defined(C2C_AVX512)
-  V ab = (V)_mm512_unpacklo_ps((__m512)a, (__m512)b) + (V)_mm512_unpackhi_ps((__m512)a, (__m512)b);
-  V cd = (V)_mm512_unpacklo_ps((__m512)c, (__m512)d) + (V)_mm512_unpackhi_ps((__m512)c, (__m512)d);
-  return fold_to_4((V)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0x44) +
-                   (V)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0xee));
+  return fold_to_4(quarter_sums(a, b, c, d));
 #elif defined(__x86_64__)
   V4 p = fold_to_4(a), q = fold_to_4(b), r = fold_to_4(c), s = fold_to_4(d);
   __m128 ab = _mm_add_ps(_mm_unpacklo_ps((__m128)p, (__m128)q), _mm_unpackhi_ps((__m128)p, (__m128)q));

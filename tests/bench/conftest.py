@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from threads import torch_threads
 
 from c2c_kernels.bench import explain, machine, measure, reading
 from c2c_kernels.bench.timing import Effort
@@ -45,10 +45,8 @@ def _compiled_anew():
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Threads that wait for one another are slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from threads import torch_threads
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import c2c_kernels as c2c
@@ -25,10 +26,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(autouse=True)
 def _two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 @pytest.fixture
@@ -270,7 +269,7 @@ def test_a_sharer_of_another_shape_is_refused(folders, note_file, capsys):
         capsys, "demo", "--receiver", folders["a"], "--sharer", folders["wide"], "--document", str(note_file)
     )
     assert "its num_key_value_heads is 4, the receiver's 2" in line
-    assert "needs a fitted projector, which the demo does not read" in line
+    assert "needs a fitted projector (--pair, --projector)" in line
 
 
 def test_a_document_beyond_the_context_is_refused(folders, tmp_path, capsys):

@@ -140,7 +140,8 @@ def test_other_models_and_documents_of_the_fit_are_refused(identity: Path, docum
     projector.facts["corpus"] = {"texts": [corpus.read(documents)[0].sha256[:16]]}
     projector.save(tmp_path / "seen.safetensors")
     assert main(["evaluate", str(tmp_path / "seen.safetensors"), "--corpus", str(documents)]) == 1
-    assert "1 of 2 documents are among those that the projector was fitted on (made/" in capsys.readouterr().err
+    message = "1 of 2 documents are among those that the projector was fitted or trained on (made/"
+    assert message in capsys.readouterr().err
     projector.sharer_identity = type(projector.sharer_identity)("Another", "0" * 64, "0" * 64)
     projector.facts["corpus"] = {"texts": []}
     projector.save(tmp_path / "other.safetensors")

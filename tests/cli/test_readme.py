@@ -15,6 +15,7 @@ from c2c_kernels.integrations.transformers import cache_shape, session
 from c2c_kernels.projectors import Source
 
 README = Path(__file__).parents[2] / "README.md"
+PAIRS = README.parent / "docs" / "pairs.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
@@ -44,6 +45,29 @@ def test_projector_block(tmp_path, monkeypatch):
     exec(BLOCKS[1], {**scope, "text": "the cat is in the rain"})
     with session(receiver, None):  # the block has enabled it
         torch.testing.assert_close(receiver(question_ids).logits, alone)
+
+
+def test_exchange_block(tmp_path, monkeypatch):
+    """docs/pairs.md, with tiny models: each answer depends on what the other has read."""
+    [block] = re.findall(r"```python\n(.*?)```", PAIRS.read_text(encoding="utf-8"), flags=re.DOTALL)
+    models = [load_model(str(tiny_gguf.write(tmp_path / f"{seed}.gguf", seed=seed))) for seed in (1, 2)]
+    shapes = [cache_shape(model) for model, _ in models]
+    for name, way in (("gemma3-smollm2", shapes), ("smollm2-gemma3", shapes[::-1])):
+        sources = [([Source("key", 0)], [Source("value", 0)])] * way[1].layers
+        projector = CacheProjector(*way, sources, prefix=[1])
+        for parameter in projector.parameters():
+            torch.nn.init.normal_(parameter)
+        projector.save(tmp_path / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    written = []
+    for text_a, text_b in (("the cat", "the rain"), ("a boat in", "the rain"), ("the cat", "bees and bread")):
+        questions = [tokenizer("what is", return_tensors="pt").input_ids for _, tokenizer in models]
+        given = {"gemma": models[0], "smollm2": models[1], "text_a": text_a, "text_b": text_b}
+        scope = {**given, "question_for_gemma": questions[0], "question_for_smollm2": questions[1]}
+        exec(block, scope)
+        written.append([scope["about_a"].tolist(), scope["about_b"].tolist()])
+    assert written[0][0] != written[1][0], "what SmolLM2 says about A depends on A"
+    assert written[0][1] != written[2][1], "what Gemma says about B depends on B"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 import tiny_gguf
 import torch
 from rich.console import Console
+from threads import torch_threads
 
 from c2c_kernels.cli import cache as cache_folder
 from c2c_kernels.cli import convert, main, models, progress, prompts, report
@@ -25,9 +26,8 @@ _SYSTEM = "<|im_start|>system\nYou are a user's assistant, trained by Hugging Fa
 
 @pytest.fixture(autouse=True)
 def _same_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+    with torch_threads():
+        yield
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 sys.path.append(str(Path(__file__).parent))
 
 import tiny_models
+from threads import torch_threads
 
 import c2c_kernels as c2c
 
@@ -29,7 +29,5 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tiny models gain nothing from threads, and lose much where the machine is shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield

@@ -15,7 +15,7 @@ from tiny_tokenizers import build_tokenizer, random_texts
 from torch.nn import functional as F
 
 from c2c_kernels import corpus, evaluate
-from c2c_kernels.evaluate import ARMS, Reader
+from c2c_kernels.evaluate import ARMS, Reader, arms
 from c2c_kernels.evaluate.arms import Statistics
 from c2c_kernels.evaluate.bootstrap import interval
 from c2c_kernels.fitting.reading import unrotated
@@ -112,6 +112,21 @@ def _plain(shape, contexts, layer: int, half: str) -> torch.Tensor:
         part = getattr(segment, half)
         parts.append(unrotated(shape, layer, part, segment.positions[0])[0] if half == "key" else part[0])
     return torch.cat(parts, dim=1)
+
+
+def test_no_text_is_projected_twice(reader: Reader, pieces: list[evaluate.Piece], monkeypatch):
+    """The statistics of the noise and the first mismatched cache come from the contexts that are scored."""
+    read: list[str] = []
+    project = Reader.project
+
+    def counted(self, text, head):
+        read.append(text)
+        return project(self, text, head)
+
+    monkeypatch.setattr(Reader, "project", counted)
+    monkeypatch.setattr(arms, "_FOR_STATISTICS", 2)
+    evaluate.score(reader, pieces[:5])
+    assert sorted(read) == sorted(piece.context for piece in pieces[:5])
 
 
 def test_noise_needs_statistics(reader: Reader):

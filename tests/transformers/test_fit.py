@@ -38,6 +38,7 @@ def test_a_model_finds_itself(family):
         model, model, TEXTS, sharer_tokenizer=tokenizer, receiver_tokenizer=tokenizer, options=OPTIONS
     )
     assert projector.prefix == (1,)
+    assert projector.facts["stretch"]["factor"] == 1.0  # nothing is unexplained, nothing too short
     for number, record in enumerate(projector.facts["layers"]):
         assert record["groups"] == [[number, 0]]
         assert record["key"]["ridge"] == record["value"]["ridge"] == 1e-5
@@ -91,6 +92,20 @@ def test_facts_and_identities(tmp_path):
     check_identity("receiver", projector.receiver_identity, identify(build("llama"), build_tokenizer(4)))
     with pytest.raises(ValueError, match="the sharer's model"):
         check_identity("sharer", projector.sharer_identity, identify(build("llama"), build_tokenizer(25, bos=True)))
+
+
+def test_keys_are_stretched_by_what_is_best_on_held_out_text():
+    receiver = build("llama")
+    tried = (0.5, 1.0, 1.5)
+    projector = fit(receiver=receiver, options=replace(OPTIONS, stretches=tried))
+    assert "_c2c_patch" not in receiver.__dict__, "the receiver is left as it was"
+    record = projector.facts["stretch"]
+    assert sorted(record["nats"]) == [str(factor) for factor in tried]
+    assert len(set(record["nats"].values())) == len(tried)
+    assert record["nats"][str(record["factor"])] == min(record["nats"].values())
+    alone = fit(options=replace(OPTIONS, stretches=(record["factor"],)))
+    for name, tensor in projector.state_dict().items():
+        assert torch.equal(tensor, alone.state_dict()[name]), name
 
 
 class InterruptedFitError(Exception):
@@ -156,6 +171,8 @@ def test_a_checkpoint_of_another_fit(tmp_path):
         ({"options": replace(OPTIONS, candidates=(0, 9))}, r"candidates must be different layers of 0\.\.3"),
         ({"options": replace(OPTIONS, offsets=(-1,))}, "offsets must hold 0"),
         ({"options": replace(OPTIONS, ridges=())}, "ridges must be positive"),
+        ({"options": replace(OPTIONS, stretches=())}, "stretches must be positive"),
+        ({"options": replace(OPTIONS, stretches=(1.0, 0.0))}, "stretches must be positive"),
         ({"options": replace(OPTIONS, rank=32)}, r"rank must be in 1\.\.31"),
         ({"options": replace(OPTIONS, chunk=0)}, "chunk is 0"),
     ],

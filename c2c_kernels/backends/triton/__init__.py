@@ -117,10 +117,10 @@ def project_kv(
 
 
 def project_kv_backward(
-    backend: str, grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, rope: Rope | None
+    backend: str, grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, rope: Rope | None, needs=None
 ) -> list[Tensor | None]:
     """Gradients by slot in float32: matrix products of PyTorch; tokens selected by an index go back by a kernel."""
-    return native.project_kv_backward(backend, grad_key, grad_value, segment, rope, scatter.spread)
+    return native.project_kv_backward(backend, grad_key, grad_value, segment, rope, needs, scatter.spread)
 
 
 def merge_states(backend: str, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

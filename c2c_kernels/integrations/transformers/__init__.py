@@ -21,7 +21,8 @@ With `output_attentions=True` (served by the reference backend) the weights of a
 as eager attention gives them, followed by those of every segment's tokens: (batch, q_heads, q_len, len + all segments).
 `config.output_attentions = True` does the same where it is set before `enable`; later Transformers refuses to set it.
 
-A sharer of another kind needs a `c2c_kernels.CacheProjector`: `projected_context`, or `projector.context(...)`.
+A sharer of another kind needs a `c2c_kernels.CacheProjector`: `project_text`, or `projected_context` for a cache that
+is there already.
 
 Rotary scalings that change with the text's length (dynamic NTK, LongRoPE) are exact while sharer and receiver stay on
 the same side of the change, as for any cache. Checked against Transformers 5.23 (DESIGN.md 2.4).
@@ -30,7 +31,12 @@ the same side of the change, as for any cache. Checked against Transformers 5.23
 from c2c_kernels.integrations.transformers.attention import MassRecord
 from c2c_kernels.integrations.transformers.context import SharedContext
 from c2c_kernels.integrations.transformers.patch import disable, enable, record_mass, session
-from c2c_kernels.integrations.transformers.projected import cache_shape, projected_context, read_tokens
+from c2c_kernels.integrations.transformers.projected import (
+    cache_shape,
+    project_text,
+    projected_context,
+    read_tokens,
+)
 
 __all__ = [
     "MassRecord",
@@ -38,6 +44,7 @@ __all__ = [
     "cache_shape",
     "disable",
     "enable",
+    "project_text",
     "projected_context",
     "read_tokens",
     "record_mass",

@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 import c2c_kernels as c2c
-from c2c_kernels.alignment import TokenSpans
+from c2c_kernels.alignment import TokenSpans, check_offsets, token_spans
 from c2c_kernels.backends import reference
 from c2c_kernels.integrations.transformers.caches import read_cache
 from c2c_kernels.integrations.transformers.context import SharedContext
@@ -143,3 +143,42 @@ def projected_context(
     plan = projector.plan(sharer_spans, receiver_spans, start=start)
     segments = projector.segments(layers, plan, visibility=visibility, backend=backend)
     return SharedContext([[*first, segment] for first, segment in zip(before, segments, strict=True)], plan.end)
+
+
+def project_text(
+    projector: CacheProjector,
+    text: str,
+    sharer: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    receiver: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    *,
+    head: Sequence[int] | None = None,
+    visibility: Literal["all", "causal"] = "all",
+    backend: str | None = None,
+) -> SharedContext:
+    """The sharer reads `text`; the context that stands for it in the receiver, which does not.
+
+    Args:
+        projector: made for these two models (`c2c_kernels.identity.check_identity`).
+        text: what is read.
+        sharer, receiver: (model, fast tokenizer) each.
+        head: ids that the receiver reads itself before the text: a chat template's head, a document of its own.
+            None: the projector's prefix.
+        visibility, backend: see `projected_context`.
+
+    Returns:
+        see `projected_context`.
+
+    Raises:
+        ValueError: for a text that is empty or longer than the sharer's context.
+        TypeError: for tokenizers without offsets.
+    """
+    if not text:
+        raise ValueError("text is empty: something to read is wanted")
+    check_offsets(sharer[1], "the sharer's tokenizer")
+    check_offsets(receiver[1], "the receiver's tokenizer")
+    theirs = token_spans(sharer[1], text)
+    ours = token_spans(receiver[1], text, add_special_tokens=False)
+    before = projector.prefix if head is None else head
+    prefix = read_tokens(receiver[0], before) if len(before) else None
+    cache = read_tokens(sharer[0], theirs.ids)
+    return projected_context(projector, cache, theirs, ours, prefix=prefix, visibility=visibility, backend=backend)

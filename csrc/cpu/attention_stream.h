@@ -1,0 +1,200 @@
+// Attention of few query rows: a block of tokens at a time, scores s[row][token]. Included inside an instruction set's
+// namespace.
+//
+// Up to STREAM_ROWS rows a token goes through registers once (rows.h). Beyond, as far as rows fill no more than one
+// vector, tokens are the vectors: keys are transposed into panels, 64 shuffles for 16 x 16 of them, and multiplied by
+// broadcast queries, 10 loads for 24 multiply-adds; rows as the vectors would take a load for every multiply-add.
+
+constexpr int64_t STREAM_ROWS = 12;
+constexpr int64_t FEW_ROWS = STREAM_ROWS > LANES ? STREAM_ROWS : LANES;
+constexpr int64_t WIDENED_TOKENS = 2 * TILE_ROWS;  // whose keys are in float32 at a time, for many rows
+
+struct TileScratch {
+  float *q, *panels, *s, *scaled, *scales, *acc, *k, *v, *mask, *gates, *row_bias, *row_max, *row_sum, *factor;
+  int64_t *lo, *hi, *coordinate;
+  int32_t *row_lo, *row_hi;
+  SoftmaxState *state;
+
+  TileScratch(Carver &carver, const Run &run, const c2c_attention_params &p) {
+    int64_t rows = round_up(run.group_heads * run.tile_queries, PANEL);
+    q = carver.take(rows * run.key_ld);
+    panels = carver.take(rows * run.key_ld);
+    s = carver.take(BLOCK * (rows + 16));
+    scaled = carver.take(run.key_scale || run.value_scale ? BLOCK * FEW_ROWS : 0);
+    scales = carver.take(BLOCK);
+    acc = carver.take(rows * run.value_ld);
+    k = carver.take(most(WIDENED_TOKENS * run.key_ld, (BLOCK + LANES) * round_up(run.key_dim, PANEL)));
+    v = carver.take(BLOCK * run.value_ld);
+    mask = carver.take(!run.segment && p.mask.data ? BLOCK * rows : 0);
+    gates = carver.take(BLOCK * run.group_heads);
+    row_bias = carver.take(rows);
+    row_max = carver.take(rows);
+    row_sum = carver.take(rows);
+    factor = carver.take(rows);
+    lo = (int64_t *)carver.take(2 * rows);
+    hi = (int64_t *)carver.take(2 * rows);
+    coordinate = (int64_t *)carver.take(2 * BLOCK);
+    row_lo = (int32_t *)carver.take(rows);
+    row_hi = (int32_t *)carver.take(rows);
+    state = (SoftmaxState *)carver.take(2 * rows);
+  }
+};
+
+static int64_t attention_scratch(const Run &run, const c2c_attention_params &p) {
+  Carver carver{nullptr};
+  TileScratch sized(carver, run, p);
+  return carver.used;
+}
+
+// Bias, cap, gates, mask and limits of one row of scores, s[n].
+static void adjust_row(const Tile &tile, int64_t j, int64_t n, int64_t g, int64_t i, float *s, float row_bias) {
+  const c2c_attention_params &p = tile.p;
+  if (tile.run.absorbed)
+    for (int64_t t = 0; t < n; ++t) s[t] += row_bias;
+  for (int64_t t = n; t < BLOCK; ++t) s[t] = -INF;
+  if (p.softcap > 0.0f)
+    for (int64_t t = 0; t < BLOCK; t += LANES) store(s + t, vtanh(load(s + t) * (1.0f / p.softcap)) * p.softcap);
+  for (int64_t t = n; t < BLOCK; ++t) s[t] = -INF;
+  if (tile.gated)
+    for (int64_t t = 0; t < n; ++t) s[t] += tile.gates[g * BLOCK + t];
+  if (!tile.run.segment && p.mask.data) {
+    const c2c_tensor &mask = p.mask;
+    int64_t offset =
+        tile.b * mask.stride[0] + tile.head(g) * mask.stride[1] + (tile.i0 + i) * mask.stride[2] + j * mask.stride[3];
+    for (int64_t t = 0; t < n; ++t) {
+      const float add = mask_at(mask, offset + t * mask.stride[3]);
+      s[t] = mask.dtype == C2C_BOOL && add != 0.0f ? -INF : s[t] + add;
+    }
+  }
+  if (tile.limited) {
+    const int64_t lo = tile.limits.lo[i], hi = tile.limits.hi[i];
+    for (int64_t t = 0; t < n; ++t) s[t] = (tile.coordinate[t] > lo) & (tile.coordinate[t] <= hi) ? s[t] : -INF;
+  }
+}
+
+// Scores of a row become weights relative to its state's new maximum; returns the factor for its sums so far.
+static float softmax_row(float *s, SoftmaxState &state) {
+  V largest = set1(-INF);
+  VI broken = {};
+  for (int64_t t = 0; t < BLOCK; t += LANES) {
+    V x = load(s + t);
+    largest = vmax(x, largest);
+    broken |= x != x;
+  }
+  float factor = state.update(any(broken) ? __builtin_nanf("") : largest_of(largest));
+  const V base = set1(state.max == -INF ? 0.0f : state.max);
+  V total = {};
+  for (int64_t t = 0; t < BLOCK; t += LANES) {
+    V weight = vexp(load(s + t) - base);
+    store(s + t, weight);
+    total += weight;
+  }
+  state.sum += sum(total);
+  return factor;
+}
+
+static void load_scales(const c2c_tensor &scale, int64_t b, int64_t head, int64_t j, int64_t n, float *to) {
+  for (int64_t t = 0; t < n; ++t) to[t] = scale_at(scale, b, head, j + t);
+}
+
+// Panels of n tokens with tokens side by side, [n / PANEL][dim][PANEL] in float32.
+static void pack_across(float *panels, float *widened, int32_t dtype, const void *tokens, int64_t stride, int64_t n,
+                        int64_t dim) {
+  const int64_t size = dtype_size(dtype);
+  for (int64_t t = 0; t < n; t += LANES) {
+    const int64_t count = least<int64_t>(LANES, n - t);
+    const char *from = (const char *)tokens + t * stride * size;
+    float *to = panels + t / PANEL * PANEL * dim + t % PANEL;
+    if (dtype == C2C_F32) {
+      transpose_rows((const float *)from, stride, count, dim, to, PANEL);
+    } else if (dtype == C2C_BF16 && dim % PANEL == 0) {
+      transpose_pairs((const bf16 *)from, stride, count, dim, to, PANEL);
+    } else {
+      for (int64_t i = 0; i < count; ++i) widen_row(widened + i * dim, dtype, from + i * stride * size, dim);
+      transpose_rows(widened, dim, count, dim, to, PANEL);
+    }
+  }
+}
+
+// What dot_tokens and weigh_tokens do, for more than STREAM_ROWS rows; `upcoming` is what is read afterwards.
+static void dot_across(const Tile &tile, int64_t head, int64_t j, int64_t n, const float *q, float *s, bool add,
+                       TileScratch &x, Upcoming &upcoming) {
+  const Run &run = tile.run;
+  float *const panels = x.k, *const widened = x.k + BLOCK * round_up(run.key_dim, PANEL);
+  pack_across(panels, widened, run.key->dtype, at(*run.key, tile.b, head, j), run.key->stride[2], n, run.key_dim);
+  gemm(tile.rows, n, run.key_dim, q, run.key_ld, 1, panels, PANEL, run.key_dim * PANEL, s, BLOCK, add, &upcoming);
+}
+
+static void weigh_across(const Tile &tile, int64_t head, int64_t j, int64_t n, const float *weights, float *acc,
+                         TileScratch &x, Upcoming &upcoming) {
+  const Run &run = tile.run;
+  const c2c_tensor &t = *run.value;
+  const float *values = (const float *)at(t, tile.b, head, j);
+  int64_t ld = t.stride[2];
+  if (t.dtype != C2C_F32 || run.value_dim % LANES != 0) {
+    ld = round_up(run.value_dim, PANEL);
+    for (int64_t i = 0; i < n; ++i) widen_row(x.v + i * ld, t.dtype, at(t, tile.b, head, j + i), run.value_dim);
+    values = x.v;
+  }
+  gemm(tile.rows, run.value_dim, n, weights, BLOCK, 1, values, ld, PANEL, acc, run.value_ld, true, &upcoming);
+}
+
+static void stream_tile(Tile &tile, TileScratch &x) {
+  const Run &run = tile.run;
+  const bool across = tile.rows > STREAM_ROWS;
+  for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
+    int64_t n = least(BLOCK, tile.end - j);
+    if (!tile.enter_block(j, n)) continue;
+    Upcoming values_ahead = upcoming_tokens(run, *run.value, run.value_dim, tile.b, tile.group, j, n);
+    Upcoming keys_ahead =
+        upcoming_tokens(run, *run.key, run.key_dim, tile.b, tile.group, j + BLOCK, least(BLOCK, tile.end - j - BLOCK));
+    for (int64_t part = 0; part < run.parts; ++part) {
+      const int64_t head = run.absorbed ? part : tile.group;
+      const void *keys = at(*run.key, tile.b, head, j);
+      const void *next =
+          part + 1 < run.parts ? at(*run.key, tile.b, head + 1, j) : at(*run.value, tile.b, run.absorbed ? 0 : head, j);
+      const float *q = x.q + part * run.key_dim;
+      float *const dots = run.key_scale ? x.scaled : x.s;
+      const bool add = part > 0 && !run.key_scale;
+      if (across)
+        dot_across(tile, head, j, n, q, dots, add, x, values_ahead);
+      else
+        dot_tokens(q, run.key_ld, tile.rows, run.key->dtype, keys, run.key->stride[2], n, run.key_dim, dots, BLOCK, add,
+                   next);
+      if (!run.key_scale) continue;
+      load_scales(*run.key_scale, tile.b, head, j, n, x.scales);
+      for (int64_t r = 0; r < tile.rows; ++r)
+        for (int64_t t = 0; t < n; ++t) {
+          const float dot = x.scaled[r * BLOCK + t] * x.scales[t];
+          x.s[r * BLOCK + t] = part > 0 ? x.s[r * BLOCK + t] + dot : dot;
+        }
+    }
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      adjust_row(tile, j, n, r / tile.queries, r % tile.queries, x.s + r * BLOCK, x.row_bias[r]);
+      float factor = softmax_row(x.s + r * BLOCK, x.state[r]);
+      if (factor != 1.0f) {
+        float *acc = x.acc + r * run.value_ld;
+        for (int64_t d = 0; d < run.value_ld; ++d) acc[d] *= factor;
+      }
+    }
+    for (int64_t part = 0; part < run.parts; ++part) {
+      const int64_t head = run.absorbed ? part : tile.group;
+      const void *values = at(*run.value, tile.b, head, j);
+      const void *next = part + 1 < run.parts ? at(*run.value, tile.b, head + 1, j)
+                                              : at(*run.key, tile.b, run.absorbed ? 0 : head, j + n);
+      const float *weights = x.s;
+      if (run.value_scale) {
+        load_scales(*run.value_scale, tile.b, head, j, n, x.scales);
+        for (int64_t r = 0; r < tile.rows; ++r)
+          for (int64_t t = 0; t < n; ++t) x.scaled[r * BLOCK + t] = x.s[r * BLOCK + t] * x.scales[t];
+        weights = x.scaled;
+      }
+      float *const acc = x.acc + part * run.value_dim;
+      if (across)
+        weigh_across(tile, head, j, n, weights, acc, x, keys_ahead);
+      else
+        weigh_tokens(weights, BLOCK, tile.rows, run.value->dtype, values, run.value->stride[2], n, run.value_dim, acc,
+                     run.value_ld, next);
+    }
+  }
+}
