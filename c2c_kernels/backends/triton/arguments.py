@@ -53,7 +53,7 @@ class Run(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How a run is read; compiled in. Kernels take these by place."""
+    """How a run is read; compiled in. Kernels take `code`, two bits for each of these in order."""
 
     positions: int  # 0: none compared, 1: a token's index is its position, 2: Run.positions
     causal: int
@@ -63,6 +63,10 @@ class Kind(NamedTuple):
     key_e4m3: int
     value_e4m3: int
     wide: int  # 1: products in float32, because queries and tokens differ in dtype
+
+    @property
+    def code(self) -> int:
+        return sum(value << 2 * place for place, value in enumerate(self))
 
 
 def rows(tensor: Tensor) -> Tensor:

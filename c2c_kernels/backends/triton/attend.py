@@ -1,6 +1,6 @@
 """One tile of queries over a range of one run's tokens: what prefill and decode have in common.
 
-A run is `arguments.Run`: the own cache or a segment in receiver space. `KIND` is its `arguments.Kind`, in that order.
+A run is `arguments.Run`: the own cache or a segment in receiver space. `KIND` is the code of its `arguments.Kind`.
 Rows of a tile are queries packed with the query heads of one KV head: row = query * GROUP + head within the group, so
 that keys and values are read once for all of them.
 """
@@ -48,10 +48,10 @@ def seen(
     MASKED: tl.constexpr,
 ):
     """Logits with the tokens that a row does not see at -inf, and additive masks added."""
-    POSITIONS: tl.constexpr = KIND[0]
-    CAUSAL: tl.constexpr = KIND[1]
-    WINDOW: tl.constexpr = KIND[2]
-    MASK: tl.constexpr = KIND[4]
+    POSITIONS: tl.constexpr = KIND & 3
+    CAUSAL: tl.constexpr = KIND >> 2 & 3
+    WINDOW: tl.constexpr = KIND >> 4 & 3
+    MASK: tl.constexpr = KIND >> 8 & 3
     if MASK != 0:
         rows = batch_row.to(tl.int64) * run.mask_b + heads.to(tl.int64) * run.mask_h
         rows += queries.to(tl.int64) * run.mask_q
@@ -99,10 +99,10 @@ def attend(
     q: (BLOCK_M, BLOCK_D). m, l: (BLOCK_M,) float32. acc: (BLOCK_M, BLOCK_V) float32. MASKED: a tile may hold tokens
     that some row does not see.
     """
-    GATE: tl.constexpr = KIND[3]
-    KEY_E4M3: tl.constexpr = KIND[5]
-    VALUE_E4M3: tl.constexpr = KIND[6]
-    WIDE: tl.constexpr = KIND[7]
+    GATE: tl.constexpr = KIND >> 6 & 3
+    KEY_E4M3: tl.constexpr = KIND >> 10 & 3
+    VALUE_E4M3: tl.constexpr = KIND >> 12 & 3
+    WIDE: tl.constexpr = KIND >> 14 & 3
     EDGES: tl.constexpr = MASKED or run.index is not None
     dtype: tl.constexpr = tl.float32 if WIDE else q.dtype
     q = q.to(dtype)

@@ -23,7 +23,7 @@ def score_gradients(
 
     lse: (rows,) in base 2, +inf for rows that saw nothing. delta: (rows,).
     """
-    GATE: tl.constexpr = KIND[3]
+    GATE: tl.constexpr = KIND >> 6 & 3
     zero = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
     scores = dot(q, tl.trans(k), zero, PRECISION)
     logits = capped(scores, scale, softcap, SOFTCAP)
@@ -92,10 +92,10 @@ def query_gradient_kernel(
     last_query = (tl.minimum(tile * BLOCK_M + BLOCK_M, q_len * GROUP) - 1) // GROUP
     for number in tl.static_range(RUNS):
         run = runs[number]
-        its_q, its_g = (q.to(tl.float32), g.to(tl.float32)) if KINDS[number][7] else (q, g.to(q.dtype))
+        its_q, its_g = (q.to(tl.float32), g.to(tl.float32)) if (KINDS[number] >> 14 & 3) else (q, g.to(q.dtype))
         its_delta = tl.load(delta + row * RUNS + number, mask=row_inside, other=0.0)
         if number == 0:
-            low, _, _, high = own_range(own_end, q_len, first_query, last_query, window, KINDS[number], BLOCK_N)
+            low, full_low, full_high, high = own_range(own_end, q_len, first_query, last_query, window, KINDS[number], BLOCK_N)
             end, its_positions, its_window = own_end, own_positions, window
         else:
             end = length_of(run.lengths, batch_row, run.length)
@@ -110,7 +110,7 @@ def query_gradient_kernel(
             v = load_rows(
                 value + start64 * run.value_n, cols * run.value_n, inside, value_dims, VALUE_DIM, BLOCK_V, True
             )
-            _, change, _ = score_gradients(
+            its_weights, change, for_gate = score_gradients(
                 its_q, its_g, k, v.to(its_q.dtype), found, its_delta, run, batch_row, heads, queries, row_inside,
                 its_positions, tokens, inside, scale, softcap, its_window, KINDS[number], True, SOFTCAP, PRECISION,
             )  # fmt: skip
@@ -122,8 +122,8 @@ def query_gradient_kernel(
 @triton.jit
 def first_query_that_sees(own_end, q_len, first, last, window, KIND: tl.constexpr, BLOCK_M: tl.constexpr):
     """Queries from, to that can see own tokens first .. last - 1; `from` is a tile border."""
-    CAUSAL: tl.constexpr = KIND[1]
-    WINDOW: tl.constexpr = KIND[2]
+    CAUSAL: tl.constexpr = KIND >> 2 & 3
+    WINDOW: tl.constexpr = KIND >> 4 & 3
     low, high = 0, q_len
     if CAUSAL:
         low = tl.maximum(first - (own_end - q_len), 0) // BLOCK_M * BLOCK_M
@@ -159,7 +159,7 @@ def token_gradient_kernel(
         run = runs[number]
         length = own_length if number == 0 else run.length
         its_tiles = tl.cdiv(length, BLOCK_N)
-        dtype = tl.float32 if KINDS[number][7] else query.dtype.element_ty
+        dtype = tl.float32 if (KINDS[number] >> 14 & 3) else query.dtype.element_ty
         if (tile >= first_tile) & (tile < first_tile + its_tiles):
             end = length_of(run.lengths, batch_row, length)
             start = (tile - first_tile) * BLOCK_N

@@ -57,7 +57,7 @@ def split_kernel(
             first = (split - first_split) * SPLIT
             last = tl.minimum(first + SPLIT, end)
             if number == 0:
-                if KINDS[number][2] != 0:
+                if (KINDS[number] >> 4 & 3) != 0:
                     reach = tl.minimum(window, 1 << 30).to(tl.int32)
                     first = tl.maximum(first, (own_end - q_len - reach + 1) // BLOCK_N * BLOCK_N)
                 m, l, acc = attend(

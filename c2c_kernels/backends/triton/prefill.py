@@ -11,9 +11,9 @@ from .tiles import length_of, load_rows
 @triton.jit
 def own_range(end, q_len, first_query, last_query, window, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
     """Own tokens that a tile of queries sees: from, first and last that all of its rows see, to; tile borders."""
-    CAUSAL: tl.constexpr = KIND[1]
-    WINDOW: tl.constexpr = KIND[2]
-    MASK: tl.constexpr = KIND[4]
+    CAUSAL: tl.constexpr = KIND >> 2 & 3
+    WINDOW: tl.constexpr = KIND >> 4 & 3
+    MASK: tl.constexpr = KIND >> 8 & 3
     low, high = 0, end
     full_low, full_high = 0, end
     if CAUSAL:
@@ -81,14 +81,14 @@ def prefill_kernel(
             low, full_low, full_high, high = own_range(
                 own_end, q_len, first_query, last_query, window, KINDS[number], BLOCK_N
             )
-            if KINDS[number][2] != 0:
+            if (KINDS[number] >> 4 & 3) != 0:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, low,
                     tl.minimum(full_low, high), own_end, scale, softcap, window,
                     KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
                     BLOCK_D, BLOCK_V, BLOCK_N, STAGES, PRECISION,
                 )  # fmt: skip
-            if KINDS[number][4] == 0:
+            if (KINDS[number] >> 8 & 3) == 0:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_low,
                     full_high, own_end, scale, softcap, window,
