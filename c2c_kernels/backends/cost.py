@@ -23,6 +23,8 @@ class Machine:
         stream: FLOP/s of attention over at most `stream_rows` rows, which reads tokens through registers.
         softmax_width: a score's exponential costs as much as this many multiply-adds, in keys and in values.
         stream_rows: see `stream`.
+        fused: whether tokens that are projected stay in the cache until they are attended to; else they are written
+            to memory and read again.
     """
 
     bandwidth: float
@@ -31,6 +33,7 @@ class Machine:
     stream: float
     softmax_width: int
     stream_rows: int
+    fused: bool = True
 
     def projecting(self, bytes_moved: float, flops: float) -> float:
         """Seconds of products with weights."""
@@ -47,6 +50,10 @@ class Machine:
 # Fitted to `c2c-kernels bench --explain` on two cores with AVX-512: bench/README.md has the table. Bandwidth and
 # arithmetic scale alike over cores and sizes of machine.
 CPU = Machine(bandwidth=20e9, project=190e9, attend=150e9, stream=60e9, softmax_width=64, stream_rows=12)
+# An A100's published rates, half of them for attention; a GPU's products hide its exponentials at these widths.
+GPU = Machine(
+    bandwidth=1.5e12, project=200e12, attend=100e12, stream=100e12, softmax_width=0, stream_rows=64, fused=False
+)
 CPU_BFLOAT16 = replace(CPU, project=370e9)  # where bfloat16 is projected by dot products of pairs
 
 
@@ -72,8 +79,8 @@ def segment_cost(
     """Costs of a segment with both projectors for one call of `q_len` queries.
 
     absorb: read raw tokens once for all heads, at the sharer's width; fold q and out through W.
-    materialize: read raw tokens and project them, a few hundred at a time, which stay in the cache for attention at
-    the receiver's width.
+    materialize: read raw tokens and project them, where the machine is `fused` a few hundred at a time, which stay in
+    the cache for attention at the receiver's width.
     """
     length = segment.length
     kv_heads = segment.key_proj.shape[0]
@@ -87,6 +94,7 @@ def segment_cost(
     rows = q_heads * q_len
     absorb = machine.projecting(weight_bytes, 2 * rows * weights / kv_heads)
     absorb += machine.attending(raw_bytes, rows, length, key_width + value_width)
-    materialize = machine.projecting(raw_bytes + weight_bytes, 2 * length * weights)
-    materialize += machine.attending(0, rows, length, head_dim + value_dim)
+    projected_bytes = 0 if machine.fused else length * kv_heads * (head_dim + value_dim) * segment.key_proj.element_size()
+    materialize = machine.projecting(raw_bytes + weight_bytes + projected_bytes, 2 * length * weights)
+    materialize += machine.attending(projected_bytes, rows, length, head_dim + value_dim)
     return SegmentCost(absorb, materialize)

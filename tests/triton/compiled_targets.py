@@ -19,16 +19,23 @@ def plain(dtype, heads: int, length: int, dim: int, **fields) -> SegmentTensors:
     return to_tensors(SharerSegment(*(torch.empty(1, heads, length, dim, dtype=dtype) for _ in range(2)), **fields))
 
 
-def attention(dtype, q_heads: int, kv_heads: int, dim: int, q_len: int, segments=(), **options):
+def attention(dtype, q_heads: int, kv_heads: int, dim: int, q_len: int, segments=(), strategy="materialize", **options):
     query = torch.empty(1, q_heads, q_len, dim, dtype=dtype)
     key = torch.empty(1, kv_heads, 1040, dim, dtype=dtype)
     chosen = dict.fromkeys(("attn_mask", "query_positions", "lengths", "window", "softcap", "sinks")) | options
     chosen = {"is_causal": True} | chosen
     backend.merged_attention(
         "triton", query, key, key, list(segments), chosen["attn_mask"], chosen["is_causal"], chosen["query_positions"],
-        chosen["lengths"], 0.1, chosen["window"], chosen["window"], chosen["softcap"], chosen["sinks"], "materialize",
+        chosen["lengths"], 0.1, chosen["window"], chosen["window"], chosen["softcap"], chosen["sinks"], strategy,
         True, True,
     )  # fmt: skip
+
+
+def absorbed(dtype, q_heads: int, kv_heads: int, dim: int, heads: int, raw_dim: int, q_len: int = 1):
+    proj = torch.empty(kv_heads, dim, heads * raw_dim, dtype=dtype)
+    bias = torch.empty(kv_heads, dim, dtype=dtype)
+    projectors = {"key_proj": proj, "value_proj": proj, "key_bias": bias, "value_bias": bias}
+    attention(dtype, q_heads, kv_heads, dim, q_len, [plain(dtype, heads, 512, raw_dim, **projectors)], "absorb")
 
 
 def backward(dtype, dim: int):
@@ -50,6 +57,7 @@ def project(dtype, kv_heads: int, dim: int, heads: int, raw_dim: int, stored=Non
 
 
 SCALES = {"key_scale": torch.ones(1, 8, 512), "value_scale": torch.ones(1, 8, 512)}
+THREE = ["absorb_kernel", "split_kernel", "combine_kernel"]
 TWO = ["split_kernel", "combine_kernel"]
 # What is called, and the kernels that it launches.
 CALLS = {
@@ -63,10 +71,22 @@ CALLS = {
     "decode 128 float32": (lambda: attention(SINGLE, 16, 8, 128, 1, [plain(SINGLE, 8, 512, 128)]), TWO),
     "decode 256": (lambda: attention(HALF, 4, 1, 256, 1, window=512), TWO),
     "decode 64 rows": (lambda: attention(HALF, 16, 2, 128, 8, softcap=30.0, sinks=torch.zeros(16)), TWO),
+    "absorbed 128": (lambda: absorbed(HALF, 16, 8, 128, 2, 64), THREE),
+    "absorbed 256": (lambda: absorbed(HALF, 9, 3, 64, 1, 256), THREE),
+    "absorbed 512": (lambda: absorbed(HALF, 16, 8, 128, 8, 64), THREE),
+    "absorbed 512 32 rows": (lambda: absorbed(HALF, 16, 8, 128, 8, 64, 2), THREE),
+    "absorbed 256 64 rows": (lambda: absorbed(HALF, 16, 8, 128, 4, 64, 4), THREE),
+    "absorbed float32": (lambda: absorbed(SINGLE, 16, 8, 128, 2, 64), THREE),
     "prefill 64": (lambda: attention(HALF, 9, 3, 64, 256, [plain(HALF, 3, 512, 64)]), ["prefill_kernel"]),
     "prefill 128": (lambda: attention(HALF, 16, 8, 128, 256, [plain(HALF, 8, 512, 128)]), ["prefill_kernel"]),
     "prefill 128 float32": (
         lambda: attention(SINGLE, 16, 8, 128, 256, [plain(SINGLE, 8, 512, 128)]),
+        ["prefill_kernel"],
+    ),
+    "prefill 64 float32": (lambda: attention(SINGLE, 9, 3, 64, 256, [plain(SINGLE, 3, 512, 64)]), ["prefill_kernel"]),
+    "prefill 256 float32": (lambda: attention(SINGLE, 4, 1, 256, 256), ["prefill_kernel"]),
+    "prefill 64 gate": (
+        lambda: attention(HALF, 9, 3, 64, 256, [plain(HALF, 3, 512, 64, gate=torch.ones(1, 9, 512))]),
         ["prefill_kernel"],
     ),
     "prefill 256": (lambda: attention(HALF, 4, 1, 256, 256, window=512), ["prefill_kernel"]),
@@ -79,6 +99,8 @@ CALLS = {
     ),
     "backward 64": (lambda: backward(HALF, 64), ["query_gradient_kernel", "token_gradient_kernel"]),
     "backward 128": (lambda: backward(HALF, 128), ["query_gradient_kernel", "token_gradient_kernel"]),
+    "backward 256": (lambda: backward(HALF, 256), ["query_gradient_kernel", "token_gradient_kernel"]),
+    "backward 128 float32": (lambda: backward(SINGLE, 128), ["query_gradient_kernel", "token_gradient_kernel"]),
     "backward 64 float32": (lambda: backward(SINGLE, 64), ["query_gradient_kernel", "token_gradient_kernel"]),
     "project": (lambda: project(HALF, 8, 128, 8, 64), ["project_kernel"]),
     "project int8": (lambda: project(HALF, 8, 128, 8, 64, torch.int8, **SCALES), ["project_kernel"]),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...ops._checks import check_lengths, check_segment_values
 from ...segment import Rope, SegmentTensors
-from .. import native
+from .. import cost, native
 from . import attention, gradients, projection, quantise, scatter, states, tiles_table
 
 _PROJECTED = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,6 +45,27 @@ def _materialized(segment: SegmentTensors, dtype: torch.dtype) -> SegmentTensors
     return segment._replace(key=key, value=value, key_scale=None, value_scale=None, selected=None, **empty)
 
 
+def _absorbs(segment: SegmentTensors, number: int, strategy: str, query: Tensor, value_dim: int) -> bool:
+    """Whether the segment's projectors are absorbed; an error where that was asked for and cannot be."""
+    if strategy == "materialize" or segment.key_proj is None or segment.value_proj is None or not segment.length:
+        return False
+    _, q_heads, q_len, head_dim = query.shape
+    rows, width = q_heads * q_len, attention.segment_width(segment)
+    limit = tiles_table.ABSORBED_WIDTH[attention.absorbs_wide(segment, query)]
+    fits = width <= limit and rows <= min(tiles_table.ABSORBED_ROWS, tiles_table.ABSORBED_AREA // width)
+    if strategy == "absorb":
+        if not fits:
+            raise ValueError(
+                f"merged_attention on triton absorbs a sharer width (heads x dim, to a power of 2) up to {limit}, for up "
+                f"to {tiles_table.ABSORBED_ROWS} query heads x queries and {tiles_table.ABSORBED_AREA} of them x width; "
+                f'segments[{number}] has width {width}, query {q_heads} x {q_len}: use strategy "auto" or "materialize"'
+            )
+        return True
+    if not fits or segment.key_proj_in is not None or segment.value_proj_in is not None:
+        return False
+    return cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, cost.GPU).strategy == "absorb"
+
+
 def _check_dims(operator: str, **dims: int) -> None:
     for name, dim in dims.items():
         if dim > tiles_table.LARGEST_DIM:
@@ -57,13 +78,15 @@ def merged_attention(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Forward kernels; lse and mass are computed where asked for (an empty mass otherwise)."""
     _check_dims("merged_attention", head_dim=query.shape[3], value_dim=value.shape[3])
-    if strategy == "absorb" and any(s.key_proj is not None and s.value_proj is not None for s in segments):
-        raise ValueError('merged_attention on triton supports strategy "auto" and "materialize"; got "absorb"')
+    absorbs = tuple(_absorbs(s, number, strategy, query, value.shape[3]) for number, s in enumerate(segments))
     _check_values(segments, "segments", lengths, key.shape[2])
-    direct = [s if _in_receiver_space(s) else _materialized(s, query.dtype) for s in segments]
+    direct = [
+        s if absorbed or _in_receiver_space(s) else _materialized(s, query.dtype)
+        for s, absorbed in zip(segments, absorbs, strict=True)
+    ]
     out, lse, mass = attention.attend(
         query, key, value, direct, attn_mask, is_causal, query_positions, lengths, scale, window, segment_window,
-        softcap, sinks, return_mass, return_lse, out_dtype or query.dtype,
+        softcap, sinks, return_mass, return_lse, out_dtype or query.dtype, absorbs,
     )  # fmt: skip
     if mass is None and return_lse:
         mass = query.new_empty((0,), dtype=torch.float32)
@@ -80,7 +103,7 @@ def merged_attention_backward(
     through the projector. `exact` is the forward's out in float32.
     """
     direct = [s if s.plain else _materialized(s, query.dtype) for s in segments]
-    if any(not s.plain and _in_receiver_space(s) for s in segments):
+    if any(not s.plain and (strategy == "absorb" or _in_receiver_space(s)) for s in segments):
         # Weights are exp(score - lse): both have to come from the same keys, to the last bit.
         exact, lse, _ = attention.attend(
             query, key, value, direct, attn_mask, is_causal, query_positions, lengths, scale, window, segment_window,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...segment import SegmentTensors
 
 _WINDOW_LIMIT = 2**40  # beyond it a window hides nothing that an integer position could tell
-_QUANTISED = (torch.int8, torch.float8_e4m3fn)
+QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
 
 class Run(NamedTuple):
@@ -25,7 +25,7 @@ class Run(NamedTuple):
     value_h: int
     value_n: int
     length: int | None  # tokens to attend to; None for the own cache, whose length is an argument of its own
-    stored: int  # tokens of key and value
+    stored: int  # tokens of key and value; 0 without an index
     lengths: Tensor | None  # (batch,)
     gate: Tensor | None  # (batch, q_heads, length)
     gate_b: int
@@ -63,10 +63,14 @@ class Kind(NamedTuple):
     key_e4m3: int
     value_e4m3: int
     wide: int  # 1: products in float32, because queries and tokens differ in dtype
+    absorbed: int  # 1: raw tokens of a sharer, its projectors absorbed
 
     @property
     def code(self) -> int:
         return sum(value << 2 * place for place, value in enumerate(self))
+
+
+ABSORBED_AT = 2 * Kind._fields.index("absorbed")
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -100,7 +104,7 @@ def own_run(key: Tensor, value: Tensor, lengths: Tensor | None, attn_mask: Tenso
     """The receiver's own cache. `rows_of_mask`: (batch, q_heads, q_len)."""
     key, value = rows(key), rows(value)
     return Run(
-        key, *key.stride()[:3], value, *value.stride()[:3], None, key.shape[2], lengths, *_ABSENT_OPTIONS,
+        key, *key.stride()[:3], value, *value.stride()[:3], None, 0, lengths, *_ABSENT_OPTIONS,
         *expanded(attn_mask, (*rows_of_mask, key.shape[2])),
     )  # fmt: skip
 
@@ -109,12 +113,12 @@ _ABSENT_OPTIONS = (None, 0, 0, 0, None, 0, 0, None, 0, 0, 0, None, 0, 0, 0, None
 
 
 def segment_run(segment: SegmentTensors, batch: int, q_heads: int) -> Run:
-    """A segment in receiver space: without projectors and biases."""
+    """A segment in receiver space, without projectors and biases, or raw, with projectors absorbed."""
     key, value = supported(rows(segment.key)), supported(rows(segment.value))
     tokens = (batch, segment.length)
     stored = tuple(key.shape[:3])
     return Run(
-        key, *key.stride()[:3], value, *value.stride()[:3], segment.length, key.shape[2], segment.lengths,
+        key, *key.stride()[:3], value, *value.stride()[:3], segment.length, 0 if segment.selected is None else key.shape[2], segment.lengths,
         *expanded(segment.gate, (batch, q_heads, segment.length)), *expanded(segment.positions, tokens),
         *expanded(segment.key_scale, stored), *expanded(segment.value_scale, stored),
         *expanded(segment.selected, tokens), None, 0, 0, 0, 0,
@@ -124,19 +128,20 @@ def segment_run(segment: SegmentTensors, batch: int, q_heads: int) -> Run:
 def own_kind(run: Run, is_causal: bool, window: int | None, mask_dtype: torch.dtype | None) -> Kind:
     mask = 0 if mask_dtype is None else 1 if mask_dtype == torch.bool else 2
     places = 1 if is_causal or window is not None else 0
-    return Kind(places, int(is_causal), int(window is not None), 0, mask, 0, 0, 0)
+    return Kind(places, int(is_causal), int(window is not None), 0, mask, 0, 0, 0, 0)
 
 
-def segment_kind(segment: SegmentTensors, run: Run, window: int | None, dtype: torch.dtype) -> Kind:
+def segment_kind(segment: SegmentTensors, run: Run, window: int | None, dtype: torch.dtype, absorbed: bool) -> Kind:
     """`dtype`: that of the queries."""
     gate = 0
     if run.gate is not None:
         gate = 1 if run.gate_n == 0 else 2 if run.gate_h == 0 else 3
     placed = segment.positions is not None and (segment.causal or window is not None)
-    wide = any(t.dtype not in (dtype, *_QUANTISED) for t in (segment.key, segment.value))
+    wide = any(t.dtype not in (dtype, *QUANTISED) for t in (segment.key, segment.value))
     return Kind(
         2 if placed else 0, int(placed and segment.causal), int(placed and window is not None), gate, 0,
         int(segment.key.dtype == torch.float8_e4m3fn), int(segment.value.dtype == torch.float8_e4m3fn), int(wide),
+        int(absorbed),
     )  # fmt: skip
 
 
@@ -208,7 +213,7 @@ def half_of(raw: Tensor, scale: Tensor | None, proj: Tensor | None, bias: Tensor
 
 def wide_half(raw: Tensor, proj: Tensor | None) -> bool:
     """Whether products are formed in float32 because tokens and weights differ in dtype."""
-    return proj is not None and raw.dtype not in (proj.dtype, *_QUANTISED)
+    return proj is not None and raw.dtype not in (proj.dtype, *QUANTISED)
 
 
 def rotation_of(remove: tuple[Tensor, Tensor] | None, apply: tuple[Tensor, Tensor] | None) -> Rotation:

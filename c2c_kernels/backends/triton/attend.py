@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .softmax import LOG2E, capped, update
-from .tiles import decoded, dot, load_rows
+from .tiles import decoded, dot, load_tile
 
 
 @triton.jit
@@ -88,16 +88,34 @@ def stored_rows(run, batch_row, tokens, inside):
 
 
 @triton.jit
+def columns_of(dims, RAW_DIM: tl.constexpr, head_stride):
+    """Where a token's numbers lie after its first: RAW_DIM numbers of one head after another (0: one head)."""
+    if RAW_DIM == 0:
+        return dims
+    else:
+        return dims // RAW_DIM * head_stride + dims % RAW_DIM
+
+
+@triton.jit
+def scaled(x, scales, scale_h, scale_n, rows, stored, dims, RAW_DIM: tl.constexpr, DIM: tl.constexpr):
+    """Raw tokens (tokens, dims) in float32 times the scale of their token and sharer head."""
+    pointers = scales + rows[:, None] * scale_n + (dims // RAW_DIM * scale_h)[None, :]
+    return x * tl.load(pointers, mask=stored[:, None] & (dims < DIM)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def attend(
     q, m, l, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, first, last, end, scale, softcap,
-    window, KIND: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    window, shift, KIND: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, KEY_RAW: tl.constexpr, VALUE_RAW: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Takes tokens first, first + 1, ... last - 1 (first a multiple of BLOCK_N, `end` valid tokens) into (m, l, acc).
 
     q: (BLOCK_M, BLOCK_D). m, l: (BLOCK_M,) float32. acc: (BLOCK_M, BLOCK_V) float32. MASKED: a tile may hold tokens
-    that some row does not see.
+    that some row does not see. KEY_RAW, VALUE_RAW: of an absorbed segment, whose tokens are read as they are, all
+    sharer heads of this dim at once; then q is absorbed, and `shift` (BLOCK_M,), its product with the key bias, is
+    added to products (None: nothing). Otherwise 0.
     """
     GATE: tl.constexpr = KIND >> 6 & 3
     KEY_E4M3: tl.constexpr = KIND >> 10 & 3
@@ -108,28 +126,43 @@ def attend(
     q = q.to(dtype)
     cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     batch64, head64 = batch_row.to(tl.int64), kv_head.to(tl.int64)
-    key = run.key + batch64 * run.key_b + head64 * run.key_h
+    key = run.key + batch64 * run.key_b + head64 * run.key_h + columns_of(dims, KEY_RAW, run.key_h)[None, :]
     value = run.value + batch64 * run.value_b + head64 * run.value_h
+    value = value + columns_of(value_dims, VALUE_RAW, run.value_h)[None, :]
     if GATE == 1:
         row_gate = gate_of_rows(run, batch_row, heads, row_inside, GATE)
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         tokens = start + cols
         inside = tokens < end
         if run.index is None:
-            from_key = key + (start + tl.zeros((), tl.int64)) * run.key_n
-            from_value = value + (start + tl.zeros((), tl.int64)) * run.value_n
-            k = load_rows(from_key, cols * run.key_n, inside, dims, DIM, BLOCK_D, EDGES)
-            v = load_rows(from_value, cols * run.value_n, inside, value_dims, VALUE_DIM, BLOCK_V, EDGES)
+            start64 = start + tl.zeros((), tl.int64)
+            k = load_tile(
+                key + start64 * run.key_n + (cols * run.key_n)[:, None], inside, dims, DIM, BLOCK_D, EDGES
+            )  # fmt: skip
+            v = load_tile(
+                value + start64 * run.value_n + (cols * run.value_n)[:, None], inside, value_dims, VALUE_DIM, BLOCK_V,
+                EDGES,
+            )  # fmt: skip
             rows, stored = tokens.to(tl.int64), inside
         else:
             rows, stored = stored_rows(run, batch_row, tokens, inside)
-            k = load_rows(key, rows * run.key_n, stored, dims, DIM, BLOCK_D, EDGES)
-            v = load_rows(value, rows * run.value_n, stored, value_dims, VALUE_DIM, BLOCK_V, EDGES)
+            k = load_tile(key + (rows * run.key_n)[:, None], stored, dims, DIM, BLOCK_D, EDGES)
+            v = load_tile(value + (rows * run.value_n)[:, None], stored, value_dims, VALUE_DIM, BLOCK_V, EDGES)
+        if KEY_RAW != 0 and run.key_scale is not None:
+            scales = run.key_scale + batch64 * run.key_scale_b
+            k = scaled(
+                decoded(k, KEY_E4M3, tl.float32), scales, run.key_scale_h, run.key_scale_n, rows, stored, dims,
+                KEY_RAW, DIM,
+            ).to(dtype)  # fmt: skip
+        else:
+            k = decoded(k, KEY_E4M3, dtype)
         zero = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
-        scores = dot(q, tl.trans(decoded(k, KEY_E4M3, dtype)), zero, PRECISION)
-        if run.key_scale is not None:
+        scores = dot(q, tl.trans(k), zero, PRECISION)
+        if KEY_RAW == 0 and run.key_scale is not None:
             scales = run.key_scale + batch64 * run.key_scale_b + head64 * run.key_scale_h + rows * run.key_scale_n
             scores *= tl.load(scales, mask=stored, other=0.0).to(tl.float32)[None, :]
+        if shift is not None:
+            scores += shift[:, None]
         logits = capped(scores, scale, softcap, SOFTCAP)
         if GATE == 1:
             logits += row_gate[:, None]
@@ -139,8 +172,16 @@ def attend(
             logits, run, batch_row, heads, queries, row_inside, positions, tokens, inside, window, KIND, MASKED
         )
         m, l, weights, factor = update(m, l, logits)
-        if run.value_scale is not None:
+        if VALUE_RAW != 0 and run.value_scale is not None:
+            scales = run.value_scale + batch64 * run.value_scale_b
+            v = scaled(
+                decoded(v, VALUE_E4M3, tl.float32), scales, run.value_scale_h, run.value_scale_n, rows, stored,
+                value_dims, VALUE_RAW, VALUE_DIM,
+            ).to(dtype)  # fmt: skip
+        else:
+            v = decoded(v, VALUE_E4M3, dtype)
+        if VALUE_RAW == 0 and run.value_scale is not None:
             scales = run.value_scale + batch64 * run.value_scale_b + head64 * run.value_scale_h
             weights *= tl.load(scales + rows * run.value_scale_n, mask=stored, other=0.0).to(tl.float32)[None, :]
-        acc = dot(weights.to(dtype), decoded(v, VALUE_E4M3, dtype), acc * factor[:, None], PRECISION)
+        acc = dot(weights.to(dtype), v, acc * factor[:, None], PRECISION)
     return m, l, acc

@@ -47,9 +47,9 @@ def gradients(
         "grad_out": grad_out, "grad_out_b": grad_out.stride(0), "grad_out_h": grad_out.stride(1),
         "grad_out_t": grad_out.stride(2), "lse": lse.contiguous(), "delta": delta.contiguous(),
     }  # fmt: skip
-    tile = tiles_table.backward_tile(*choice)
+    tile = tiles_table.backward_tile(choice)
     names = {"BLOCK_M": tile.rows, "BLOCK_N": tile.tokens, "STAGES": tile.stages}
-    rows, kv_heads = choice[3], key.shape[1]
+    rows, kv_heads = choice.rows, key.shape[1]
     grid = batch * kv_heads * -(-rows // tile.rows)
     run(
         Launch(query_gradient_kernel, grid, common | names | {"grad_query": grad_query}, tile.warps, tile.stages),

@@ -43,7 +43,7 @@ class Usage:
 
     Attributes:
         registers: 32-bit registers of a thread (vector registers on AMD).
-        spills: bytes of stack of a thread (registers spilled, on AMD).
+        spills: bytes of stack of a thread; scalar registers that AMD's compiler keeps in vector registers are none.
         shared: bytes of shared memory of a block.
         warps: warps of a block.
         resident_warps: warps that fit on a multiprocessor at once; 0 on AMD.
@@ -85,7 +85,7 @@ def usage(kernel: Any, target: Target) -> Usage:
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
-        spilled = _number(r"\.vgpr_spill_count:\s*(\d+)", text) + _number(r"\.sgpr_spill_count:\s*(\d+)", text)
+        spilled = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
         return Usage(_number(r"\.vgpr_count:\s*(\d+)", text), spilled, shared, warps, 0)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"

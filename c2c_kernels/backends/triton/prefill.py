@@ -84,21 +84,21 @@ def prefill_kernel(
             if (KINDS[number] >> 4 & 3) != 0:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, low,
-                    tl.minimum(full_low, high), own_end, scale, softcap, window,
+                    tl.minimum(full_low, high), own_end, scale, softcap, window, None,
                     KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
-                    BLOCK_D, BLOCK_V, BLOCK_N, STAGES, PRECISION,
+                    0, 0, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, PRECISION,
                 )  # fmt: skip
             if (KINDS[number] >> 8 & 3) == 0:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_low,
-                    full_high, own_end, scale, softcap, window,
-                    KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+                    full_high, own_end, scale, softcap, window, None,
+                    KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V,
                     BLOCK_N, STAGES, PRECISION,
                 )  # fmt: skip
             m, part, acc = attend(
                 q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_high, high,
-                own_end, scale, softcap, window,
-                KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
+                own_end, scale, softcap, window, None,
+                KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
                 PRECISION,
             )  # fmt: skip
         else:
@@ -106,14 +106,14 @@ def prefill_kernel(
             full = end // BLOCK_N * BLOCK_N
             m, part, acc = attend(
                 q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, 0, full, end, scale,
-                softcap, segment_window,
-                KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
+                softcap, segment_window, None,
+                KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
                 PRECISION,
             )  # fmt: skip
             m, part, acc = attend(
                 q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, full, end, end, scale,
-                softcap, segment_window,
-                KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, 1, PRECISION,
+                softcap, segment_window, None,
+                KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, BLOCK_N, 1, PRECISION,
             )  # fmt: skip
         kept = tl.exp2(m_before - safe(m))
         l = l * kept + part

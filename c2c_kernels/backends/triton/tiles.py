@@ -40,7 +40,12 @@ def decoded(x, E4M3: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def load_rows(base, offsets, inside, dims, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """(len(offsets), BLOCK) tile of rows at base + offsets; 0 outside of `inside` (where MASKED) and beyond DIM."""
-    pointers = base + offsets[:, None] + dims[None, :]
+    return load_tile(base + offsets[:, None] + dims[None, :], inside, dims, DIM, BLOCK, MASKED)
+
+
+@triton.jit
+def load_tile(pointers, inside, dims, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """As `load_rows`, from pointers (rows, BLOCK)."""
     if MASKED and DIM != BLOCK:
         return tl.load(pointers, mask=inside[:, None] & (dims < DIM)[None, :], other=0)
     elif MASKED:

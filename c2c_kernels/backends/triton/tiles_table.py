@@ -18,52 +18,84 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Upper bounds on the tile of prefill: (largest padded head dim, tile for 16-bit dtypes, tile for float32).
-# 8 warps of 255 registers fill a multiprocessor; accumulators of rows x value dim floats set the bound on rows.
+# The tile of prefill: (largest padded head dim, tile for 16-bit dtypes, the same with a mask or a gate per head and
+# token, tile for float32). The largest that neither spills registers nor leaves fewer than 8 warps on a multiprocessor
+# (tests/triton/compiled_targets.py). Factors of float32 are split in two, and held whole by every warp.
 _PREFILL = {
     "sm_80": (
-        (64, Tile(128, 64, 4, 3), Tile(64, 32, 4, 2)),
-        (128, Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-        (256, Tile(64, 32, 8, 2), Tile(32, 16, 8, 1)),
+        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 16, 4, 2)),
+        (128, Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(16, 32, 8, 1)),
+        (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 8, 1)),
     ),
     "sm_90": (
-        (64, Tile(128, 64, 4, 3), Tile(64, 32, 4, 2)),
-        (128, Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-        (256, Tile(128, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (64, Tile(128, 64, 4, 3), Tile(128, 32, 4, 2), Tile(64, 16, 4, 2)),
+        (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 32, 8, 1)),
+        (256, Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 8, 1)),
+    ),
+    "sm_100": (
+        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 16, 4, 2)),
+        (128, Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(16, 32, 8, 1)),
+        (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 8, 1)),
     ),
     "hip": (
-        (64, Tile(128, 32, 4, 1), Tile(64, 32, 4, 1)),
-        (128, Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)),
-        (256, Tile(64, 16, 4, 1), Tile(32, 16, 4, 1)),
+        (64, Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+        (128, Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)),
+        (256, Tile(64, 16, 4, 1), Tile(64, 16, 4, 1), Tile(32, 16, 4, 1)),
     ),
 }
 DECODE_ROWS = 64  # queries x heads of a KV head up to which tokens are split over programs
 LARGEST_DIM = 256
+# Of an absorbed segment: query heads x queries of a tile, the sharer's width, and their product, at most. In float32
+# every warp holds the folded queries whole, in two parts.
+ABSORBED_ROWS = 64
+ABSORBED_WIDTH = {False: 512, True: 128}  # by whether products are in float32
+ABSORBED_AREA = 16384
+# Raw tokens of one program. Partial sums are 4 x rows x width bytes a split, of every 2 x 2 x width bytes of a token: at
+# 16 rows an eighth of the traffic, which stays in the L2 cache; longer splits leave most of a GPU idle below 32k tokens.
+RAW_SPLIT = 256
 
 
 def _family(target: Target) -> str:
     if target.backend == "hip":
         return "hip"
     # sm_86, sm_89 and sm_120 have 100 KiB of shared memory: the tiles of sm_80 fit.
-    return "sm_90" if target.arch in (90, 100, 103) else "sm_80"
+    return {90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "sm_80")
 
 
-def prefill_tile(target: Target, block_dim: int, dtype: torch.dtype, rows: int, wide: bool) -> Tile:
-    """`block_dim`: the larger of the padded head dims. `rows`: queries x heads of a KV head. `wide`: some run needs
-    products in float32."""
-    for largest, half, full in _PREFILL[_family(target)]:
-        if block_dim <= largest:
-            tile = full if wide or dtype == torch.float32 else half
-            break
-    return tile
+class Call(NamedTuple):
+    """What tiles are chosen by.
+
+    Attributes:
+        block_dim: the larger of the padded head dims.
+        rows: queries x heads of a KV head.
+        wide: whether some run needs products in float32.
+        heavy: whether a mask, a gate per head and token, or scales are read beside the tokens.
+    """
+
+    target: Target
+    block_dim: int
+    dtype: torch.dtype
+    rows: int
+    wide: bool
+    heavy: bool
+
+    @property
+    def single(self) -> bool:
+        return self.wide or self.dtype == torch.float32
 
 
-def decode_tile(target: Target, block_dim: int, dtype: torch.dtype, rows: int, wide: bool) -> Tile:
-    """As `prefill_tile`; one tile holds all rows."""
-    block_rows = max(16, 1 << (rows - 1).bit_length())
-    full = wide or dtype == torch.float32
-    tokens = 32 if full or block_dim > 128 else 64
-    warps = 4 if block_rows * block_dim <= 4096 else 8
+def prefill_tile(call: Call) -> Tile:
+    for largest, half, heavy, single in _PREFILL[_family(call.target)]:
+        if call.block_dim <= largest:
+            return single if call.single else heavy if call.heavy else half
+    raise ValueError(f"head dims up to {LARGEST_DIM} are supported; got {call.block_dim}")
+
+
+def decode_tile(call: Call) -> Tile:
+    """One tile holds all rows."""
+    block_rows = max(16, 1 << (call.rows - 1).bit_length())
+    tokens = 32 if call.single or call.heavy or call.block_dim > 128 else 64
+    warps = 4 if block_rows * call.block_dim <= 4096 else 8
     return Tile(block_rows, tokens, warps, 2)
 
 
@@ -73,10 +105,19 @@ def split_tokens(rows: int, dtype: torch.dtype) -> int:
     return max(128, 1 << (wanted - 1).bit_length())
 
 
-def backward_tile(target: Target, block_dim: int, dtype: torch.dtype, rows: int, wide: bool) -> Tile:
-    """As `prefill_tile`. Two accumulators of tokens x head dim, and four tiles in shared memory."""
-    if wide or dtype == torch.float32:
-        return Tile(32, 32, 4, 1) if block_dim <= 128 else Tile(16, 16, 4, 1)
-    if block_dim <= 64:
-        return Tile(64, 64, 4, 2)
-    return Tile(64, 64, 8, 2) if block_dim <= 128 else Tile(32, 32, 8, 1)
+def raw_tile(call: Call, block_width: int, other: Tile | None) -> Tile:
+    """Of raw tokens of an absorbed segment, `block_width` wide; call.rows: query heads x queries. Fits `other` too."""
+    tokens = 16 if block_width > 256 else 32
+    tile = Tile(max(16, 1 << (call.rows - 1).bit_length()), tokens, 4 if block_width <= 128 else 8, 2)
+    if other is None:
+        return tile
+    return Tile(tile.rows, min(tile.tokens, other.tokens), max(tile.warps, other.warps), tile.stages)
+
+
+def backward_tile(call: Call) -> Tile:
+    """Two accumulators of tokens x head dim, and four tiles in shared memory."""
+    if call.single:
+        return Tile(32, 16, 4, 1) if call.block_dim <= 128 else Tile(16, 16, 4, 1)
+    if call.block_dim <= 64:
+        return Tile(64, 32, 4, 2)
+    return Tile(32, 64, 8, 2) if call.block_dim <= 128 else Tile(32, 32, 8, 1)
