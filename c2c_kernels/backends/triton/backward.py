@@ -129,7 +129,7 @@ def first_query_that_sees(own_end, q_len, first, last, window, KIND: tl.constexp
         low = tl.maximum(first - (own_end - q_len), 0) // BLOCK_M * BLOCK_M
     if WINDOW:
         reach = tl.minimum(window, 1 << 30).to(tl.int32)
-        high = tl.maximum(tl.minimum(last - 1 + reach - (own_end - q_len), q_len), 0)
+        high = tl.minimum(tl.maximum(last - 1 + reach - (own_end - q_len), 0), q_len)
     return low, high
 
 

@@ -17,8 +17,9 @@ def own_range(end, q_len, first_query, last_query, window, KIND: tl.constexpr, B
     low, high = 0, end
     full_low, full_high = 0, end
     if CAUSAL:
-        high = tl.maximum(tl.minimum(end, end - q_len + last_query + 1), 0)
-        full_high = tl.maximum(tl.minimum(end, end - q_len + first_query + 1), 0)
+        # In this order: sm_90 has one instruction for max(min(a, b), 0), which ptxsim takes for min(a, b).
+        high = tl.minimum(tl.maximum(end - q_len + last_query + 1, 0), end)
+        full_high = tl.minimum(tl.maximum(end - q_len + first_query + 1, 0), end)
     if WINDOW:
         reach = tl.minimum(window, 1 << 30).to(tl.int32)
         low = tl.maximum(end - q_len + first_query - reach + 1, 0)

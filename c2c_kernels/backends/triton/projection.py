@@ -34,7 +34,8 @@ def _first_stage(segment: SegmentTensors, remove) -> SegmentTensors:
         like = raw if proj is None else proj
         dtype = torch.float32 if like.dtype in (torch.int8, torch.float8_e4m3fn, torch.float64) else like.dtype
         heads, dim = (raw.shape[1], raw.shape[3]) if inner is None else (1, inner.shape[0])
-        out = raw.new_empty((raw.shape[0], heads, segment.length, dim), dtype=dtype)
+        # Rows start at multiples of 16 bytes, whatever the rank.
+        out = raw.new_empty((raw.shape[0], heads, segment.length, -(-dim // 8) * 8), dtype=dtype)[..., :dim]
         halves.append((None if inner is None else inner.unsqueeze(0), out))
         fields |= {name: out, f"{name}_proj_in": None, f"{name}_scale": None}
     stage = segment._replace(key_bias=None, value_bias=None)
