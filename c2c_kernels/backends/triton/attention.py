@@ -79,7 +79,7 @@ def call_arguments(
         "softcap": float(softcap or 0.0), "window": arguments.window_number(window),
         "segment_window": arguments.window_number(segment_window), "RUNS": len(runs), "KINDS": tuple(kind.code for kind in kinds),
         "GROUP": group, "SOFTCAP": softcap is not None, "DIM": head_dim, "VALUE_DIM": value_dim, "BLOCK_D": block_d,
-        "BLOCK_V": block_v, "PRECISION": target.precision,
+        "BLOCK_V": block_v, "PRECISION": choice.precision(),
     }  # fmt: skip
     return common, choice
 

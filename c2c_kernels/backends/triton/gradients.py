@@ -48,7 +48,9 @@ def gradients(
         "grad_out_t": grad_out.stride(2), "lse": lse.contiguous(), "delta": delta.contiguous(),
     }  # fmt: skip
     tile = tiles_table.backward_tile(choice)
-    names = {"BLOCK_M": tile.rows, "BLOCK_N": tile.tokens, "STAGES": tile.stages}
+    names = {
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.tokens, "STAGES": tile.stages, "PRECISION": choice.precision(64),
+    }  # fmt: skip
     rows, kv_heads = choice.rows, key.shape[1]
     grid = batch * kv_heads * -(-rows // tile.rows)
     run(

@@ -23,11 +23,6 @@ class Target:
     backend: str
     arch: int | str
 
-    @property
-    def precision(self) -> str:
-        """What becomes of float32 factors: three tensor-core products on NVIDIA, plain ones elsewhere."""
-        return "tf32x3" if self.backend == "cuda" else "ieee"
-
 
 @dataclass(frozen=True)
 class Launch:

@@ -11,7 +11,7 @@ from .arguments import half_of, rotation_of, wide_half
 from .launch import Launch, run, target_of
 from .project import project_kernel
 
-_BLOCK_TOKENS, _BLOCK_WIDTH, _STAGES = 64, 32, 2
+_BLOCK_TOKENS, _STAGES = 64, 2
 
 
 def project(segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor) -> None:
@@ -61,13 +61,16 @@ def _launch(segment: SegmentTensors, remove, apply, key_out: Tensor, value_out: 
     block_pairs = min(64, max(16, 1 << ((max(key.dim, value.dim) + 1) // 2 - 1).bit_length()))
     wide = wide_half(segment.key, segment.key_proj), wide_half(segment.value, segment.value_proj)
     tiles = sum(-(-((dim + 1) // 2) // block_pairs) for dim in (key.dim, value.dim))
+    # Numbers of a token that one product takes; more of them in float32, or made of int8, spill registers on sm_80.
+    exact = segment.key.dtype == segment.value.dtype and segment.key.dtype in (torch.bfloat16, torch.float16)
+    block_width = 32 if exact and not any(wide) else 16
     names = {
         "key": key, "value": value, "rotation": rotation_of(remove, apply),
         "selection": arguments.Selection(segment.lengths, *index, segment.key.shape[2]), "kv_heads": kv_heads,
         "length": length, "KEY_E4M3": segment.key.dtype == torch.float8_e4m3fn,
         "VALUE_E4M3": segment.value.dtype == torch.float8_e4m3fn, "REMOVES": remove is not None,
         "APPLIES": apply is not None, "KEY_WIDE": wide[0], "VALUE_WIDE": wide[1], "BLOCK_M": _BLOCK_TOKENS,
-        "BLOCK_P": block_pairs, "BLOCK_K": _BLOCK_WIDTH, "STAGES": _STAGES, "PRECISION": target.precision,
+        "BLOCK_P": block_pairs, "BLOCK_K": block_width, "STAGES": _STAGES, "PRECISION": "tf32x3" if target.backend == "cuda" else "ieee",
     }  # fmt: skip
     grid = batch * kv_heads * -(-length // _BLOCK_TOKENS) * tiles
     run(Launch(project_kernel, grid, names, 4, _STAGES), key_out.device)

@@ -23,19 +23,19 @@ class Tile(NamedTuple):
 # (tests/triton/compiled_targets.py). Factors of float32 are split in two, and held whole by every warp.
 _PREFILL = {
     "sm_80": (
-        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 16, 4, 2)),
-        (128, Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(16, 32, 8, 1)),
-        (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 8, 1)),
+        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 16, 8, 1)),
+        (128, Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(16, 32, 8, 1)),
+        (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 4, 1)),
     ),
     "sm_90": (
-        (64, Tile(128, 64, 4, 3), Tile(128, 32, 4, 2), Tile(64, 16, 4, 2)),
+        (64, Tile(128, 64, 4, 3), Tile(128, 32, 8, 2), Tile(64, 16, 8, 1)),
         (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 32, 8, 1)),
-        (256, Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 8, 1)),
+        (256, Tile(128, 16, 8, 2), Tile(64, 16, 8, 2), Tile(16, 16, 4, 1)),
     ),
     "sm_100": (
-        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 16, 4, 2)),
+        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 16, 8, 1)),
         (128, Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(16, 32, 8, 1)),
-        (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 8, 1)),
+        (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 4, 1)),
     ),
     "hip": (
         (64, Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
@@ -84,6 +84,11 @@ class Call(NamedTuple):
         return self.wide or self.dtype == torch.float32
 
 
+    def precision(self, widest: int = 128) -> str:
+        """What becomes of float32 factors: three tensor-core products, for which wider heads take too many registers."""
+        return "tf32x3" if self.target.backend == "cuda" and self.block_dim <= widest else "ieee"
+
+
 def prefill_tile(call: Call) -> Tile:
     for largest, half, heavy, single in _PREFILL[_family(call.target)]:
         if call.block_dim <= largest:
@@ -95,7 +100,7 @@ def decode_tile(call: Call) -> Tile:
     """One tile holds all rows."""
     block_rows = max(16, 1 << (call.rows - 1).bit_length())
     tokens = 32 if call.single or call.heavy or call.block_dim > 128 else 64
-    warps = 4 if block_rows * call.block_dim <= 4096 else 8
+    warps = 4 if block_rows * call.block_dim * (1 + call.single) <= 4096 else 8
     return Tile(block_rows, tokens, warps, 2)
 
 
@@ -117,7 +122,9 @@ def raw_tile(call: Call, block_width: int, other: Tile | None) -> Tile:
 def backward_tile(call: Call) -> Tile:
     """Two accumulators of tokens x head dim, and four tiles in shared memory."""
     if call.single:
-        return Tile(32, 16, 4, 1) if call.block_dim <= 128 else Tile(16, 16, 4, 1)
+        return Tile(16, 16, 4 if call.block_dim <= 128 else 8, 1)
     if call.block_dim <= 64:
         return Tile(64, 32, 4, 2)
+    if call.target.backend == "hip":
+        return Tile(32, 32, 4, 1) if call.block_dim <= 128 else Tile(16, 16, 4, 1)
     return Tile(32, 64, 8, 2) if call.block_dim <= 128 else Tile(32, 32, 8, 1)
