@@ -1,22 +1,12 @@
-"""Which tile a kernel takes, by architecture, head dim and dtype."""
+"""Which tile a kernel takes, by architecture, head dim and dtype, unless a tuning has found another (`tuned`)."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 
 from .launch import Target
-
-
-class Tile(NamedTuple):
-    """Rows and tokens of a tile, warps, and stages of the loads' pipeline."""
-
-    rows: int
-    tokens: int
-    warps: int
-    stages: int
-
+from .tile import Tile as Tile
+from .tuned import tunable
 
 # Upper bounds on the tile of prefill: (largest padded head dim, tile for 16-bit dtypes, tile for float32).
 # 8 warps of 255 registers fill a multiprocessor; accumulators of rows x value dim floats set the bound on rows.
@@ -48,6 +38,7 @@ def _family(target: Target) -> str:
     return "sm_90" if target.arch in (90, 100, 103) else "sm_80"
 
 
+@tunable("prefill")
 def prefill_tile(target: Target, block_dim: int, dtype: torch.dtype, rows: int, wide: bool) -> Tile:
     """`block_dim`: the larger of the padded head dims. `rows`: queries x heads of a KV head. `wide`: some run needs
     products in float32."""
@@ -58,6 +49,7 @@ def prefill_tile(target: Target, block_dim: int, dtype: torch.dtype, rows: int, 
     return tile
 
 
+@tunable("decode", by_rows=True)
 def decode_tile(target: Target, block_dim: int, dtype: torch.dtype, rows: int, wide: bool) -> Tile:
     """As `prefill_tile`; one tile holds all rows."""
     block_rows = max(16, 1 << (rows - 1).bit_length())
@@ -73,6 +65,7 @@ def split_tokens(rows: int, dtype: torch.dtype) -> int:
     return max(128, 1 << (wanted - 1).bit_length())
 
 
+@tunable("backward")
 def backward_tile(target: Target, block_dim: int, dtype: torch.dtype, rows: int, wide: bool) -> Tile:
     """As `prefill_tile`. Two accumulators of tokens x head dim, and four tiles in shared memory."""
     if wide or dtype == torch.float32:
