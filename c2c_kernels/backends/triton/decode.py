@@ -73,11 +73,11 @@ def split_kernel(
                     KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N,
                     STAGES, PRECISION,
                 )  # fmt: skip
-            at = row * splits + split
-            tl.store(states + at * 2, m, mask=row_inside)
-            tl.store(states + at * 2 + 1, l, mask=row_inside)
+            place = row * splits + split
+            tl.store(states + place * 2, m, mask=row_inside)
+            tl.store(states + place * 2 + 1, l, mask=row_inside)
             inside = (row_inside & (l != 0.0))[:, None] & (value_dims < VALUE_DIM)[None, :]
-            tl.store(sums + at[:, None] * VALUE_DIM + value_dims[None, :], acc, mask=inside)
+            tl.store(sums + place[:, None] * VALUE_DIM + value_dims[None, :], acc, mask=inside)
         first_split += run_splits
 
 
