@@ -28,7 +28,6 @@ _PREFILL = {
     ),
 }
 DECODE_ROWS = 64  # queries x heads of a KV head up to which tokens are split over programs
-LARGEST_DIM = 256
 
 
 def _family(target: Target) -> str:
