@@ -64,9 +64,10 @@ def test_attention_reads_the_quantised_segment_in_place():
                 )
 
 
-def test_operator_and_bad_input():
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_operator_and_bad_input(backend):
     x = torch.randn(1, 2, 3, 8)
-    torch.library.opcheck(torch.ops.c2c.quantize.default, (x, "cpu"))
+    torch.library.opcheck(torch.ops.c2c.quantize.default, (x, backend))
     for key, value, error, message in (
         (x[0], x, ValueError, "key has shape"),
         (x, x[:, :, :2], ValueError, "value has shape"),
@@ -75,4 +76,4 @@ def test_operator_and_bad_input():
         (x.clone().requires_grad_(), x, ValueError, "requires grad"),
     ):
         with pytest.raises(error, match=message):
-            c2c.quantize_kv(key, value)
+            c2c.quantize_kv(key, value, backend=backend)

@@ -28,6 +28,7 @@ class Backend:
         dtypes: dtypes of queries and caches that it takes, as torch names them.
         isa: instruction set or architecture in use, "" where there is none.
         by_name: torch device types that it runs on only where it is asked for by name.
+        verified: how its kernels were verified, for which architectures, where that was not on the hardware.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Backend:
     dtypes: tuple[str, ...]
     isa: str = ""
     by_name: tuple[str, ...] = ()
+    verified: str = ""
 
     def refusal(self, device: torch.device, dtype: torch.dtype, named: bool = True) -> str:
         """Why this backend cannot take tensors of this device and dtype, asked for by name or not; "" where it can."""
@@ -57,6 +59,11 @@ class Backend:
 
 
 _REFERENCE = Backend("reference", True, "", ("any",), ("float32", "float64", "bfloat16", "float16"))
+_TRITON_VERIFIED = (
+    "in Triton's interpreter; compiled ahead of time for sm_80, sm_90, sm_100 and gfx942; the PTX for sm_80 and sm_90 "
+    "run in a simulator; not run on hardware"
+)
+_TRITONS_YES = ("1", "true", "yes", "on", "y")
 _records: tuple[Backend, ...] | None = None
 _choices: dict[tuple, Backend] = {}
 _said: set[tuple] = set()
@@ -85,15 +92,18 @@ def triton_record() -> Backend:
 
     With TRITON_INTERPRET=1 it runs in Triton's interpreter, slowly, on tensors of any device, where asked for by name.
     """
-    dtypes = ("bfloat16", "float16", "float32")
+
+    def record(reason: str, devices: tuple[str, ...] = ("cuda",), isa: str = "", by_name: tuple[str, ...] = ()):
+        dtypes = ("bfloat16", "float16", "float32")
+        return Backend("triton", not reason, reason, devices, dtypes, isa, by_name, _TRITON_VERIFIED)
+
     if importlib.util.find_spec("triton") is None:
-        return Backend("triton", False, "triton is not installed: pip install 'c2c-kernels[triton]'", ("cuda",), dtypes)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return Backend("triton", True, "", (), dtypes, "interpreter", ("cpu", "cuda"))
+        return record("triton is not installed: pip install 'c2c-kernels[triton]'")
+    if os.environ.get("TRITON_INTERPRET", "").lower() in _TRITONS_YES:
+        return record("", (), "interpreter", ("cpu", "cuda"))
     if not torch.cuda.is_available():
-        why = "torch finds no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-        return Backend("triton", False, why, ("cuda",), dtypes)
-    return Backend("triton", True, "", ("cuda",), dtypes)
+        return record("torch finds no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)")
+    return record("")
 
 
 def kernels(name: str) -> ModuleType:

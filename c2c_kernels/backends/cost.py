@@ -94,7 +94,9 @@ def segment_cost(
     rows = q_heads * q_len
     absorb = machine.projecting(weight_bytes, 2 * rows * weights / kv_heads)
     absorb += machine.attending(raw_bytes, rows, length, key_width + value_width)
-    projected_bytes = 0 if machine.fused else length * kv_heads * (head_dim + value_dim) * segment.key_proj.element_size()
+    projected_bytes = 0
+    if not machine.fused:
+        projected_bytes = length * kv_heads * (head_dim + value_dim) * segment.key_proj.element_size()
     materialize = machine.projecting(raw_bytes + weight_bytes + projected_bytes, 2 * length * weights)
     materialize += machine.attending(projected_bytes, rows, length, head_dim + value_dim)
     return SegmentCost(absorb, materialize)

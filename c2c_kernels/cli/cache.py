@@ -1,4 +1,4 @@
-"""The cache folder: where it is, and files in it that are checked by SHA-256 and put in place at once."""
+"""Files in the cache folder, checked by SHA-256 and put in place at once."""
 
 from __future__ import annotations
 
@@ -9,18 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from c2c_kernels.cache_folder import ENVIRONMENT_VARIABLE, cache_dir
 from c2c_kernels.cli.errors import CommandError
 
-ENVIRONMENT_VARIABLE = "C2C_CACHE_DIR"
-
-
-def cache_dir() -> Path:
-    """$C2C_CACHE_DIR, else c2c-kernels under the user's cache folder."""
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "c2c-kernels"
+__all__ = ["ENVIRONMENT_VARIABLE", "cache_dir", "locked", "remove_abandoned", "replace_folder", "sha256", "staging"]
 
 
 def sha256(path: Path) -> str:

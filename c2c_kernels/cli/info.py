@@ -36,6 +36,7 @@ def collect() -> dict[str, Any]:
                 "devices": list(record.devices),
                 "dtypes": list(record.dtypes),
                 "isa": record.isa,
+                "verified": record.verified,
             }
             for record in records
         ],
@@ -57,11 +58,14 @@ def text(info: dict[str, Any]) -> str:
     ]
     for record in info["backends"]:
         if record["available"]:
-            what = f"{', '.join(record['devices'])}; {', '.join(record['dtypes'])}"
+            devices = ", ".join(record["devices"]) or "where asked for by name"
+            what = f"{devices}; {', '.join(record['dtypes'])}"
             what += f"; {record['isa']}" if record["isa"] else ""
         else:
             what = f"not available: {record['reason']}"
         lines.append(f"  {record['name']:<10}  {what}")
+        if record["verified"]:
+            lines.append(f"{'':<14}verified: {record['verified']}")
     return "\n".join(lines)
 
 

@@ -136,7 +136,7 @@ def merged_attention(
                 record.name,
             )  # fmt: skip
         else:
-            out, lse, mass = kernels(record.name).merged_attention(  # type: ignore[assignment]
+            out, lse, mass = kernels(record.name).merged_attention(
                 record.name, query, key, value, packed, *arguments, strategy, return_mass, return_lse
             )
         if known is not None and record.name == "cpu":

@@ -62,7 +62,7 @@ def test_info_json(capsys):
     assert info["threads"] == 2
     assert [record["name"] for record in info["backends"]] == [record.name for record in c2c.backends()]
     for record in info["backends"]:
-        assert set(record) == {"name", "available", "reason", "devices", "dtypes", "isa"}
+        assert set(record) == {"name", "available", "reason", "devices", "dtypes", "isa", "verified"}
         assert record["available"] != bool(record["reason"])
 
 

@@ -85,7 +85,9 @@ PLANS = {
         ["absorb_kernel", "absorb_kernel", "split_kernel", "combine_kernel"],
     ),
     "absorbed_float32": (
-        Plan(SINGLE, 1, 2, 2, 1, 0, 32, 16, strategy="absorb", segments=[SegmentPlan(31, 1, 24, 40, "dense", bias=True)]),
+        Plan(SINGLE, 1, 2, 2, 1, 0, 32, 16, strategy="absorb", segments=[
+            SegmentPlan(31, 1, 24, 40, "dense", bias=True)
+        ]),
         ["absorb_kernel", "split_kernel", "combine_kernel"],
     ),
 }  # fmt: skip

@@ -14,8 +14,7 @@ from ...ops._checks import check_lengths, check_segment_values
 from ...segment import Rope, SegmentTensors
 from .. import cost, native
 from . import attention, gradients, projection, quantise, scatter, states, tiles_table
-
-_PROJECTED = (torch.float32, torch.bfloat16, torch.float16)
+from .supported import LARGEST_DIM, LARGEST_ROW, check_dims, check_dtype
 
 
 def _check_values(segments: list[SegmentTensors], name: str, lengths: Tensor | None = None, length: int = 0) -> None:
@@ -56,9 +55,10 @@ def _absorbs(segment: SegmentTensors, number: int, strategy: str, query: Tensor,
     if strategy == "absorb":
         if not fits:
             raise ValueError(
-                f"merged_attention on triton absorbs a sharer width (heads x dim, to a power of 2) up to {limit}, for up "
-                f"to {tiles_table.ABSORBED_ROWS} query heads x queries and {tiles_table.ABSORBED_AREA} of them x width; "
-                f'segments[{number}] has width {width}, query {q_heads} x {q_len}: use strategy "auto" or "materialize"'
+                f"merged_attention on triton absorbs a sharer's width (heads x dim, to a power of 2) up to {limit} for "
+                f"query heads x queries up to {tiles_table.ABSORBED_ROWS}, their product up to "
+                f"{tiles_table.ABSORBED_AREA}; segments[{number}] has width {width}, query {q_heads} x {q_len}: "
+                'use strategy "auto" or "materialize"'
             )
         return True
     if not fits or segment.key_proj_in is not None or segment.value_proj_in is not None:
@@ -66,10 +66,9 @@ def _absorbs(segment: SegmentTensors, number: int, strategy: str, query: Tensor,
     return cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, cost.GPU).strategy == "absorb"
 
 
-def _check_dims(operator: str, **dims: int) -> None:
-    for name, dim in dims.items():
-        if dim > tiles_table.LARGEST_DIM:
-            raise ValueError(f"{operator} on triton supports {name} up to {tiles_table.LARGEST_DIM}; got {dim}")
+def _check_receiver(operator: str, query: Tensor, value: Tensor) -> None:
+    check_dims(operator, LARGEST_DIM, head_dim=query.shape[3], value_dim=value.shape[3])
+    check_dtype(operator, "query", query)
 
 
 def merged_attention(
@@ -77,7 +76,7 @@ def merged_attention(
     segment_window, softcap, sinks, strategy, return_mass, return_lse, out_dtype=None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Forward kernels; lse and mass are computed where asked for (an empty mass otherwise)."""
-    _check_dims("merged_attention", head_dim=query.shape[3], value_dim=value.shape[3])
+    _check_receiver("merged_attention", query, value)
     absorbs = tuple(_absorbs(s, number, strategy, query, value.shape[3]) for number, s in enumerate(segments))
     _check_values(segments, "segments", lengths, key.shape[2])
     direct = [
@@ -102,6 +101,7 @@ def merged_attention_backward(
     Segments that are not plain are brought into receiver space, differentiated there, and their gradients taken back
     through the projector. `exact` is the forward's out in float32.
     """
+    _check_receiver("merged_attention_backward", query, value)
     direct = [s if s.plain else _materialized(s, query.dtype) for s in segments]
     if any(not s.plain and (strategy == "absorb" or _in_receiver_space(s)) for s in segments):
         # Weights are exp(score - lse): both have to come from the same keys, to the last bit.
@@ -133,8 +133,7 @@ def project_kv(
     for half, tensor in (("key", key_out), ("value", value_out)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"out {half} has stride {tensor.stride(-1)} in its last dimension, wanted 1")
-        if tensor.dtype not in _PROJECTED:
-            raise TypeError(f"out {half} has dtype {tensor.dtype}, wanted float32, bfloat16 or float16")
+        check_dtype("project_kv", f"out {half}", tensor)
     _check_values([segment._replace(gate=None)], name)
     projection.project(segment, rope, key_out, value_out)
 
@@ -148,9 +147,13 @@ def project_kv_backward(
 
 def merge_states(backend: str, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Forward kernel."""
+    check_dims("merge_states", LARGEST_ROW, head_dim=outs[0].shape[3])
+    check_dtype("merge_states", "outs", outs[0])
     return states.merge(outs, lses)
 
 
 def quantize(backend: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Forward kernel."""
+    check_dims("quantize_kv", LARGEST_ROW, head_dim=x.shape[3])
+    check_dtype("quantize_kv", "key and value", x)
     return quantise.quantise(x)

@@ -119,8 +119,10 @@ def absorbed_output(
     value_dims, steps, within = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_W)
     part = tl.zeros((1,), tl.float32)
     acc = tl.zeros((BLOCK_V,), tl.float32)
-    proj = absorbed.value_proj + kv_head.to(tl.int64) * absorbed.value_proj_h + value_dims[:, None] * (
-        absorbed.value_proj_d
+    proj = (
+        absorbed.value_proj
+        + kv_head.to(tl.int64) * absorbed.value_proj_h
+        + value_dims[:, None] * (absorbed.value_proj_d)
     )
     for start in range(0, run_splits, BLOCK_S):
         inside = start + steps < run_splits

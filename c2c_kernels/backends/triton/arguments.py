@@ -42,9 +42,9 @@ class Run(NamedTuple):
     value_scale_b: int
     value_scale_h: int
     value_scale_n: int
-    index: Tensor | None  # (batch, length)
-    index_b: int
-    index_n: int
+    selected: Tensor | None  # (batch, length)
+    selected_b: int
+    selected_n: int
     mask: Tensor | None  # (batch, q_heads, q_len, length); boolean as uint8
     mask_b: int
     mask_h: int
@@ -103,10 +103,10 @@ def expanded(tensor: Tensor | None, shape: tuple[int, ...]) -> tuple:
 def own_run(key: Tensor, value: Tensor, lengths: Tensor | None, attn_mask: Tensor | None, rows_of_mask: tuple) -> Run:
     """The receiver's own cache. `rows_of_mask`: (batch, q_heads, q_len)."""
     key, value = rows(key), rows(value)
-    return Run(
+    return Run._make((
         key, *key.stride()[:3], value, *value.stride()[:3], None, 0, lengths, *_ABSENT_OPTIONS,
         *expanded(attn_mask, (*rows_of_mask, key.shape[2])),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 _ABSENT_OPTIONS = (None, 0, 0, 0, None, 0, 0, None, 0, 0, 0, None, 0, 0, 0, None, 0, 0)
@@ -117,12 +117,13 @@ def segment_run(segment: SegmentTensors, batch: int, q_heads: int) -> Run:
     key, value = supported(rows(segment.key)), supported(rows(segment.value))
     tokens = (batch, segment.length)
     stored = tuple(key.shape[:3])
-    return Run(
-        key, *key.stride()[:3], value, *value.stride()[:3], segment.length, 0 if segment.selected is None else key.shape[2], segment.lengths,
+    reach = 0 if segment.selected is None else key.shape[2]
+    return Run._make((
+        key, *key.stride()[:3], value, *value.stride()[:3], segment.length, reach, segment.lengths,
         *expanded(segment.gate, (batch, q_heads, segment.length)), *expanded(segment.positions, tokens),
         *expanded(segment.key_scale, stored), *expanded(segment.value_scale, stored),
         *expanded(segment.selected, tokens), None, 0, 0, 0, 0,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def own_kind(run: Run, is_causal: bool, window: int | None, mask_dtype: torch.dtype | None) -> Kind:
@@ -194,9 +195,9 @@ class Selection(NamedTuple):
     """Which tokens of a segment are meant."""
 
     lengths: Tensor | None  # (batch,)
-    index: Tensor | None  # (batch, length)
-    index_b: int
-    index_n: int
+    selected: Tensor | None  # (batch, length)
+    selected_b: int
+    selected_n: int
     stored: int
 
 
@@ -204,11 +205,11 @@ def half_of(raw: Tensor, scale: Tensor | None, proj: Tensor | None, bias: Tensor
     """`proj`: (kv_heads, dim, width), of full rank; None copies."""
     raw = supported(rows(raw))
     proj, bias = None if proj is None else rows(proj), None if bias is None else rows(bias)
-    return Half(
+    return Half._make((
         raw, *raw.stride()[:3], raw.shape[1], raw.shape[3], *expanded(scale, tuple(raw.shape[:3])),
         proj, *((0, 0) if proj is None else proj.stride()[:2]), bias, 0 if bias is None else bias.stride(0),
         out, *out.stride()[:3], out.shape[3],
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def wide_half(raw: Tensor, proj: Tensor | None) -> bool:

@@ -79,10 +79,10 @@ def seen(
 @triton.jit
 def stored_rows(run, batch_row, tokens, inside):
     """Where tokens lie in the segment's tensors, by its index; outside of them nothing is read."""
-    if run.index is None:
+    if run.selected is None:
         return tokens.to(tl.int64), inside
     else:
-        at = run.index + batch_row.to(tl.int64) * run.index_b + tokens.to(tl.int64) * run.index_n
+        at = run.selected + batch_row.to(tl.int64) * run.selected_b + tokens.to(tl.int64) * run.selected_n
         rows = tl.load(at, mask=inside, other=-1).to(tl.int64)
         return rows, inside & (rows >= 0) & (rows < run.stored)
 
@@ -121,7 +121,7 @@ def attend(
     KEY_E4M3: tl.constexpr = KIND >> 10 & 3
     VALUE_E4M3: tl.constexpr = KIND >> 12 & 3
     WIDE: tl.constexpr = KIND >> 14 & 3
-    EDGES: tl.constexpr = MASKED or run.index is not None
+    EDGES: tl.constexpr = MASKED or run.selected is not None
     dtype: tl.constexpr = tl.float32 if WIDE else q.dtype
     q = q.to(dtype)
     cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
@@ -134,7 +134,7 @@ def attend(
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         tokens = start + cols
         inside = tokens < end
-        if run.index is None:
+        if run.selected is None:
             start64 = start + tl.zeros((), tl.int64)
             k = load_tile(
                 key + start64 * run.key_n + (cols * run.key_n)[:, None], inside, dims, DIM, BLOCK_D, EDGES

@@ -77,7 +77,8 @@ def call_arguments(
         "query": query, "query_b": query.stride(0), "query_h": query.stride(1), "query_t": query.stride(2),
         "runs": tuple(runs), "kv_heads": kv_heads, "q_len": q_len, "own_length": key.shape[2], "scale": float(scale),
         "softcap": float(softcap or 0.0), "window": arguments.window_number(window),
-        "segment_window": arguments.window_number(segment_window), "RUNS": len(runs), "KINDS": tuple(kind.code for kind in kinds),
+        "segment_window": arguments.window_number(segment_window), "RUNS": len(runs),
+        "KINDS": tuple(kind.code for kind in kinds),
         "GROUP": group, "SOFTCAP": softcap is not None, "DIM": head_dim, "VALUE_DIM": value_dim, "BLOCK_D": block_d,
         "BLOCK_V": block_v, "PRECISION": choice.precision(),
     }  # fmt: skip
@@ -149,7 +150,7 @@ def dense(proj: Tensor, proj_in: Tensor | None) -> Tensor:
 
 def _absorbed(common: dict, segment: SegmentTensors, query: Tensor, its_splits: int) -> Absorbed:
     """Launches what folds the queries through the key projector; scratch for what splits find."""
-    batch, q_heads, q_len, dim = query.shape
+    batch, q_heads, q_len, _ = query.shape
     _, width, _, value_width = _raw_dims(segment)
     proj, value_proj = dense(segment.key_proj, segment.key_proj_in), dense(segment.value_proj, segment.value_proj_in)
     folded = query.new_empty((batch, q_heads, q_len, width), dtype=common["query"].dtype)

@@ -95,7 +95,9 @@ def query_gradient_kernel(
         its_q, its_g = (q.to(tl.float32), g.to(tl.float32)) if (KINDS[number] >> 14 & 3) else (q, g.to(q.dtype))
         its_delta = tl.load(delta + row * RUNS + number, mask=row_inside, other=0.0)
         if number == 0:
-            low, full_low, full_high, high = own_range(own_end, q_len, first_query, last_query, window, KINDS[number], BLOCK_N)
+            low, _full_low, _full_high, high = own_range(
+                own_end, q_len, first_query, last_query, window, KINDS[number], BLOCK_N
+            )
             end, its_positions, its_window = own_end, own_positions, window
         else:
             end = length_of(run.lengths, batch_row, run.length)
@@ -110,7 +112,7 @@ def query_gradient_kernel(
             v = load_rows(
                 value + start64 * run.value_n, cols * run.value_n, inside, value_dims, VALUE_DIM, BLOCK_V, True
             )
-            its_weights, change, for_gate = score_gradients(
+            _weights, change, _gate = score_gradients(
                 its_q, its_g, k, v.to(its_q.dtype), found, its_delta, run, batch_row, heads, queries, row_inside,
                 its_positions, tokens, inside, scale, softcap, its_window, KINDS[number], True, SOFTCAP, PRECISION,
             )  # fmt: skip

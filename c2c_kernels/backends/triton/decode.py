@@ -51,8 +51,8 @@ def split_kernel(
         if query_positions is None:
             positions = own_positions.to(tl.int64)
         else:
-            at = query_positions + batch64 * query_positions_b + queries.to(tl.int64) * query_positions_t
-            positions = tl.load(at, mask=row_inside, other=0).to(tl.int64)
+            places = query_positions + batch64 * query_positions_b + queries.to(tl.int64) * query_positions_t
+            positions = tl.load(places, mask=row_inside, other=0).to(tl.int64)
         row = (batch64 * kv_heads + kv_head) * q_len * GROUP + rows
         first_split = 0
         for number in tl.static_range(RUNS):

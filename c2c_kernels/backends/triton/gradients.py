@@ -41,7 +41,7 @@ def gradients(
         length = its_key.shape[2]
         gate = query.new_empty((batch, q_heads, length), dtype=torch.float32) if wants else None
         pair = (query.new_empty(t.shape, dtype=torch.float32) for t in (its_key, its_value))
-        found.append(TokenGradients(*pair, gate))
+        found.append(TokenGradients._make((*pair, gate)))
     grad_out = arguments.rows(grad_out)
     common |= {
         "grad_out": grad_out, "grad_out_b": grad_out.stride(0), "grad_out_h": grad_out.stride(1),

@@ -7,6 +7,7 @@ not there, and run them in a simulator.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,10 +19,14 @@ import triton
 
 @dataclass(frozen=True)
 class Target:
-    """What kernels are compiled for: backend "cuda", "hip" or "interpreter"; arch 80, 90, "gfx942", ..."""
+    """What kernels are compiled for: backend "cuda", "hip" or "interpreter"; arch 80, 90, "gfx942", ...
+
+    `name` is the device's own, "" where there is none; only a device with a name has tiles of its own (`tuned`).
+    """
 
     backend: str
     arch: int | str
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,15 @@ def target_of(device: torch.device) -> Target:
         return taken[0]
     if triton.knobs.runtime.interpret:
         return Target("interpreter", 0)
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.lru_cache
+def _gpu(index: int) -> Target:
+    found = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
-    major, minor = torch.cuda.get_device_capability(device)
-    return Target("cuda", 10 * major + minor)
+        return Target("hip", found.gcnArchName.partition(":")[0], found.name)
+    return Target("cuda", 10 * found.major + found.minor, found.name)
 
 
 def run(launch: Launch, device: torch.device) -> None:

@@ -21,7 +21,8 @@ from .launch import Launch, Target
 
 # Bytes of shared memory that one block may have.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
-_REGISTERS, _SHARED_OF_SM, _WARPS_OF_SM = 65536, {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}, 64
+_REGISTERS, _WARPS_OF_SM = 65536, 64
+_SHARED_OF_SM: dict[int | str, int] = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,10 @@ def project_half(
     tokens = token_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     end = length_of(selection.lengths, batch_row, length)
     inside = tokens < end
-    if selection.index is None:
+    if selection.selected is None:
         rows, stored = tokens.to(tl.int64), inside
     else:
-        at = selection.index + batch64 * selection.index_b + tokens.to(tl.int64) * selection.index_n
+        at = selection.selected + batch64 * selection.selected_b + tokens.to(tl.int64) * selection.selected_n
         rows = tl.load(at, mask=inside, other=-1).to(tl.int64)
         stored = inside & (rows >= 0) & (rows < selection.stored)
     j = pair_tile * BLOCK_P + tl.arange(0, BLOCK_P)

@@ -28,7 +28,8 @@ def project(segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_o
 
 def _first_stage(segment: SegmentTensors, remove) -> SegmentTensors:
     """A x of halves whose projector is U A; other halves with scales, index and rotation taken care of."""
-    fields, halves = {}, []
+    fields: dict[str, Tensor | None] = {}
+    halves = []
     for name in ("key", "value"):
         raw, proj, inner = (getattr(segment, f"{name}{end}") for end in ("", "_proj", "_proj_in"))
         like = raw if proj is None else proj
@@ -66,11 +67,12 @@ def _launch(segment: SegmentTensors, remove, apply, key_out: Tensor, value_out: 
     block_width = 32 if exact and not any(wide) else 16
     names = {
         "key": key, "value": value, "rotation": rotation_of(remove, apply),
-        "selection": arguments.Selection(segment.lengths, *index, segment.key.shape[2]), "kv_heads": kv_heads,
+        "selection": arguments.Selection._make((segment.lengths, *index, segment.key.shape[2])), "kv_heads": kv_heads,
         "length": length, "KEY_E4M3": segment.key.dtype == torch.float8_e4m3fn,
         "VALUE_E4M3": segment.value.dtype == torch.float8_e4m3fn, "REMOVES": remove is not None,
         "APPLIES": apply is not None, "KEY_WIDE": wide[0], "VALUE_WIDE": wide[1], "BLOCK_M": _BLOCK_TOKENS,
-        "BLOCK_P": block_pairs, "BLOCK_K": block_width, "STAGES": _STAGES, "PRECISION": "tf32x3" if target.backend == "cuda" else "ieee",
+        "BLOCK_P": block_pairs, "BLOCK_K": block_width, "STAGES": _STAGES,
+        "PRECISION": "tf32x3" if target.backend == "cuda" else "ieee",
     }  # fmt: skip
     grid = batch * kv_heads * -(-length // _BLOCK_TOKENS) * tiles
     run(Launch(project_kernel, grid, names, 4, _STAGES), key_out.device)

@@ -11,6 +11,7 @@ from .launch import Launch, run
 from .tiles import dot
 
 _BLOCK_STORED, _BLOCK_SELECTED = 32, 32
+_LARGEST_DIM = 256  # of a launch: wider tokens are taken in parts
 
 
 @triton.jit
@@ -41,6 +42,8 @@ def spread_kernel(
 def spread(grad: Tensor, index: Tensor, stored: int) -> Tensor:
     """(batch, heads, stored, dim) of grad (batch, heads, n, dim): out[index[n]] += grad[n]; `index` (batch, n)."""
     batch, heads, length, dim = grad.shape
+    if dim > _LARGEST_DIM:
+        return torch.cat([spread(part, index, stored) for part in grad.split(_LARGEST_DIM, -1)], -1)
     grad = grad.contiguous()
     out = grad.new_empty((batch, heads, stored, dim), dtype=torch.float32)
     names = {

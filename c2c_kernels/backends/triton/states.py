@@ -76,7 +76,7 @@ def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         return out, lse
     block = 1 << max(0, dim - 1).bit_length()
     block_rows = max(1, 2048 // block)
-    states = tuple(State(o, *o.stride()[:3], s, *s.stride()) for o, s in zip(outs, lses, strict=True))
+    states = tuple(State._make((o, *o.stride()[:3], s, *s.stride())) for o, s in zip(outs, lses, strict=True))
     names = {
         "out": out, "lse": lse, "states": states, "rows": lse.numel(), "heads": out.shape[1], "q_len": out.shape[2],
         "COUNT": len(states), "DIM": dim, "BLOCK_D": block, "BLOCK_M": block_rows,

@@ -1,22 +1,14 @@
-"""Which tile a kernel takes, by architecture, head dim and dtype."""
+"""Which tile a kernel takes, by architecture, head dim and dtype, unless a tuning has found another (`tuned`)."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 
 from .launch import Target
-
-
-class Tile(NamedTuple):
-    """Rows and tokens of a tile, warps, and stages of the loads' pipeline."""
-
-    rows: int
-    tokens: int
-    warps: int
-    stages: int
-
+from .supported import LARGEST_DIM
+from .tile import Call as Call
+from .tile import Tile as Tile
+from .tuned import tunable
 
 # The tile of prefill: (largest padded head dim, tile for 16-bit dtypes, the same with a mask or a gate per head and
 # token, tile for float32). The largest that neither spills registers nor leaves fewer than 8 warps on a multiprocessor
@@ -44,14 +36,13 @@ _PREFILL = {
     ),
 }
 DECODE_ROWS = 64  # queries x heads of a KV head up to which tokens are split over programs
-LARGEST_DIM = 256
 # Of an absorbed segment: query heads x queries of a tile, the sharer's width, and their product, at most. In float32
 # every warp holds the folded queries whole, in two parts.
 ABSORBED_ROWS = 64
 ABSORBED_WIDTH = {False: 512, True: 128}  # by whether products are in float32
 ABSORBED_AREA = 16384
-# Raw tokens of one program. Partial sums are 4 x rows x width bytes a split, of every 2 x 2 x width bytes of a token: at
-# 16 rows an eighth of the traffic, which stays in the L2 cache; longer splits leave most of a GPU idle below 32k tokens.
+# Raw tokens of one program. Partial sums are 4 x rows x width bytes a split, tokens 2 x 2 x width bytes: at 16 rows
+# sums are an eighth of the traffic, in the L2 cache; longer splits leave most of a GPU idle below 32k tokens.
 RAW_SPLIT = 256
 
 
@@ -59,36 +50,12 @@ def _family(target: Target) -> str:
     if target.backend == "hip":
         return "hip"
     # sm_86, sm_89 and sm_120 have 100 KiB of shared memory: the tiles of sm_80 fit.
-    return {90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "sm_80")
+    if target.arch in (100, 103):
+        return "sm_100"
+    return "sm_90" if target.arch == 90 else "sm_80"
 
 
-class Call(NamedTuple):
-    """What tiles are chosen by.
-
-    Attributes:
-        block_dim: the larger of the padded head dims.
-        rows: queries x heads of a KV head.
-        wide: whether some run needs products in float32.
-        heavy: whether a mask, a gate per head and token, or scales are read beside the tokens.
-    """
-
-    target: Target
-    block_dim: int
-    dtype: torch.dtype
-    rows: int
-    wide: bool
-    heavy: bool
-
-    @property
-    def single(self) -> bool:
-        return self.wide or self.dtype == torch.float32
-
-
-    def precision(self, widest: int = 128) -> str:
-        """What becomes of float32 factors: three tensor-core products, for which wider heads take too many registers."""
-        return "tf32x3" if self.target.backend == "cuda" and self.block_dim <= widest else "ieee"
-
-
+@tunable("prefill")
 def prefill_tile(call: Call) -> Tile:
     for largest, half, heavy, single in _PREFILL[_family(call.target)]:
         if call.block_dim <= largest:
@@ -96,6 +63,7 @@ def prefill_tile(call: Call) -> Tile:
     raise ValueError(f"head dims up to {LARGEST_DIM} are supported; got {call.block_dim}")
 
 
+@tunable("decode", by_rows=True)
 def decode_tile(call: Call) -> Tile:
     """One tile holds all rows."""
     block_rows = max(16, 1 << (call.rows - 1).bit_length())
@@ -119,6 +87,7 @@ def raw_tile(call: Call, block_width: int, other: Tile | None) -> Tile:
     return Tile(tile.rows, min(tile.tokens, other.tokens), max(tile.warps, other.warps), tile.stages)
 
 
+@tunable("backward")
 def backward_tile(call: Call) -> Tile:
     """Two accumulators of tokens x head dim, and four tiles in shared memory."""
     if call.single:
