@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def project(segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_o
 
 def _first_stage(segment: SegmentTensors, remove) -> SegmentTensors:
     """A x of halves whose projector is U A; other halves with scales, index and rotation taken care of."""
-    fields: dict[str, Tensor | None] = {}
+    fields: dict[str, Any] = {}
     halves = []
     for name in ("key", "value"):
         raw, proj, inner = (getattr(segment, f"{name}{end}") for end in ("", "_proj", "_proj_in"))
