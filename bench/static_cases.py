@@ -13,9 +13,9 @@ import torch
 import c2c_kernels as c2c
 from c2c_kernels.backends import reference
 from c2c_kernels.bench import measure, shapes
+from c2c_kernels.bench.alternatives import sdpa
 from c2c_kernels.bench.attention import direct_cost
 from c2c_kernels.bench.check import attention_problem
-from c2c_kernels.bench.alternatives import sdpa
 from c2c_kernels.bench.inputs import AttentionInputs, Random, storage_bytes
 from c2c_kernels.bench.shapes import DTYPES, GEMMA3, LLAMA3_2, QWEN2_5, QWEN3, QWEN3_4B, SMOLLM2, Case, Receiver
 from c2c_kernels.bench.work import Cost

@@ -21,7 +21,7 @@ class Limit(NamedTuple):
     """One line of the table. Of the lines that match a figure the last one counts.
 
     Attributes:
-        figure: a field of Figures or Kernel; "launches" is their number, "refused" whether the backend refuses the case.
+        figure: a field of Figures or Kernel; "launches" is their number, "refused" whether the backend refuses a case.
         bound: at most (registers, ...), at least (resident_warps, sector_use) or exactly this (products, refused).
         case, kernel: patterns of names, as in a shell.
         archs: the architectures meant.
@@ -38,7 +38,8 @@ class Limit(NamedTuple):
     def words(self) -> str:
         """The line as text."""
         where = [self.case, *([] if self.kernel == "*" else [self.kernel])]
-        return f"{self.figure} {self.bound} ({self.standing}) of {', '.join(where)} on sm_{' and sm_'.join(map(str, self.archs))}"
+        archs = " and ".join(f"sm_{arch}" for arch in self.archs)
+        return f"{self.figure} {self.bound} ({self.standing}) of {', '.join(where)} on {archs}"
 
 
 class Found(NamedTuple):
@@ -102,17 +103,26 @@ def problems(found: Sequence[Figures], limits: Sequence[Limit], *, whole: bool =
 
 
 def not_reached(found: Sequence[Figures], limits: Sequence[Limit]) -> list[str]:
-    """Figures that miss their target, in words: those whose last line says so."""
-    lines = []
-    for figures in found:
-        for value in values(figures):
-            matching = [limit for limit in limits if _matches(limit, value)]
-            targets = [limit for limit in matching if limit.standing == TARGET]
-            if matching and matching[-1].standing == NOT_REACHED and targets:
-                kernel = f" {value.kernel}" if value.kernel else ""
-                met = "" if _worse(value.figure, value.value, targets[-1].bound) else " (REACHED: the line can go)"
-                lines.append(
-                    f"{value.case}{kernel} on sm_{value.arch}: {value.figure} {value.value}, wanted "
-                    f"{targets[-1].bound}{met}"
-                )
-    return lines
+    """Figures that miss their target, in words, where the table says that they do."""
+    return [
+        f"{value.case} {value.kernel}".rstrip()
+        + f" on sm_{value.arch}: {value.figure} {value.value}, wanted {target.bound}"
+        for _, value, target in _missing(found, limits)
+        if _worse(value.figure, value.value, target.bound)
+    ]
+
+
+def reached(found: Sequence[Figures], limits: Sequence[Limit]) -> list[str]:
+    """Lines NOT_REACHED all of whose figures reach their target: they can go."""
+    missing = list(_missing(found, limits))
+    late = {number for number, value, target in missing if _worse(value.figure, value.value, target.bound)}
+    return [limits[number].words() for number in dict.fromkeys(number for number, *_ in missing) if number not in late]
+
+
+def _missing(found: Sequence[Figures], limits: Sequence[Limit]) -> Iterator[tuple[int, Found, Limit]]:
+    """Figures whose line is NOT_REACHED: its number, the figure, and the target that the line stands in for."""
+    for value in (value for figures in found for value in values(figures)):
+        matching = [number for number, limit in enumerate(limits) if _matches(limit, value)]
+        targets = [limits[number] for number in matching if limits[number].standing == TARGET]
+        if matching and limits[matching[-1]].standing == NOT_REACHED and targets:
+            yield matching[-1], value, targets[-1]

@@ -15,18 +15,18 @@ measured on a GPU.** Registers, spills and shared memory are what the compiler (
 shape launches; the rest are counters of a PTX simulator that runs that kernel, whose result is compared with the
 reference before anything is counted.
 
-- *bytes / least*: bytes of all 32-byte sectors that the call's launches load and store, over those that have to be moved
-  (each cache byte and weight once, outputs once). What one launch leaves for the next counts on top. No cache is
-  modelled: what several programs read (keys in prefill, weights and raw tokens in project) counts each time, though
-  most of it would come from a GPU's L2.
-- *FLOPs / least*: of matrix instructions, over the formula's (of prefill: the causal minimum). In decode the rows of a tile
-  are padded to 16, in float32 each product is three; neither is what bounds these calls.
-- *sectors*: 32-byte sectors of a warp's request; *used*: share of their bytes that was asked for (over 100% where lanes
-  read the same).
+- *bytes / least*: bytes of all 32-byte sectors that the call's launches load and store, over those that have to be
+  moved (each cache byte and weight once, outputs once). What one launch leaves for the next counts on top. No cache
+  is modelled: what several programs read (keys in prefill, weights and raw tokens in project) counts each time,
+  though most of it would come from a GPU's L2.
+- *FLOPs / least*: of matrix instructions, over the formula's (of prefill: the causal minimum). In decode the rows of
+  a tile are padded to 16, in float32 each product is three; neither is what bounds these calls.
+- *sectors*: 32-byte sectors of a warp's request; *used*: share of their bytes that was asked for (over 100% where
+  lanes read the same).
 - *conflicts*: passes through the shared-memory banks beyond the fewest possible, over requests.
 - *warps*: of a block / resident on a multiprocessor at once, by registers and shared memory.
-- Where some of the KV heads were simulated the line says so: they do the same work each, and the script sees to it that
-  they are compiled to the same code.
+- Where some of the KV heads were simulated the line says so: they do the same work each, and the script sees to it
+  that they are compiled to the same code.
 """
 
 
