@@ -1,6 +1,7 @@
 """What only a GPU shows: capture in a CUDA graph, calls that make the host wait, torch.compile.
 
-Run by test_processes.py; not run on hardware yet. That the calls' results are right is shown elsewhere (interpreted_forward.py, on a GPU too).
+Run by test_processes.py; not run on hardware yet. That the results of these calls are right is shown in
+interpreted_forward.py, on a GPU too.
 """
 
 from __future__ import annotations
