@@ -27,8 +27,9 @@ def mask(inputs: AttentionInputs) -> Tensor | None:
     shared = sum(segment.key.shape[2] for segment in inputs.segments)
     if q_len == 1:
         return None
-    hidden = torch.ones(q_len, own, dtype=torch.bool).triu(own - q_len + 1)
-    zero = torch.zeros(q_len, shared + own, dtype=inputs.query.dtype)
+    device = inputs.query.device
+    hidden = torch.ones(q_len, own, dtype=torch.bool, device=device).triu(own - q_len + 1)
+    zero = torch.zeros(q_len, shared + own, dtype=inputs.query.dtype, device=device)
     zero[:, shared:].masked_fill_(hidden, -torch.inf)
     return zero
 
@@ -93,7 +94,7 @@ def flex(sets: Sequence[AttentionInputs], raw: bool) -> Call:
         compiled = torch.compile(flex_attention, dynamic=False)
         block_mask = None
         if q_len > 1:
-            block_mask = create_block_mask(visible, None, None, q_len, shared + own, device="cpu")
+            block_mask = create_block_mask(visible, None, None, q_len, shared + own, device=sets[0].query.device)
         attend = partial(compiled, block_mask=block_mask, enable_gqa=True)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

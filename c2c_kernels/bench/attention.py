@@ -8,18 +8,18 @@ from functools import partial
 from torch import Tensor
 
 import c2c_kernels as c2c
-from c2c_kernels.bench import alternatives
+from c2c_kernels.bench import alternatives, gpu_alternatives
 from c2c_kernels.bench.check import attention_problem
-from c2c_kernels.bench.inputs import AttentionInputs, attention, receiver_space, storage_bytes
+from c2c_kernels.bench.inputs import AttentionInputs, Device, attention, receiver_space, storage_bytes
 from c2c_kernels.bench.shapes import Case
 from c2c_kernels.bench.work import Call, Cost, Work, in_turn
 
 _STRATEGIES = {"decode-absorbed": "absorb", "decode-int8": "absorb"}
 
 
-def build(case: Case) -> Work:
+def build(case: Case, device: Device = "cpu") -> Work:
     """The work of a decode or prefill case."""
-    sets = attention(case)
+    sets = attention(case, device)
     raw = case.family == "prefill-raw"
     strategy = _STRATEGIES.get(case.family, "auto")
     calls = [call(inputs, strategy) for inputs in sets]
@@ -33,6 +33,8 @@ def build(case: Case) -> Work:
     beside = {"sdpa": torchs, "reference": alternatives.reference}
     if strategy == "absorb":
         beside["materialised"] = _materialised
+    if sets[0].query.device.type == "cuda":
+        beside |= {"flash-attn": gpu_alternatives.flash_attention, "flashinfer": gpu_alternatives.flashinfer}
     work.alternatives = {name: partial(_over_all, make, sets) for name, make in beside.items()}
     if case.flex:
         work.alternatives["flex"] = partial(alternatives.flex, sets, raw)

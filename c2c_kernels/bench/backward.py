@@ -13,7 +13,7 @@ from c2c_kernels.backends import reference
 from c2c_kernels.bench.alternatives import sdpa_options
 from c2c_kernels.bench.attention import visible_pairs
 from c2c_kernels.bench.check import GRADIENT_ULPS, disagreement
-from c2c_kernels.bench.inputs import AttentionInputs, Random, attention, joined, storage_bytes
+from c2c_kernels.bench.inputs import AttentionInputs, Device, Random, attention, joined, storage_bytes
 from c2c_kernels.bench.shapes import Case
 from c2c_kernels.bench.work import Cost, Work
 from c2c_kernels.segment import to_tensors
@@ -24,11 +24,11 @@ _TO_TOKENS = 2 + 5  # matrix products for each pair and dimension, forward and b
 _TO_RAW_TOKENS = 2 + 3  # raw tokens have no gradients of their own
 
 
-def build(case: Case) -> Work:
+def build(case: Case, device: Device = "cpu") -> Work:
     """The work of a case with gradients of query, key and value, and of the projectors where it has them."""
-    inputs = attention(case)[0]
+    inputs = attention(case, device)[0]
     leaves = [leaf.requires_grad_() for leaf in _leaves(inputs)]
-    grad_out = Random(case)(*inputs.query.shape)
+    grad_out = Random(case, device)(*inputs.query.shape)
 
     def with_gradients(forward: Callable[[], Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(), leaves, grad_out)

@@ -14,33 +14,38 @@ import torch
 
 import c2c_kernels as c2c
 from c2c_kernels.backends import choose
-from c2c_kernels.bench import topology
+from c2c_kernels.bench import gpu, topology
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "transformers", "numpy")
+_ON_GPUS = ("triton", "flash-attn", "flashinfer-python")
 
 
-def collect(threads: int) -> dict[str, Any]:
-    """Device, processor, backend, instruction set, threads, versions, commit and date, as plain data.
+def collect(threads: int, device: str = "cpu") -> dict[str, Any]:
+    """Device (of a GPU its name and architecture), processor, backend, instruction set, threads,
+    versions, commit and date, as plain data.
 
     Raises:
         ValueError: the environment asks for a backend that cannot run here.
     """
-    record = choose("merged_attention", None, torch.device("cpu"), torch.float32)
+    record = choose("merged_attention", None, torch.device(device), torch.float32)
+    on_gpu = device != "cpu"
     return {
-        "device": "cpu",
+        "device": device,
+        "gpu": gpu.name(torch.device(device)) if on_gpu else None,
         "cpu": topology.cpu_model(),
         "architecture": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
         "cores": len(topology.cores()),
         "threads": threads,
         "backend": record.name,
-        "isa": record.isa,
+        "isa": gpu.capability(torch.device(device)) if on_gpu else record.isa,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "versions": {
             "c2c-kernels": c2c.__version__,
             "python": platform.python_version(),
             **{name: _version(name) for name in _PACKAGES},
+            **({"cuda": torch.version.cuda, **{name: _version(name) for name in _ON_GPUS}} if on_gpu else {}),
         },
         "commit": commit(),
         "load": round(_load(), 2),

@@ -17,6 +17,8 @@ from c2c_kernels.bench.shapes import DTYPES, Case
 _SPREAD = 3.0
 _QUANTISED_MAX = 127
 
+Device = torch.device | str
+
 
 @dataclass
 class AttentionInputs:
@@ -47,20 +49,21 @@ class AttentionInputs:
 
 
 class Random:
-    """Normal numbers, the same on every run for the same case."""
+    """Normal numbers, the same on every run and device for the same case: drawn on the CPU."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: Device = "cpu") -> None:
+        self._device = device
         self._generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
         self._dtype = DTYPES[case.dtype]
 
     def __call__(self, *shape: int, spread: float = 1.0) -> Tensor:
         """(shape) in the case's dtype."""
-        return torch.randn(shape, generator=self._generator).mul_(spread).to(self._dtype)
+        return torch.randn(shape, generator=self._generator).mul_(spread).to(self._dtype).to(self._device)
 
 
-def attention(case: Case) -> list[AttentionInputs]:
+def attention(case: Case, device: Device = "cpu") -> list[AttentionInputs]:
     """One set of inputs for every layer of the case."""
-    random, receiver = Random(case), case.receiver
+    random, receiver = Random(case, device), case.receiver
     return [
         AttentionInputs(
             random(case.batch, receiver.q_heads, case.q_len, receiver.head_dim, spread=_SPREAD),

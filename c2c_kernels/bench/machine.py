@@ -50,6 +50,8 @@ class Machine:
         cache_bytes: size of the last-level cache.
         method: how each was measured.
         notes: what was left out and why.
+        device: "cpu", or the torch device of a GPU: then `threads` and `cache_bytes` are 0, and the cache counts for
+            nothing.
     """
 
     threads: int
@@ -59,6 +61,7 @@ class Machine:
     cache_bytes: int
     method: str
     notes: tuple[str, ...] = ()
+    device: str = "cpu"
 
     def floor(self, bytes_moved: float, flops: float, touched: float, dtype: str) -> Floor:
         """max(bytes / bandwidth, FLOPs / peak); the bandwidth is the cache's where all that is `touched` fits."""
@@ -72,7 +75,8 @@ class Machine:
     def limits(self) -> dict[str, float]:
         """Every rate by name."""
         peaks = {f"{dtype} peak": rate for dtype, rate in self.peaks.items()}
-        return {"memory bandwidth": self.memory, "cache bandwidth": self.cache, **peaks}
+        cache = {"cache bandwidth": self.cache} if self.cache_bytes else {}
+        return {"memory bandwidth": self.memory, **cache, **peaks}
 
 
 def measure(threads: int | None = None) -> Machine:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from c2c_kernels.bench import attention, backward, merging, projection, reading, topology
+from c2c_kernels.bench import attention, backward, gpu, merging, projection, reading, topology
 from c2c_kernels.bench.check import WrongResultError
+from c2c_kernels.bench.inputs import Device
 from c2c_kernels.bench.machine import Floor, Machine
 from c2c_kernels.bench.results import Beside, Line
 from c2c_kernels.bench.shapes import DTYPES, Case
@@ -19,32 +20,33 @@ from c2c_kernels.bench.work import Call, Cost, LeftOutError, Work, first_line
 QUICK = Effort(seconds=0.1, least=4, most=60)
 FULL = Effort(seconds=0.3, least=5, most=200)
 _NO_MEMORY = "can't allocate memory"  # in the RuntimeError of torch's allocator
+_UNSUPPORTED = " on triton supports "  # in the ValueError of a call that the backend asked for does not run
 _COPIES = 4  # of a case's tensors that are in memory at once: drawn, projected, joined, for the check
 
 
-def build(case: Case) -> Work:
-    """The case's work."""
-    builders: dict[str, Callable[[Case], Work]] = {
+def build(case: Case, device: Device = "cpu") -> Work:
+    """The case's work, its tensors on `device`."""
+    builders: dict[str, Callable[[Case, Device], Work]] = {
         "backward": backward.build,
         "project": projection.build,
         "merge": merging.build,
     }
-    return builders.get(case.family.partition("-")[0], attention.build)(case)
+    return builders.get(case.family.partition("-")[0], attention.build)(case, device)
 
 
-def checked(case: Case) -> Work:
+def checked(case: Case, device: Device = "cpu") -> Work:
     """The case's work, whose result has been compared with the reference.
 
     Raises:
         WrongResultError: our result does not match, or our call raises.
         LeftOutError: the memory is too small, or the alternatives that the check needs cannot run.
     """
-    missing = _missing_memory(case)
+    missing = _missing_memory(case, torch.device(device))
     if missing:
         raise LeftOutError(missing)
     try:
         with torch.no_grad():
-            work = build(case)
+            work = build(case, device)
         with torch.set_grad_enabled(case.gradients):
             problem = _raised(work.ours) or work.problem()
     except (RuntimeError, ValueError, TypeError, MemoryError) as error:
@@ -63,13 +65,13 @@ def measure(case: Case, machine: Machine, effort: Effort) -> Line:
         effort: how long.
     """
     try:
-        work = checked(case)
+        work = checked(case, machine.device)
     except WrongResultError as error:
         return Line(case.family, case.label, case.dtype, "wrong", str(error))
     except LeftOutError as error:
         return Line(case.family, case.label, case.dtype, "left out", str(error))
     cost, floor = _cheapest(case, work, machine)
-    if floor.bound == "memory":
+    if floor.bound == "memory" and machine.device == "cpu":
         work.alternatives[reading.NAME] = partial(reading.plain, cost.bytes, machine)
     with torch.set_grad_enabled(case.gradients):
         timings, beside = _timed(work, machine, effort)
@@ -103,11 +105,12 @@ def costs(case: Case, work: Work, machine: Machine, seconds: float) -> dict[str,
 
 
 def _raised(ours: Call) -> str:
-    """What our own call raises, in one line, which is no right result; "" where it returns. Want of memory passes."""
+    """What our own call raises, in one line, which is no right result; "" where it returns. Want of memory
+    and what the backend refuses pass."""
     try:
         ours()
     except (RuntimeError, ValueError, TypeError) as error:
-        if _NO_MEMORY in str(error):
+        if _NO_MEMORY in str(error) or _UNSUPPORTED in str(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         return f"{type(error).__name__}: {first_line(error)}"
     return ""
@@ -127,15 +130,21 @@ def _timed(work: Work, machine: Machine, effort: Effort) -> tuple[dict[str, Timi
             left_out[name] = Beside(left_out=f"{type(error).__name__}: {first_line(error)}")
         else:
             contenders[name] = call
-    return alternate(contenders, effort, warm=work.touched <= machine.cache_bytes), left_out
+    once = None if machine.device == "cpu" else gpu.stopwatch(torch.device(machine.device))
+    return alternate(contenders, effort, warm=work.touched <= machine.cache_bytes, once=once), left_out
 
 
-def _missing_memory(case: Case) -> str:
+def _missing_memory(case: Case, device: torch.device) -> str:
     """Why the case does not fit into memory, "" where it does."""
     receiver = case.receiver
     tokens = case.own + case.shared
     numbers = 2 * case.batch * receiver.kv_heads * tokens * receiver.head_dim * case.layers
-    wanted, room = _COPIES * numbers * DTYPES[case.dtype].itemsize, topology.available_memory()
+    wanted, room = _COPIES * numbers * DTYPES[case.dtype].itemsize, _free(device)
     if room is None or wanted <= room:
         return ""
     return f"needs {wanted / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are there"
+
+
+def _free(device: torch.device) -> int | None:
+    """Bytes that there is room for, None where that is not known."""
+    return gpu.free_bytes(device) if device.type == "cuda" else topology.available_memory()

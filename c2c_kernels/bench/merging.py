@@ -8,14 +8,14 @@ from torch import Tensor
 import c2c_kernels as c2c
 from c2c_kernels.backends import reference
 from c2c_kernels.bench.check import disagreement
-from c2c_kernels.bench.inputs import Random, storage_bytes
+from c2c_kernels.bench.inputs import Device, Random, storage_bytes
 from c2c_kernels.bench.shapes import Case
 from c2c_kernels.bench.work import Cost, Work
 
 
-def build(case: Case) -> Work:
+def build(case: Case, device: Device = "cpu") -> Work:
     """The work of merging `states` attention results."""
-    random, receiver = Random(case), case.receiver
+    random, receiver = Random(case, device), case.receiver
     rows = (case.batch, receiver.q_heads, case.q_len)
     outs = [random(*rows, receiver.head_dim) for _ in range(case.states)]
     lses = [random(*rows).float() for _ in range(case.states)]

@@ -34,6 +34,12 @@ def tables(report: Report) -> list[Table]:
 def machine_lines(machine: Machine) -> list[str]:
     """The limits in words."""
     peaks = ", ".join(f"{dtype} {amount(rate, 'FLOP/s')}" for dtype, rate in machine.peaks.items())
+    if machine.device != "cpu":
+        return [
+            f"memory bandwidth {amount(machine.memory, 'B/s')}; matrix product {peaks} ({machine.method}; every call "
+            "finds its inputs in memory, not in the L2 cache)",
+            *machine.notes,
+        ]
     return [
         f"read bandwidth {amount(machine.memory, 'B/s')} from memory, {amount(machine.cache, 'B/s')} from the "
         f"last-level cache ({machine.cache_bytes / 2**20:.0f} MiB); multiply-add peak {peaks}; "
@@ -48,8 +54,9 @@ def environment_line(report: Report) -> str:
     versions = found["versions"]
     cores = f"{found['cores']} core{'s' if found['cores'] > 1 else ''}"
     return (
-        f"{found['cpu']}, {cores}; kernels: {found['backend']} {found['isa']}; torch {versions['torch']}"
-        f" ({found['torch_isa']}); c2c-kernels {versions['c2c-kernels']} at commit {found['commit'] or 'unknown'}; "
+        f"{found['gpu'] or found['cpu']}, {cores}; kernels: {found['backend']} {found['isa']}; "
+        f"torch {versions['torch']} ({found['torch_isa']}); "
+        f"c2c-kernels {versions['c2c-kernels']} at commit {found['commit'] or 'unknown'}; "
         f"{found['date'][:10]}"
     )
 

@@ -26,7 +26,7 @@ def draw(report: Report, path: Path) -> None:
     _strips(strips, lines)
     found = report.environment
     kernels = f"threads: {report.machine.threads}, kernels: {found['backend']} {found['isa']}"
-    figure.suptitle(f"c2c-kernels on {found['cpu']}, {kernels}, commit {found['commit'] or 'unknown'}")
+    figure.suptitle(f"c2c-kernels on {found['gpu'] or found['cpu']}, {kernels}, commit {found['commit'] or 'unknown'}")
     figure.savefig(path, dpi=120)
 
 
@@ -34,7 +34,8 @@ def _roofline(axis: Any, report: Report, lines: list[Line]) -> None:
     machine, highest = report.machine, max(report.machine.peaks.values())
     intensities = [line.flops / line.bytes for line in lines]
     low, high = min(intensities) / 2, max(max(intensities) * 2, 2 * highest / machine.memory)
-    for name, bandwidth, style in (("memory", machine.memory, "-"), ("last-level cache", machine.cache, "--")):
+    roofs = [("memory", machine.memory, "-"), ("last-level cache", machine.cache, "--")]
+    for name, bandwidth, style in roofs if machine.cache_bytes else roofs[:1]:
         ends = [low, highest / bandwidth]
         label = f"{name}, {amount(bandwidth, 'B/s')}"
         axis.plot(ends, [end * bandwidth / 1e9 for end in ends], color="black", linestyle=style, label=label)

@@ -8,7 +8,7 @@ from torch import Tensor
 import c2c_kernels as c2c
 from c2c_kernels.backends import reference
 from c2c_kernels.bench.check import disagreement
-from c2c_kernels.bench.inputs import Random, dequantised, project_with_torch, raw_segment, storage_bytes
+from c2c_kernels.bench.inputs import Device, Random, dequantised, project_with_torch, raw_segment, storage_bytes
 from c2c_kernels.bench.shapes import DTYPES, Case
 from c2c_kernels.bench.work import Call, Cost, Work, in_turn
 from c2c_kernels.segment import to_tensors
@@ -16,12 +16,12 @@ from c2c_kernels.segment import to_tensors
 _CHECKED = 64  # tokens, from both ends
 
 
-def build(case: Case) -> Work:
+def build(case: Case, device: Device = "cpu") -> Work:
     """The work of a projection case: `shared` tokens, one set of weights for every layer."""
-    random, dtype = Random(case), DTYPES[case.dtype]
+    random, dtype = Random(case, device), DTYPES[case.dtype]
     segments = [raw_segment(case, random) for _ in range(case.layers)]
     shape = (case.batch, case.receiver.kv_heads, case.shared, case.receiver.head_dim)
-    target = (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+    target = (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
     calls = [_ours(segment, target) for segment in segments]
     cost = _cost(case, segments[0], target)
     return Work(
@@ -44,7 +44,7 @@ def _matmul(segment: c2c.SharerSegment, dtype: torch.dtype) -> Call:
         assert isinstance(proj, Tensor)
         weights.append(proj.flatten(0, 1).T)
     rows = segment.key.shape[0] * segment.key.shape[2]
-    buffers = [torch.empty(rows, weight.shape[1], dtype=dtype) for weight in weights]
+    buffers = [torch.empty(rows, weight.shape[1], dtype=dtype, device=weight.device) for weight in weights]
 
     def run() -> None:
         for raw, weight, buffer in zip(dequantised(segment, dtype), weights, buffers, strict=True):

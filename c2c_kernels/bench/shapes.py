@@ -114,17 +114,20 @@ class Case:
         return f"{self.family} {self.label}"
 
 
-def grid(*, quick: bool = False, dtypes: Sequence[str] | None = None, text: str = "") -> list[Case]:
+def grid(*, quick: bool = False, dtypes: Sequence[str] | None = None, text: str = "", gpu: bool = False) -> list[Case]:
     """The cases to measure, in the order of FAMILIES.
 
     Args:
         quick: the short list.
         dtypes: keys of DTYPES; None for all that the list has.
         text: words that all must be in a case's name, capitals or not.
+        gpu: the short list has flex_attention in a few lines, which is made for GPUs.
     """
     cases = list(dict.fromkeys(_quick() if quick else _full()))
     if not quick:
         cases = [replace(case, flex=case.family.partition("-")[0] in _WITH_FLEX) for case in cases]
+    elif gpu:
+        cases = [replace(case, flex=case.family in _WITH_FLEX and case.dtype == "bfloat16") for case in cases]
     order = list(FAMILIES)
     cases = [case for case in cases if (dtypes is None or case.dtype in dtypes) and matches(case.name, text)]
     return sorted(cases, key=lambda case: order.index(case.family))

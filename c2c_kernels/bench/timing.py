@@ -33,7 +33,13 @@ class Timing:
     runs: int
 
 
-def alternate(contenders: Mapping[str, Callable[[], Any]], effort: Effort, *, warm: bool) -> dict[str, Timing]:
+def alternate(
+    contenders: Mapping[str, Callable[[], Any]],
+    effort: Effort,
+    *,
+    warm: bool,
+    once: Callable[[Callable[[], Any]], float] | None = None,
+) -> dict[str, Timing]:
     """Times the contenders in turn.
 
     Args:
@@ -41,8 +47,10 @@ def alternate(contenders: Mapping[str, Callable[[], Any]], effort: Effort, *, wa
         effort: a contender whose single run takes long is run `effort.least` times all the same.
         warm: an untimed call goes before every timed block, so that a contender finds in the caches what its own
             last call left there, not another's.
+        once: makes a call and returns its seconds; by the host's clock where it is None.
     """
-    estimates = {name: _once(call) for name, call in contenders.items()}
+    once = once or _once
+    estimates = {name: once(call) for name, call in contenders.items()}
     wanted = {
         name: int(min(max(effort.seconds / max(estimate, 1e-9), effort.least), effort.most))
         for name, estimate in estimates.items()
@@ -59,7 +67,7 @@ def alternate(contenders: Mapping[str, Callable[[], Any]], effort: Effort, *, wa
             call = contenders[name]
             if warm:
                 call()
-            times[name] += [_once(call) for _ in range(blocks[name])]
+            times[name] += [once(call) for _ in range(blocks[name])]
     finally:
         if collecting:
             gc.enable()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from c2c_kernels.backends import ENVIRONMENT_VARIABLE, backends
-from c2c_kernels.bench import end_to_end, environment, explain, machine, measure, page, shapes, table
+from c2c_kernels.bench import end_to_end, environment, explain, gpu, machine, measure, page, shapes, table
 from c2c_kernels.bench.check import WrongResultError
 from c2c_kernels.bench.results import Report
 from c2c_kernels.bench.timing import Effort
@@ -28,8 +28,10 @@ _DRIFT = 0.1  # of a limit between start and end that is worth a line
 def run(options: argparse.Namespace) -> int:
     """Measures and prints; returns the exit status, 1 where a result is wrong."""
     began = time.perf_counter()
+    _check_device(options)
     _check_files(options)
-    cases = shapes.grid(quick=options.quick, dtypes=options.dtype, text=options.filter)
+    on_gpu = options.device != "cpu"
+    cases = shapes.grid(quick=options.quick, dtypes=options.dtype, text=options.filter, gpu=on_gpu)
     choices = explain.grid(quick=options.quick, dtypes=options.dtype, text=options.filter) if options.explain else []
     plan = end_to_end.plan(quick=options.quick, dtypes=options.dtype)
     generations = end_to_end.lines(plan, options.filter) if options.end_to_end else []
@@ -61,11 +63,11 @@ def _nothing_left(options: argparse.Namespace) -> CommandError:
 def _begin(options: argparse.Namespace) -> Report:
     """Measures the machine, and prints what it is."""
     try:
-        found = environment.collect(torch.get_num_threads())
+        found = environment.collect(torch.get_num_threads(), options.device)
     except ValueError as error:
         raise CommandError(f"{ENVIRONMENT_VARIABLE}: {error}") from error
     with stage("measure the machine"):
-        limits = machine.measure()
+        limits = _limits(options.device)
     report = Report(_command(options), found, limits)
     _print(page.environment_line(report), *page.machine_lines(limits))
     if found["backend"] == "reference":
@@ -79,8 +81,11 @@ def _because(reason: str) -> str:
 
 
 def _measure_lines(report: Report, cases: list[shapes.Case], effort: Effort, quick: bool) -> None:
-    if quick and cases:
-        report.notes.append("--quick leaves out flex_attention, whose compilation takes seconds for every shape")
+    if quick and any(not case.flex for case in cases):
+        where = "" if report.machine.device == "cpu" else " of most lines"
+        report.notes.append(
+            f"--quick leaves out flex_attention{where}, whose compilation takes seconds for every shape"
+        )
     for family in dict.fromkeys(case.family for case in cases):
         group = [case for case in cases if case.family == family]
         lines = []
@@ -138,7 +143,7 @@ def _generate(report: Report, plan: end_to_end.Plan, wanted: list[tuple[str, str
 def _close(report: Report, options: argparse.Namespace, began: float) -> None:
     """Measures the machine again, writes the files, and says what was left out and what is wrong."""
     with stage("measure the machine again"):
-        report.machine_after = machine.measure(report.machine.threads)
+        report.machine_after = _limits(report.machine.device, report.machine.threads)
     after = report.machine_after.limits()
     for name, before in report.machine.limits().items():
         if abs(after[name] / before - 1) > _DRIFT:
@@ -186,6 +191,24 @@ def _write_json(report: Report, path: Path) -> None:
     path.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
 
 
+def _check_device(options: argparse.Namespace) -> None:
+    """CommandError where there is no GPU to measure, or something is asked for that is measured on the CPU alone."""
+    if options.device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise CommandError(f"--device {options.device}: torch finds no GPU (torch {torch.__version__})")
+    for name in ("explain", "end_to_end"):
+        if getattr(options, name):
+            raise CommandError(
+                f"--{name.replace('_', '-')} is measured on the CPU: leave out --device {options.device}"
+            )
+
+
+def _limits(device: str, threads: int | None = None) -> machine.Machine:
+    """What the CPU, with so many threads, or the GPU reaches."""
+    return machine.measure(threads) if device == "cpu" else gpu.measure(torch.device(device))
+
+
 def _check_files(options: argparse.Namespace) -> None:
     """CommandError, before anything is measured, where a file could not be written."""
     for name, suffix in (("json", ""), ("plot", ".png"), ("markdown", "")):
@@ -206,6 +229,8 @@ def _command(options: argparse.Namespace) -> str:
     """The command that repeats the run, without the files it writes."""
     parts = ["c2c-kernels", "bench"]
     parts += [f"--{name.replace('_', '-')}" for name in ("quick", "explain", "end_to_end") if getattr(options, name)]
+    if options.device != "cpu":
+        parts += ["--device", options.device]
     if options.filter:
         parts += ["--filter", options.filter]
     for dtype in options.dtype or ():

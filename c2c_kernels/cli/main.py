@@ -149,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="of caches (repeatable)"
     )
     bench.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured (default: cpu)")
     bench.add_argument("--explain", action="store_true", help='the cost model of strategy="auto" beside measured times')
     bench.add_argument("--end-to-end", action="store_true", help="generate beside SDPA; needs the extra [demo]")
     bench.add_argument("--json", type=_given, metavar="FILE", help="write everything measured")

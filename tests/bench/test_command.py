@@ -49,7 +49,7 @@ def test_json_has_everything(quickly, tmp_path, capsys):
     }  # fmt: skip
     assert found["schema"] == 1
     assert found["command"] == "c2c-kernels bench --quick --filter 'decode smollm2 float32 own=4096' --threads 2"
-    assert set(found["machine"]) == {"threads", "memory", "cache", "peaks", "cache_bytes", "method", "notes"}
+    assert set(found["machine"]) == {"threads", "memory", "cache", "peaks", "cache_bytes", "method", "notes", "device"}
     assert found["machine"] == found["machine_after"]
     (line,) = found["lines"]
     assert (line["family"], line["label"], line["dtype"]) == ("decode", "SmolLM2-135M float32 own=4096", "float32")

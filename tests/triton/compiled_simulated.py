@@ -6,11 +6,11 @@ import pytest
 import torch
 from attention_cases import Plan, SegmentPlan, build, reference_call
 from error_rule import GRADIENT_ULPS, assert_as_exact
+from gpu_simulator import Simulator, simulator
 from test_gradients import cotangents
 from test_project_kv import at_dtype
 from test_project_kv import build as build_projection
 from torch_backward import fused_gradients, operator_gradients
-from triton_simulated import Simulator, simulator
 
 from c2c_kernels.backends import triton as backend
 from c2c_kernels.segment import to_tensors
@@ -147,20 +147,14 @@ def test_states_and_quantisation(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
-def test_gradients(dtype, arch, monkeypatch):
+def test_gradients(dtype, arch):
     """Through the public operator, its launches taken over; two of them besides projection."""
-    from c2c_kernels.backends import Backend
-    from c2c_kernels.ops import merged_attention as operator
-
-    record = Backend("triton", True, "", (), ("bfloat16", "float16", "float32"), "", ("cpu",))
-    monkeypatch.setitem(operator.__globals__, "choose", lambda *arguments: record)
     parts = [SegmentPlan(35, gate="full", lengths=True), SegmentPlan(0)]
     plan = Plan(dtype, 1, 1, 2, 40, 70, 32, 24, is_causal=True, softcap=5.0, sinks=True, lengths=True, segments=parts)
     call, wanted = build(plan, 2), cotangents(plan, 2)
     with Simulator(arch).installed() as simulated:
         ours = operator_gradients(call, wanted, "triton")
     assert simulated.names() == ["prefill_kernel", "query_gradient_kernel", "token_gradient_kernel"]
-    monkeypatch.undo()
     oracle = operator_gradients(call, wanted, "reference", torch.float64)
     fused, _ = fused_gradients(call, wanted, dtype)
     _, sizes = fused_gradients(call, wanted, torch.float64)

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on CPU tensors: run by test_processes.py with TRITON_INTERPRET=1."""
+"""The Triton kernels in Triton's interpreter, or on a GPU (C2C_TRITON_DEVICE): run by test_processes.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from plans import DTYPES, plans, seeds, segments
 from test_merged_attention import run
 from test_project_kv import at_dtype
 from test_project_kv import build as build_projection
+from triton_calls import CALLS
+from triton_device import DEVICE, ON_GPU, examples, here, on_triton, there
 
 import c2c_kernels as c2c
 
@@ -19,7 +21,7 @@ import c2c_kernels as c2c
 def check(plan: Plan, seed: int) -> None:
     plan.strategy = plan.strategy.replace("absorb", "auto")  # refused: a test of its own
     call = build(plan, seed)
-    ours = run(call, "triton")
+    ours = here(run(there(call), "triton"))
     oracle = reference_call(call, torch.float64)
     theirs = reference_call(call, plan.dtype, plan.dtype)
     for name, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
@@ -27,7 +29,7 @@ def check(plan: Plan, seed: int) -> None:
 
 
 @given(plans(max_length=130, max_queries=33), seeds)
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_attention_matches_reference(plan, seed):
     check(plan, seed)
 
@@ -66,10 +68,10 @@ def test_empty_and_closed_segments_change_no_bit(q_len, sinks):
         c2c.SharerSegment(raw, raw, proj, proj, gate=torch.zeros(2, 4, 70)),
         c2c.SharerSegment(*wide, lengths=torch.zeros(2, dtype=torch.int64)),
     ]
-    options = {"is_causal": True, "sinks": logits, "return_lse": True, "return_mass": True, "backend": "triton"}
-    plain = c2c.merged_attention(query, key, value, **options)
+    options = {"is_causal": True, "sinks": logits, "return_lse": True, "return_mass": True}
+    plain = on_triton(c2c.merged_attention, query, key, value, **options)
     for parts in (*([part] for part in neutral), neutral):
-        out, lse, mass = c2c.merged_attention(query, key, value, parts, **options)
+        out, lse, mass = on_triton(c2c.merged_attention, query, key, value, parts, **options)
         assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])
         assert torch.equal(mass[..., :1], plain[2]) and not mass[..., 1:].any()
 
@@ -79,20 +81,18 @@ def test_rows_that_see_nothing(q_len):
     query, key = torch.randn(2, 4, q_len, 16), torch.randn(2, 2, 5, 16)
     mask = torch.zeros(2, 1, q_len, 5, dtype=torch.bool)
     mask[1, 0, 2] = True
-    options = {"return_lse": True, "return_mass": True, "backend": "triton"}
-    out, lse, mass = c2c.merged_attention(query, key, key, attn_mask=mask, **options)
+    options = {"return_lse": True, "return_mass": True}
+    out, lse, mass = on_triton(c2c.merged_attention, query, key, key, attn_mask=mask, **options)
     assert not out[0].any() and (lse[0] == -torch.inf).all() and not mass[0].any()
     assert out[1, :, 2].any() and lse[1, :, 2].isfinite().all()
-    out, lse, mass = c2c.merged_attention(query, key[:, :, :0], key[:, :, :0], **options)
+    out, lse, mass = on_triton(c2c.merged_attention, query, key[:, :, :0], key[:, :, :0], **options)
     assert not out.any() and (lse == -torch.inf).all() and not mass.any()
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 16), (2, 4, 0, 16)])
 def test_empty_batches_and_queries(shape):
     key = torch.randn(shape[0], 2, 5, 16)
-    out, lse, mass = c2c.merged_attention(
-        torch.randn(shape), key, key, return_lse=True, return_mass=True, backend="triton"
-    )
+    out, lse, mass = on_triton(c2c.merged_attention, torch.randn(shape), key, key, return_lse=True, return_mass=True)
     assert out.shape == shape and lse.shape == shape[:3] and mass.shape == (*shape[:3], 1)
 
 
@@ -103,13 +103,13 @@ def test_rows_do_not_depend_on_the_batch_or_on_padding(q_len):
     part = SegmentPlan(333, gate="full", lengths=True, positions="shuffled")
     plan = Plan(torch.bfloat16, 3, 2, 3, q_len, 500, 32, 40, is_causal=True, lengths=True, segments=[part])
     call = build(plan, 3)
-    whole = run(call, "triton")
+    whole = here(run(there(call), "triton"))
     for row in range(plan.batch):
         alone = row_of(call, row)
         length = int(alone["lengths"][0])
         cut = dict(alone, key=alone["key"][:, :, :length], value=alone["value"][:, :, :length], lengths=None)
         for fewer in (alone, cut):
-            for together, separate in zip(whole, run(fewer, "triton"), strict=True):
+            for together, separate in zip(whole, here(run(there(fewer), "triton")), strict=True):
                 assert torch.equal(together[row : row + 1], separate)
 
 
@@ -117,10 +117,10 @@ def test_rows_do_not_depend_on_the_batch_or_on_padding(q_len):
     segments(130), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, 3), st.sampled_from((16, 40, 64)),
     st.booleans(), st.booleans(), seeds,
 )  # fmt: skip
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_projection_matches_reference(part, dtype, batch, kv_heads, dim, remove, apply, seed):
     segment, rope = build_projection(part, dtype, batch, kv_heads, dim, remove, apply, seed)
-    ours = c2c.project_kv(segment, rope=rope, backend="triton")
+    ours = on_triton(c2c.project_kv, segment, rope=rope)
     oracle = at_dtype(segment, rope, torch.float64, torch.float64)
     theirs = at_dtype(segment, rope, dtype, dtype)
     for name, mine, torchs, exact in zip(("key", "value"), ours, theirs, oracle, strict=True):
@@ -132,10 +132,12 @@ def test_projected_into_the_slice_of_a_cache_and_nowhere_else(length):
     segment = c2c.SharerSegment(
         torch.randn(2, 3, length, 24), torch.randn(2, 3, length, 24), torch.randn(2, 40, 72), torch.randn(2, 56, 72)
     )
-    caches = [torch.full((2, 2, length + 11, dim), torch.nan) for dim in (40, 56)]
+    caches = [torch.full((2, 2, length + 11, dim), torch.nan, device=DEVICE) for dim in (40, 56)]
     views = tuple(cache[:, :, 4 : 4 + length] for cache in caches)
-    c2c.project_kv(segment, out=views, backend="triton")
-    for cache, view, wanted in zip(caches, views, c2c.project_kv(segment, backend="reference"), strict=True):
+    c2c.project_kv(there(segment), out=views, backend="triton")
+    for cache, view, wanted in zip(
+        here(caches), here(views), c2c.project_kv(segment, backend="reference"), strict=True
+    ):
         torch.testing.assert_close(view, wanted)
         assert cache[:, :, :4].isnan().all() and cache[:, :, 4 + length :].isnan().all()
 
@@ -144,7 +146,7 @@ def test_every_e4m3_code():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(1, 1, 16, 16)
     scale = torch.full((1, 1, 16), 0.5)
     segment = c2c.SharerSegment(codes, codes, key_scale=scale, value_scale=scale)
-    key, value = c2c.project_kv(segment, backend="triton")
+    key, value = on_triton(c2c.project_kv, segment)
     torch.testing.assert_close(key, codes.float() * 0.5, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(value, key, rtol=0, atol=0, equal_nan=True)
 
@@ -161,7 +163,7 @@ def test_quantised_segments_are_read_in_place(dtype, q_len):
         c2c.SharerSegment(wide.key.double(), wide.value.double())
     ])  # fmt: skip
     theirs = c2c.merged_attention(query, key, value, [wide], backend="reference")
-    assert_as_exact("out", c2c.merged_attention(query, key, value, [segment], backend="triton"), theirs, exact)
+    assert_as_exact("out", on_triton(c2c.merged_attention, query, key, value, [segment]), theirs, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -172,7 +174,7 @@ def test_states_are_merged(dtype, count):
     lses[0][1] = -torch.inf
     outs[0][1] = torch.nan
     lses[-1][1, 2] = -torch.inf
-    out, lse = c2c.merge_states(outs, lses, backend="triton")
+    out, lse = on_triton(c2c.merge_states, outs, lses)
     exact = c2c.merge_states([o.double() for o in outs], [s.double() for s in lses], backend="reference")
     theirs = c2c.merge_states(outs, lses, backend="reference")
     assert_as_exact("out", out, theirs[0], exact[0])
@@ -185,11 +187,12 @@ def test_caches_are_quantised_as_by_the_reference(dtype):
     x[0, 0, 0] = 0
     x[0, 0, 1, 3] = torch.inf
     x[0, 0, 2, 3] = torch.nan
-    mine, wanted = (c2c.quantize_kv(x, -x, backend=name) for name in ("triton", "reference"))
+    mine, wanted = on_triton(c2c.quantize_kv, x, -x), c2c.quantize_kv(x, -x, backend="reference")
     for one, other in zip(mine, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.skipif(ON_GPU, reason="values on a GPU are not looked at")
 def test_values_that_no_kernel_takes_are_refused():
     query, key = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 5, 16)
     refused = [
@@ -213,8 +216,21 @@ def test_values_that_no_kernel_takes_are_refused():
         c2c.merged_attention(query.double(), key.double(), key.double(), backend="triton")
 
 
+@pytest.mark.skipif(ON_GPU, reason="about the interpreter")
 def test_the_interpreter_is_taken_only_by_name():
     (record,) = (r for r in c2c.backends() if r.name == "triton")
     assert record.available and record.isa == "interpreter" and record.devices == ()
     x = torch.randn(1, 2, 3, 16)
     assert torch.equal(c2c.merged_attention(x, x, x), c2c.merged_attention(x, x, x, backend="cpu"))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith(("decode", "prefill"))])
+def test_what_is_captured_on_a_gpu_is_right(name):
+    """The attention calls of gpu_only.py, which compares them with themselves."""
+    function, (query, key, value, parts), options = CALLS[name]()
+    ours = on_triton(function, query, key, value, parts, **options)
+    absent = dict.fromkeys(("attn_mask", "query_positions", "lengths", "window", "segment_window", "softcap", "sinks"))
+    call = absent | {"query": query, "key": key, "value": value, "segments": parts} | options
+    oracle, theirs = reference_call(call, torch.float64), reference_call(call, query.dtype, query.dtype)
+    for result, mine, torchs, exact in zip(("out", "lse"), ours, theirs, oracle, strict=False):
+        assert_as_exact(result, mine, torchs, exact)

@@ -1,4 +1,4 @@
-"""Gradients of the Triton kernels in Triton's interpreter: run by test_processes.py with TRITON_INTERPRET=1."""
+"""Gradients of the Triton kernels in Triton's interpreter, or on a GPU: see interpreted_forward.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from plans import DTYPES, plans, seeds
 from test_gradients import cotangents
 from torch_backward import fused_gradients, operator_gradients
+from triton_device import DEVICE, examples, here, there
 
 import c2c_kernels as c2c
 
@@ -17,7 +18,7 @@ import c2c_kernels as c2c
 def check(plan: Plan, seed: int) -> None:
     plan.strategy = plan.strategy.replace("absorb", "auto")
     call, wanted = build(plan, seed), cotangents(plan, seed)
-    ours = operator_gradients(call, wanted, "triton")
+    ours = here(operator_gradients(there(call), there(wanted), "triton"))
     oracle = operator_gradients(call, wanted, "reference", torch.float64)
     fused, _ = fused_gradients(call, wanted, plan.dtype)
     _, sizes = fused_gradients(call, wanted, torch.float64)
@@ -31,7 +32,7 @@ def check(plan: Plan, seed: int) -> None:
 
 
 @given(plans(max_length=65, max_queries=17), seeds)
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_gradients_match_reference(plan, seed):
     check(plan, seed)
 
@@ -53,7 +54,8 @@ def test_gradients_of_every_kind_of_input(dtype):
 def test_gradients_are_the_same_bits_on_every_run():
     call = build(Plan(torch.float32, 1, 2, 2, 35, 70, 32, 32, segments=[SegmentPlan(40, gate="full", index=True)]), 4)
     wanted = [torch.randn(1, 4, 35, 32), torch.randn(1, 4, 35), torch.randn(1, 4, 35, 2)]
-    first, second = (operator_gradients(call, [w.double() for w in wanted], "triton") for _ in range(2))
+    wanted = there([w.double() for w in wanted])
+    first, second = (operator_gradients(there(call), wanted, "triton") for _ in range(2))
     for name, gradient in first.items():
         assert torch.equal(gradient, second[name]), name
 
@@ -63,9 +65,10 @@ def test_gradient_of_a_closed_gate():
     other = [torch.randn(1, 2, 4, 16) for _ in range(2)]
     found = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-        gate = torch.zeros(1, 2, 4, dtype=dtype, requires_grad=True)
-        segment = c2c.SharerSegment(*(t.to(dtype) for t in other), gate=gate)
-        inputs = (t.to(dtype) for t in (query, key, value))
+        device = DEVICE if backend == "triton" else "cpu"
+        gate = torch.zeros(1, 2, 4, dtype=dtype, device=device, requires_grad=True)
+        segment = c2c.SharerSegment(*(t.to(device, dtype) for t in other), gate=gate)
+        inputs = (t.to(device, dtype) for t in (query, key, value))
         c2c.merged_attention(*inputs, [segment], backend=backend).square().sum().backward()
-        found.append(gate.grad)
+        found.append(gate.grad.cpu())
     assert_as_exact("gate", found[0], found[1], found[2], GRADIENT_ULPS)

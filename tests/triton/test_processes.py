@@ -1,6 +1,7 @@
 """The Triton backend's tests, each file in a process of its own: in one process kernels are interpreted or compiled.
 
-TRITON_INTERPRET is read when triton is imported. A file's own report is the message where it fails.
+TRITON_INTERPRET is read when triton is imported. A file's own report is the message where it fails. On a GPU
+(`pytest -m gpu`) the interpreter's cases run on device tensors, and those of gpu_*.py, which need one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import c2c_kernels
 
@@ -21,8 +23,8 @@ INSTALLED = Path(c2c_kernels.__file__).parents[1]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def run_file(name: str, tmp_path, **environment) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", str(HERE / name)]
+def run_file(name: str, *options: str, **environment) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", *options, str(HERE / name)]
     paths = [str(INSTALLED), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
         command,
@@ -37,11 +39,23 @@ def run_file(name: str, tmp_path, **environment) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in HERE.glob("interpreted_*.py")))
-def test_interpreted(name, tmp_path):
-    run_file(name, tmp_path, TRITON_INTERPRET="1")
+def test_interpreted(name):
+    run_file(name, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in HERE.glob("compiled_*.py")))
-def test_compiled(name, tmp_path):
-    run_file(name, tmp_path, TRITON_INTERPRET="0")
+def test_compiled(name):
+    run_file(name, TRITON_INTERPRET="0")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize(
+    "name", sorted(path.name for start in ("interpreted", "gpu") for path in HERE.glob(f"{start}_*.py"))
+)
+def test_on_gpu(name):
+    """Compiling takes most of the time: with pytest-xdist on several cores."""
+    spread = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    run_file(name, *spread, TRITON_INTERPRET="0", C2C_TRITON_DEVICE="cuda")
