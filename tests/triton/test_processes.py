@@ -10,6 +10,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,29 +25,47 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def run_file(name: str, *options: str, **environment) -> None:
+    check(name, finished(name, *options, **environment))
+
+
+def finished(name: str, *options: str, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", *options, str(HERE / name)]
     paths = [str(INSTALLED), *filter(None, [os.environ.get("PYTHONPATH")])]
-    result = subprocess.run(
+    return subprocess.run(
         command,
         cwd=HERE.parents[1],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTEST_ADDOPTS": "", **environment},
         capture_output=True,
         text=True,
     )
+
+
+def check(name: str, result: subprocess.CompletedProcess) -> None:
     assert result.returncode == 0, f"{name}:\n{result.stdout[-20000:]}{result.stderr[-4000:]}"
     assert " passed" in result.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.name for path in HERE.glob("interpreted_*.py")))
-def test_interpreted(name):
-    run_file(name, TRITON_INTERPRET="1")
+@pytest.fixture(scope="module")
+def running(request):
+    """Every chosen file's run, as many at once as there are cores; the longest first."""
+    chosen = {item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)}
+    files = sorted((HERE / name for name in chosen), key=lambda file: file.name not in _LONG)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        yield {
+            file.name: pool.submit(finished, file.name, TRITON_INTERPRET=str(int(file.name.startswith("interpreted"))))
+            for file in files
+        }
+
+
+_LONG = ("compiled_targets.py", "interpreted_gradients.py", "interpreted_forward.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.name for path in HERE.glob("compiled_*.py")))
-def test_compiled(name):
-    run_file(name, TRITON_INTERPRET="0")
+@pytest.mark.parametrize(
+    "name", sorted(path.name for start in ("interpreted", "compiled") for path in HERE.glob(f"{start}_*.py"))
+)
+def test_without_gpu(name, running):
+    check(name, running[name].result())
 
 
 @pytest.mark.gpu

@@ -89,7 +89,8 @@ def _decode(
     common: dict, results: dict, choice: tiles_table.Call, segments: list[SegmentTensors], batch: int, query: Tensor
 ) -> None:
     rows, kv_heads = choice.rows, common["kv_heads"]
-    tile, split = tiles_table.decode_tile(choice), tiles_table.split_tokens(rows, choice.dtype)
+    size = min(each.key.element_size() for each in common["runs"])
+    tile, split = tiles_table.decode_tile(choice), tiles_table.split_tokens(rows, size)
     counts = [common["own_length"], *(each.length for each in common["runs"][1:])]
     absorbs = [kind >> arguments.ABSORBED_AT & 1 for kind in common["KINDS"]]
     splits = sum(-(-count // split) for count, raw in zip(counts, absorbs, strict=True) if not raw)
@@ -119,7 +120,9 @@ def _decode(
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
     names = {"BLOCK_S": 16, "BLOCK_W": 64, "lengths": (0, *counts[1:])}
     combined = {name: common[name] for name in kept} | shared | results | names
-    run(Launch(combine_kernel, batch * kv_heads * rows, combined, 4, 2), query.device)
+    # One warp up to a value dim of 128: sums over splits then stay within threads.
+    warps = max(1, common["BLOCK_V"] // 128)
+    run(Launch(combine_kernel, batch * kv_heads * rows, combined, warps, 2), query.device)
 
 
 def _raw_dims(segment: SegmentTensors) -> tuple[int, int, int, int]:

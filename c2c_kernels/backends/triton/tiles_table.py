@@ -17,10 +17,10 @@ _PREFILL = {
     "sm_80": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 16, 8, 1)),
         (128, Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(16, 32, 8, 1)),
-        (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 4, 1)),
+        (256, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)),
     ),
     "sm_90": (
-        (64, Tile(128, 64, 4, 3), Tile(128, 32, 8, 2), Tile(64, 16, 8, 1)),
+        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 16, 8, 1)),
         (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 32, 8, 1)),
         (256, Tile(128, 16, 8, 2), Tile(64, 16, 8, 2), Tile(16, 16, 4, 1)),
     ),
@@ -68,14 +68,17 @@ def decode_tile(call: Call) -> Tile:
     """One tile holds all rows."""
     block_rows = max(16, 1 << (call.rows - 1).bit_length())
     tokens = 32 if call.single or call.heavy or call.block_dim > 128 else 64
+    stages = 2
+    if call.single and call.block_dim > 128:
+        tokens, stages = (16, 2) if call.target.backend == "hip" else (32, 1)
     warps = 4 if block_rows * call.block_dim * (1 + call.single) <= 4096 else 8
-    return Tile(block_rows, tokens, warps, 2)
+    return Tile(block_rows, tokens, warps, stages)
 
 
-def split_tokens(rows: int, dtype: torch.dtype) -> int:
-    """Tokens of one program in decode: so many that partial sums are below 3% of the bytes of keys and values."""
-    wanted = 32 * rows if dtype == torch.float32 else 64 * rows
-    return max(128, 1 << (wanted - 1).bit_length())
+def split_tokens(rows: int, size: int) -> int:
+    """Tokens of one program in decode, of numbers of `size` bytes: so many that partial sums are below 3% of the bytes
+    of keys and values."""
+    return max(256 // size, 1 << (128 * rows // size - 1).bit_length())
 
 
 def raw_tile(call: Call, block_width: int, other: Tile | None) -> Tile:
@@ -91,9 +94,11 @@ def raw_tile(call: Call, block_width: int, other: Tile | None) -> Tile:
 def backward_tile(call: Call) -> Tile:
     """Two accumulators of tokens x head dim, and four tiles in shared memory."""
     if call.single:
-        return Tile(16, 16, 4 if call.block_dim <= 128 else 8, 1)
+        if call.block_dim <= 64 or call.target.backend == "hip":
+            return Tile(16, 16, 4, 1)
+        return Tile(32, 16, 8, 1) if call.block_dim <= 128 else Tile(16, 16, 8, 1)
     if call.block_dim <= 64:
         return Tile(64, 32, 4, 2)
     if call.target.backend == "hip":
-        return Tile(32, 32, 4, 1) if call.block_dim <= 128 else Tile(16, 16, 4, 1)
+        return Tile(32, 16, 4, 1) if call.block_dim <= 128 else Tile(16, 16, 4, 1)
     return Tile(32, 64, 8, 2) if call.block_dim <= 128 else Tile(32, 32, 8, 1)
