@@ -13,7 +13,16 @@ NOT_REACHED = "not reached"  # a target that they do not reach: the present valu
 HELD = "held"  # no target: the present value, which may not get worse
 
 # Which way a figure is better; `products` has to be the bound itself.
-_AT_MOST = ("bytes_over_least", "flops_over_least", "registers", "spills", "shared", "bank_conflicts", "launches")
+_AT_MOST = (
+    "bytes_over_least",
+    "flops_over_least",
+    "registers",
+    "spills",
+    "shared",
+    "bank_conflicts",
+    "launches",
+    "refused",
+)
 _AT_LEAST = ("resident_warps", "sector_use")
 
 
@@ -22,7 +31,8 @@ class Limit(NamedTuple):
 
     Attributes:
         figure: a field of Figures or Kernel; "launches" is their number, "refused" whether the backend refuses a case.
-        bound: at most (registers, ...), at least (resident_warps, sector_use) or exactly this (products, refused).
+        bound: at most (registers, ...; refused, where False is less), at least (resident_warps, sector_use) or exactly
+            this (products).
         case, kernel: patterns of names, as in a shell.
         archs: the architectures meant.
         standing: TARGET, NOT_REACHED or HELD.

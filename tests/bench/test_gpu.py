@@ -214,3 +214,13 @@ def test_what_is_measured_on_the_cpu_alone_is_refused(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert main(["bench", "--device", "cuda", "--explain"]) == 1
     assert "--explain is measured on the CPU" in capsys.readouterr().err
+
+
+def test_the_short_list_has_flex_attention_on_a_gpu():
+    """In a few lines: compiling takes seconds for each."""
+    plain, on_gpu = shapes.grid(quick=True), shapes.grid(quick=True, gpu=True)
+    assert [case.name for case in plain] == [case.name for case in on_gpu] and not any(case.flex for case in plain)
+    with_flex = [case for case in on_gpu if case.flex]
+    assert {case.family for case in with_flex} == {"decode", "prefill"}
+    assert {case.dtype for case in with_flex} == {"bfloat16"} and len(with_flex) <= 10
+    assert shapes.grid(gpu=True) == shapes.grid()

@@ -20,7 +20,7 @@ FIGURES = Figures("decode Model bfloat16", 80, kernels=(KERNEL,), bytes_over_lea
     [
         ("bytes_over_least", 1.04, 1.03), ("flops_over_least", 8.0, 7.9), ("registers", 128, 127), ("spills", 0, -1),
         ("shared", 4096, 4095), ("bank_conflicts", 0.01, 0.005), ("launches", 1, 0), ("resident_warps", 16, 17),
-        ("sector_use", 0.99, 0.995), ("products", "wgmma", "mma"), ("refused", False, True),
+        ("sector_use", 0.99, 0.995), ("products", "wgmma", "mma"),
     ],
 )  # fmt: skip
 def test_a_figure_that_is_worse_is_a_problem(figure, good, bad):
@@ -51,6 +51,9 @@ def test_wrong_results_and_lines_that_match_nothing_are_problems():
     assert problems([wrong], []) == ["decode Model on sm_80: wrong: out is off by 3"]
     refused = Figures("decode Model", 80, problem="refused: no such dtype")
     assert problems([refused], [Limit("refused", True)]) == []
+    assert "refused is True" in problems([refused], [Limit("refused", False)])[0]
+    lines = [Limit("refused", False), Limit("refused", True, standing=NOT_REACHED)]
+    assert problems([FIGURES], lines) == [] and len(reached([FIGURES], lines)) == 1
     (problem,) = problems([FIGURES], [Limit("spills", 0, "prefil*")])
     assert "matches no figure" in problem
     assert problems([FIGURES], [Limit("spills", 0, "prefil*")], whole=False) == []
