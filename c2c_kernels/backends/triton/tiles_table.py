@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from .launch import Target
 from .supported import LARGEST_DIM
 from .tile import Call as Call
