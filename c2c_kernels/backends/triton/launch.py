@@ -38,6 +38,7 @@ class Launch:
         grid: how many programs.
         arguments: all arguments by name, compile-time ones too.
         warps, stages: compiler options.
+        fusion: whether the compiler may make one rounding of a product and a sum.
     """
 
     kernel: Any
@@ -45,6 +46,7 @@ class Launch:
     arguments: dict[str, Any]
     warps: int = 4
     stages: int = 2
+    fusion: bool = True
 
 
 Executor = Callable[[Launch], None]
@@ -89,4 +91,6 @@ def run(launch: Launch, device: torch.device) -> None:
         return
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        launch.kernel[(launch.grid,)](**launch.arguments, num_warps=launch.warps, num_stages=launch.stages)
+        launch.kernel[(launch.grid,)](
+            **launch.arguments, num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=launch.fusion
+        )

@@ -61,7 +61,9 @@ def compiled(launch: Launch, target: Target) -> Compiled:
     """Compiles what `launch` would run on `target`, specialised to its arguments as on a GPU."""
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
     backend, function = make_backend(gpu), launch.kernel
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "debug": False}
+    options = {
+        "num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.fusion, "debug": False,
+    }  # fmt: skip
     given = {**launch.arguments, **options}
     bound, special, found = create_function_from_signature(function.signature, function.params, backend)(**given)
     found, signature, constants, attributes = function._pack_args(backend, given, bound, special, found)

@@ -13,7 +13,7 @@ from .arguments import half_of, rotation_of, wide_half
 from .launch import Launch, run, target_of
 from .project import project_kernel
 
-_BLOCK_TOKENS, _STAGES = 64, 2
+_BLOCK_TOKENS = 64
 
 
 def project(segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor) -> None:
@@ -67,14 +67,16 @@ def _launch(segment: SegmentTensors, remove, apply, key_out: Tensor, value_out: 
     # Numbers of a token that one product takes; more of them in float32, or made of int8, spill registers on sm_80.
     exact = segment.key.dtype == segment.value.dtype and segment.key.dtype in (torch.bfloat16, torch.float16)
     block_width = 32 if exact and not any(wide) else 16
+    # On sm_90 factors made in registers are overwritten by the next stage while wgmma reads them (triton 3.7.1).
+    stages = 2 if exact or target.arch != 90 else 1
     names = {
         "key": key, "value": value, "rotation": rotation_of(remove, apply),
         "selection": arguments.Selection._make((segment.lengths, *index, segment.key.shape[2])), "kv_heads": kv_heads,
         "length": length, "KEY_E4M3": segment.key.dtype == torch.float8_e4m3fn,
         "VALUE_E4M3": segment.value.dtype == torch.float8_e4m3fn, "REMOVES": remove is not None,
         "APPLIES": apply is not None, "KEY_WIDE": wide[0], "VALUE_WIDE": wide[1], "BLOCK_M": _BLOCK_TOKENS,
-        "BLOCK_P": block_pairs, "BLOCK_K": block_width, "STAGES": _STAGES,
+        "BLOCK_P": block_pairs, "BLOCK_K": block_width, "STAGES": stages,
         "PRECISION": "tf32x3" if target.backend == "cuda" else "ieee",
     }  # fmt: skip
     grid = batch * kv_heads * -(-length // _BLOCK_TOKENS) * tiles
-    run(Launch(project_kernel, grid, names, 4, _STAGES), key_out.device)
+    run(Launch(project_kernel, grid, names, 4, stages), key_out.device)
