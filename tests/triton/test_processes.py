@@ -31,8 +31,11 @@ def run_file(name: str, tmp_path, **environment) -> None:
         capture_output=True,
         text=True,
     )
+    if result.returncode in (0, 5) and " passed" not in result.stdout:  # 5: the whole file is skipped
+        reasons = [line for line in result.stdout.splitlines() if line.startswith("SKIPPED")]
+        assert reasons, f"{name} has run nothing:\n{result.stdout[-4000:]}{result.stderr[-4000:]}"
+        pytest.skip("; ".join(reasons))
     assert result.returncode == 0, f"{name}:\n{result.stdout[-20000:]}{result.stderr[-4000:]}"
-    assert " passed" in result.stdout
 
 
 @pytest.mark.slow
