@@ -59,7 +59,7 @@ def tune(
         dtype: of the call, which takes `tokens` own and `tokens` sharer tokens.
         timer: how long a call takes, in seconds.
 
-    A tile counts only where a call with every kind of option fits on the device with it as well.
+    Raises ValueError where the shipped tile does not fit on the device. Another tile counts only where a call with every kind of option fits on the device with it as well.
     """
     target, block_dim = target_of(device), attention.block_of(head_dim)
     key = tuned.key_of(kernel, block_dim, dtype, rows, False)
@@ -74,9 +74,9 @@ def tune(
                 with tuned.tried(key, tile):
                     demanding()
                     seconds[tile] = timer(timed)
-            except _DOES_NOT_FIT:
+            except _DOES_NOT_FIT as error:
                 if tile == shipped:
-                    raise
+                    raise ValueError(f"{key}: the shipped {tile} does not fit on {target.name}: {error}") from error
                 seconds[tile] = float("inf")
         return seconds[tile]
 
