@@ -59,7 +59,8 @@ def tune(
         dtype: of the call, which takes `tokens` own and `tokens` sharer tokens.
         timer: how long a call takes, in seconds.
 
-    Raises ValueError where the shipped tile does not fit on the device. Another tile counts only where a call with every kind of option fits on the device with it as well.
+    Raises ValueError where the shipped tile does not fit on the device. A tile fits where a call with every kind of
+    option runs with it as well.
     """
     target, block_dim = target_of(device), attention.block_of(head_dim)
     key = tuned.key_of(kernel, block_dim, dtype, rows, False)
