@@ -50,9 +50,11 @@ def run(options: argparse.Namespace) -> int:
         for dim in options.head_dim or _DIMS[:2]:
             for dtype in options.dtype or _DTYPES[:1]:
                 for rows in tuning.ROWS[kernel]:
-                    found = tuning.tune(device, kernel, dim, getattr(torch, dtype), rows, tuning.gpu_seconds)
                     try:
+                        found = tuning.tune(device, kernel, dim, getattr(torch, dtype), rows, tuning.gpu_seconds)
                         tuned.store(target, {found.key: found.best})
+                    except ValueError as error:
+                        raise CommandError(str(error)) from error
                     except OSError as error:
                         raise CommandError(f"{tuned.path()} cannot be written: {error.strerror or error}") from error
                     print(_line(found))

@@ -69,6 +69,7 @@ CALLS = {
         TWO,
     ),
     "decode 128 float32": (lambda: attention(SINGLE, 16, 8, 128, 1, [plain(SINGLE, 8, 512, 128)]), TWO),
+    "decode 128 float32 32 rows": (lambda: attention(SINGLE, 16, 2, 128, 4), TWO),
     "decode 256 float32": (lambda: attention(SINGLE, 4, 1, 256, 1), TWO),
     "decode 256": (lambda: attention(HALF, 4, 1, 256, 1, window=512), TWO),
     "decode 64 rows": (lambda: attention(HALF, 16, 2, 128, 8, softcap=30.0, sinks=torch.zeros(16)), TWO),
@@ -131,5 +132,7 @@ def test_compiles_without_spills(name, target):
         found = usage(compiled(launch, target).kernel, target)
         assert found.spills == 0, f"{launch.kernel.__name__}: {found}"
         assert found.shared <= SHARED_LIMIT[target.arch], f"{launch.kernel.__name__}: {found}"
+        if target.arch == 80:  # whose tiles sm_86, sm_89 and sm_120 take
+            assert found.shared <= 99 * 1024, f"{launch.kernel.__name__}: {found}"
         if launch.kernel.__name__ == "prefill_kernel" and target.arch in (80, 90):
             assert found.resident_warps >= 8, found

@@ -99,8 +99,16 @@ def columns_of(dims, RAW_DIM: tl.constexpr, head_stride):
 @triton.jit
 def scaled(x, scales, scale_h, scale_n, rows, stored, dims, RAW_DIM: tl.constexpr, DIM: tl.constexpr):
     """Raw tokens (tokens, dims) in float32 times the scale of their token and sharer head."""
-    pointers = scales + rows[:, None] * scale_n + (dims // RAW_DIM * scale_h)[None, :]
-    return x * tl.load(pointers, mask=stored[:, None] & (dims < DIM)[None, :], other=0.0).to(tl.float32)
+    tokens: tl.constexpr = x.shape[0]
+    block: tl.constexpr = x.shape[1]
+    if DIM == block and (RAW_DIM & (RAW_DIM - 1)) == 0:
+        heads = tl.arange(0, block // RAW_DIM)
+        pointers = scales + rows[:, None] * scale_n + (heads * scale_h)[None, :]
+        found = tl.load(pointers, mask=stored[:, None], other=0.0).to(tl.float32)
+        return tl.reshape(tl.reshape(x, (tokens, block // RAW_DIM, RAW_DIM)) * found[:, :, None], (tokens, block))
+    else:
+        pointers = scales + rows[:, None] * scale_n + (dims // RAW_DIM * scale_h)[None, :]
+        return x * tl.load(pointers, mask=stored[:, None] & (dims < DIM)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit

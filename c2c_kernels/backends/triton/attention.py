@@ -41,7 +41,7 @@ def attend(
         "BLOCK_R": 1 << (common["RUNS"] - 1).bit_length(),
     }  # fmt: skip
     rows, kv_heads = choice.rows, key.shape[1]
-    if rows > tiles_table.DECODE_ROWS:
+    if not any(absorbs) and not tiles_table.decodes(choice):
         tile = tiles_table.prefill_tile(choice)
         names = {"BLOCK_M": tile.rows, "BLOCK_N": tile.tokens, "STAGES": tile.stages}
         grid = batch * kv_heads * -(-rows // tile.rows)
@@ -118,10 +118,10 @@ def _decode(
     grid = batch * (kv_heads * splits + sum(raw_splits))
     run(Launch(split_kernel, grid, common | shared | names, max(tile.warps, wider.warps), tile.stages), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
-    names = {"BLOCK_S": 16, "BLOCK_W": 64, "lengths": (0, *counts[1:])}
+    names = {"BLOCK_S": 16, "BLOCK_W": 32, "lengths": (0, *counts[1:])}
     combined = {name: common[name] for name in kept} | shared | results | names
-    # One warp up to a value dim of 128: sums over splits then stay within threads.
-    warps = max(1, common["BLOCK_V"] // 128)
+    # One warp up to a value dim of 128: sums over splits then stay within threads. A value projector takes more.
+    warps = max(1, common["BLOCK_V"] // 128) * (1 if raw_tile is None else 2)
     run(Launch(combine_kernel, batch * kv_heads * rows, combined, warps, 2), query.device)
 
 

@@ -64,11 +64,12 @@ def _launch(segment: SegmentTensors, remove, apply, key_out: Tensor, value_out: 
     block_pairs = min(64, max(16, 1 << ((max(key.dim, value.dim) + 1) // 2 - 1).bit_length()))
     wide = wide_half(segment.key, segment.key_proj), wide_half(segment.value, segment.value_proj)
     tiles = sum(-(-((dim + 1) // 2) // block_pairs) for dim in (key.dim, value.dim))
-    # Numbers of a token that one product takes; more of them in float32, or made of int8, spill registers on sm_80.
+    # Numbers of a token that one product takes; more of them in float32 spill registers on sm_80.
     exact = segment.key.dtype == segment.value.dtype and segment.key.dtype in (torch.bfloat16, torch.float16)
-    block_width = 32 if exact and not any(wide) else 16
-    # On sm_90 factors made in registers are overwritten by the next stage while wgmma reads them (triton 3.7.1).
-    stages = 2 if exact or target.arch != 90 else 1
+    block_width = 16 if any(wide) or torch.float32 in (segment.key.dtype, segment.value.dtype) else 32
+    # One stage of int8 and float8: two take too many registers, and on sm_90 factors that are made in registers are
+    # overwritten by the next stage while wgmma reads them (triton 3.7.1).
+    stages = 2 if exact or block_width == 16 else 1
     names = {
         "key": key, "value": value, "rotation": rotation_of(remove, apply),
         "selection": arguments.Selection._make((segment.lengths, *index, segment.key.shape[2])), "kv_heads": kv_heads,

@@ -13,17 +13,17 @@ from .tuned import tunable
 # (tests/triton/compiled_targets.py). Factors of float32 are split in two, and held whole by every warp.
 _PREFILL = {
     "sm_80": (
-        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 16, 8, 1)),
+        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
         (128, Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(16, 32, 8, 1)),
         (256, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)),
     ),
     "sm_90": (
-        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 16, 8, 1)),
+        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
         (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 32, 8, 1)),
         (256, Tile(128, 16, 8, 2), Tile(64, 16, 8, 2), Tile(16, 16, 4, 1)),
     ),
     "sm_100": (
-        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 16, 8, 1)),
+        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
         (128, Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(16, 32, 8, 1)),
         (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 4, 1)),
     ),
@@ -33,7 +33,7 @@ _PREFILL = {
         (256, Tile(64, 16, 4, 1), Tile(64, 16, 4, 1), Tile(32, 16, 4, 1)),
     ),
 }
-DECODE_ROWS = 64  # queries x heads of a KV head up to which tokens are split over programs
+DECODE_ROWS = 64  # queries x heads of a KV head up to which tokens are split over programs, at most
 # Of an absorbed segment: query heads x queries of a tile, the sharer's width, and their product, at most. In float32
 # every warp holds the folded queries whole, in two parts.
 ABSORBED_ROWS = 64
@@ -47,7 +47,7 @@ RAW_SPLIT = 256
 def _family(target: Target) -> str:
     if target.backend == "hip":
         return "hip"
-    # sm_86, sm_89 and sm_120 have 100 KiB of shared memory: the tiles of sm_80 fit.
+    # sm_86, sm_89 and sm_120 have 100 KiB of shared memory: the tiles of sm_80 take less.
     if target.arch in (100, 103):
         return "sm_100"
     return "sm_90" if target.arch == 90 else "sm_80"
@@ -76,7 +76,12 @@ def decode_tile(call: Call) -> Tile:
 def split_tokens(rows: int, size: int) -> int:
     """Tokens of one program in decode, of numbers of `size` bytes: so many that partial sums are below 3% of the bytes
     of keys and values."""
-    return max(256 // size, 1 << (128 * rows // size - 1).bit_length())
+    return max(128, 1 << (128 * rows // size - 1).bit_length())
+
+
+def decodes(call: Call) -> bool:
+    """Whether tokens are split over programs: one tile then holds all rows, in float32 in two parts."""
+    return call.rows <= (min(DECODE_ROWS, 4096 // call.block_dim) if call.single else DECODE_ROWS)
 
 
 def raw_tile(call: Call, block_width: int, other: Tile | None) -> Tile:
@@ -97,6 +102,8 @@ def backward_tile(call: Call) -> Tile:
         return Tile(32, 16, 8, 1) if call.block_dim <= 128 else Tile(16, 16, 8, 1)
     if call.block_dim <= 64:
         return Tile(64, 32, 4, 2)
+    if call.target.arch == 90:
+        return Tile(32, 64, 8, 1) if call.block_dim <= 128 else Tile(32, 32, 8, 1)
     if call.target.backend == "hip":
         return Tile(32, 16, 4, 1) if call.block_dim <= 128 else Tile(16, 16, 4, 1)
     return Tile(32, 64, 8, 2) if call.block_dim <= 128 else Tile(32, 32, 8, 1)

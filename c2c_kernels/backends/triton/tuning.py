@@ -59,8 +59,8 @@ def tune(
         dtype: of the call, which takes `tokens` own and `tokens` sharer tokens.
         timer: how long a call takes, in seconds.
 
-    A tile counts only where a call with every option that takes it fits on the device with it as well; calls with
-    masks, gates per head and token, or scales keep the table's.
+    Raises ValueError where the shipped tile does not fit on the device. A tile fits where a call with every option that
+    takes it runs with it as well; calls with masks, gates per head and token, or scales keep the table's.
     """
     target, block_dim = target_of(device), attention.block_of(head_dim)
     key = tuned.key_of(kernel, block_dim, dtype, rows, False)
@@ -75,9 +75,9 @@ def tune(
                 with tuned.tried(key, tile):
                     demanding()
                     seconds[tile] = timer(timed)
-            except _DOES_NOT_FIT:
+            except _DOES_NOT_FIT as error:
                 if tile == shipped:
-                    raise
+                    raise ValueError(f"{key}: the shipped {tile} does not fit on {target.name}: {error}") from error
                 seconds[tile] = float("inf")
         return seconds[tile]
 
