@@ -63,6 +63,10 @@ PLANS = {
         ]),
         ["prefill_kernel"],
     ),
+    "prefill_int8": (
+        Plan(HALF, 1, 1, 2, 100, 64, 128, 128, segments=[SegmentPlan(200, quantised=True, index=True)]),
+        ["prefill_kernel"],
+    ),
     "prefill_float32": (
         Plan(SINGLE, 1, 1, 2, 40, 70, 32, 40, mask="additive", segments=[SegmentPlan(33, gate="head")]),
         ["prefill_kernel"],
@@ -110,15 +114,17 @@ def test_attention(name, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
-@pytest.mark.parametrize("projector", ["dense", "low_rank", "none"])
+@pytest.mark.parametrize("projector", ["dense", "low_rank", "none", "int8"])
 def test_projection(projector, dtype, arch):
     part = SegmentPlan(37, 2, 24, 40, projector, bias=True, lengths=True, index=projector == "dense")
+    if projector == "int8":  # of several products a head, made in registers
+        part = SegmentPlan(150, 2, 72, 80, "dense", bias=True, quantised=True)
     segment, rope = build_projection(part, dtype, 2, 2, 40, True, True, 3)
     packed = to_tensors(segment)
     dims = [raw.shape[3] if proj is None else 40 for raw, proj in (
         (packed.key, packed.key_proj), (packed.value, packed.value_proj)
     )]  # fmt: skip
-    outs = [torch.full((2, 2, 37, dim), torch.nan, dtype=dtype) for dim in dims]
+    outs = [torch.full((2, 2, packed.length, dim), torch.nan, dtype=dtype) for dim in dims]
     with Simulator(arch).installed():
         backend.project_kv("triton", packed, rope, *outs)
     oracle = at_dtype(segment, rope, torch.float64, torch.float64)

@@ -101,7 +101,7 @@ def scaled(x, scales, scale_h, scale_n, rows, stored, dims, RAW_DIM: tl.constexp
     """Raw tokens (tokens, dims) in float32 times the scale of their token and sharer head."""
     tokens: tl.constexpr = x.shape[0]
     block: tl.constexpr = x.shape[1]
-    if DIM == block and (RAW_DIM & (RAW_DIM - 1)) == 0:
+    if block == DIM and (RAW_DIM & (RAW_DIM - 1)) == 0:
         heads = tl.arange(0, block // RAW_DIM)
         pointers = scales + rows[:, None] * scale_n + (heads * scale_h)[None, :]
         found = tl.load(pointers, mask=stored[:, None], other=0.0).to(tl.float32)

@@ -94,7 +94,8 @@ def _decode(
     counts = [common["own_length"], *(each.length for each in common["runs"][1:])]
     absorbs = [kind >> arguments.ABSORBED_AT & 1 for kind in common["KINDS"]]
     splits = sum(-(-count // split) for count, raw in zip(counts, absorbs, strict=True) if not raw)
-    raw_splits = [-(-count // tiles_table.RAW_SPLIT) * raw for count, raw in zip(counts, absorbs, strict=True)]
+    raw_split = tiles_table.RAW_SPLIT_BYTES // size
+    raw_splits = [-(-count // raw_split) * raw for count, raw in zip(counts, absorbs, strict=True)]
     absorbed: list[Absorbed | None] = [None] * len(counts)
     raws = [0, 0, 0, 0] * len(counts)
     raw_tile = None
@@ -108,7 +109,7 @@ def _decode(
     sums = query.new_empty((batch, kv_heads * rows, splits, common["VALUE_DIM"]), dtype=torch.float32)
     shared = {
         "states": states, "sums": sums, "splits": splits, "raw_splits": sum(raw_splits), "SPLIT": split,
-        "RAW_SPLIT": tiles_table.RAW_SPLIT, "absorbed": tuple(absorbed), "RAWS": tuple(raws),
+        "RAW_SPLIT": raw_split, "absorbed": tuple(absorbed), "RAWS": tuple(raws),
     }  # fmt: skip
     wider = tile if raw_tile is None else raw_tile
     names = {
@@ -118,10 +119,10 @@ def _decode(
     grid = batch * (kv_heads * splits + sum(raw_splits))
     run(Launch(split_kernel, grid, common | shared | names, max(tile.warps, wider.warps), tile.stages), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
-    names = {"BLOCK_S": 16, "BLOCK_W": 32, "lengths": (0, *counts[1:])}
+    names = {"BLOCK_S": 16, "BLOCK_W": 16, "lengths": (0, *counts[1:])}
     combined = {name: common[name] for name in kept} | shared | results | names
-    # One warp up to a value dim of 128: sums over splits then stay within threads. A value projector takes more.
-    warps = max(1, common["BLOCK_V"] // 128) * (1 if raw_tile is None else 2)
+    # One warp up to a value dim of 128: sums over splits then stay within threads.
+    warps = max(1, common["BLOCK_V"] // 128)
     run(Launch(combine_kernel, batch * kv_heads * rows, combined, warps, 2), query.device)
 
 

@@ -39,9 +39,10 @@ DECODE_ROWS = 64  # queries x heads of a KV head up to which tokens are split ov
 ABSORBED_ROWS = 64
 ABSORBED_WIDTH = {False: 512, True: 128}  # by whether products are in float32
 ABSORBED_AREA = 16384
-# Raw tokens of one program. Partial sums are 4 x rows x width bytes a split, tokens 2 x 2 x width bytes: at 16 rows
-# sums are an eighth of the traffic, in the L2 cache; longer splits leave most of a GPU idle below 32k tokens.
-RAW_SPLIT = 256
+# Bytes of a column of raw tokens that one program takes: 256 tokens of 16-bit numbers. Partial sums are 4 x rows x
+# width bytes a split, tokens 2 x 2 x width: at 16 rows sums are an eighth of the traffic, in the L2 cache; longer
+# splits leave most of a GPU idle below 32k tokens.
+RAW_SPLIT_BYTES = 512
 
 
 def _family(target: Target) -> str:
