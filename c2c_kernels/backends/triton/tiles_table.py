@@ -82,7 +82,7 @@ def split_tokens(rows: int, size: int) -> int:
 
 def decodes(call: Call) -> bool:
     """Whether tokens are split over programs: one tile then holds all rows, in float32 in two parts."""
-    return call.rows <= (min(DECODE_ROWS, 4096 // call.block_dim) if call.single else DECODE_ROWS)
+    return call.rows <= (max(16, 2048 // call.block_dim) if call.single else DECODE_ROWS)
 
 
 def raw_tile(call: Call, block_width: int, other: Tile | None) -> Tile:
