@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attend import attend
-from .tiles import dot, length_of, load_rows
+from .tiles import dot, length_of, load_rows, positions_of
 
 
 class Absorbed(NamedTuple):
@@ -83,11 +83,9 @@ def absorbed_split(
         shift = None
     else:
         shift = tl.load(absorbed.shift + folded, mask=row_inside, other=0.0)
-    if query_positions is None:
-        positions = (own_end - q_len + queries).to(tl.int64)
-    else:
-        at = query_positions + batch64 * query_positions_b + queries.to(tl.int64) * query_positions_t
-        positions = tl.load(at, mask=row_inside, other=0).to(tl.int64)
+    positions = positions_of(
+        query_positions, query_positions_b, query_positions_t, batch64, queries, row_inside, own_end, q_len
+    )
     m = tl.full((BLOCK_A,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_A,), tl.float32)
     acc = tl.zeros((BLOCK_A, block_v), tl.float32)

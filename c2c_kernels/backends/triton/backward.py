@@ -11,7 +11,7 @@ import triton.language as tl
 from .attend import gate_of_rows, log_gate, seen
 from .prefill import own_range
 from .softmax import LOG2E, capped, tanh
-from .tiles import dot, length_of, load_rows
+from .tiles import dot, length_of, load_rows, positions_of
 
 
 @triton.jit
@@ -76,10 +76,9 @@ def query_gradient_kernel(
     batch64, head64 = batch_row.to(tl.int64), kv_head.to(tl.int64)
     own_end = length_of(runs[0].lengths, batch_row, own_length)
     own_positions = own_end - q_len + queries
-    positions = own_positions.to(tl.int64)
-    if query_positions is not None:
-        at = query_positions + batch64 * query_positions_b + queries.to(tl.int64) * query_positions_t
-        positions = tl.load(at, mask=row_inside, other=0).to(tl.int64)
+    positions = positions_of(
+        query_positions, query_positions_b, query_positions_t, batch64, queries, row_inside, own_end, q_len
+    )
     row_offsets = heads.to(tl.int64) * query_h + queries.to(tl.int64) * query_t
     q = load_rows(query + batch64 * query_b, row_offsets, row_inside, dims, DIM, BLOCK_D, True)
     row_offsets = heads.to(tl.int64) * grad_out_h + queries.to(tl.int64) * grad_out_t
@@ -198,13 +197,19 @@ def token_gradient_kernel(
                     found = tl.load(lse + row_head + queries, mask=row_inside, other=float("inf"))
                     found = tl.where(found == -float("inf"), float("inf"), found) * LOG2E
                     its_delta = tl.load(delta + (row_head + queries) * RUNS + number, mask=row_inside, other=0.0)
-                    positions = own_end - q_len + queries
-                    if number > 0:
-                        positions = positions.to(tl.int64)
-                        if query_positions is not None:
-                            at = query_positions + batch64 * query_positions_b
-                            at += queries.to(tl.int64) * query_positions_t
-                            positions = tl.load(at, mask=row_inside, other=0).to(tl.int64)
+                    if number == 0:
+                        positions = own_end - q_len + queries
+                    else:
+                        positions = positions_of(
+                            query_positions,
+                            query_positions_b,
+                            query_positions_t,
+                            batch64,
+                            queries,
+                            row_inside,
+                            own_end,
+                            q_len,
+                        )
                     weights, change, for_gate = score_gradients(
                         q, g, k, v, found, its_delta, run, batch_row, heads, queries, row_inside, positions, tokens,
                         inside, scale, softcap, its_window, KINDS[number], True, SOFTCAP, PRECISION,

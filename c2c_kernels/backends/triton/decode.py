@@ -11,7 +11,7 @@ from .absorb import absorbed_output, absorbed_split
 from .attend import attend
 from .prefill import store_results
 from .softmax import safe
-from .tiles import length_of, load_rows
+from .tiles import length_of, load_rows, positions_of
 
 
 @triton.jit(do_not_specialize=["q_len", "own_length", "splits", "raw_splits"])
@@ -48,11 +48,9 @@ def split_kernel(
         row_offsets = heads.to(tl.int64) * query_h + queries.to(tl.int64) * query_t
         q = load_rows(query + batch64 * query_b, row_offsets, row_inside, dims, DIM, BLOCK_D, True)
         own_positions = own_end - q_len + queries
-        if query_positions is None:
-            positions = own_positions.to(tl.int64)
-        else:
-            places = query_positions + batch64 * query_positions_b + queries.to(tl.int64) * query_positions_t
-            positions = tl.load(places, mask=row_inside, other=0).to(tl.int64)
+        positions = positions_of(
+            query_positions, query_positions_b, query_positions_t, batch64, queries, row_inside, own_end, q_len
+        )
         row = (batch64 * kv_heads + kv_head) * q_len * GROUP + rows
         first_split = 0
         for number in tl.static_range(RUNS):

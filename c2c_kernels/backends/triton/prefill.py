@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .attend import attend
 from .softmax import LOG2E, finish, merge, safe
-from .tiles import length_of, load_rows
+from .tiles import length_of, load_rows, positions_of
 
 
 @triton.jit
@@ -61,12 +61,9 @@ def prefill_kernel(
     q = load_rows(query + batch64 * query_b, row_offsets, row_inside, dims, DIM, BLOCK_D, True)
     own_end = length_of(runs[0].lengths, batch_row, own_length)
     own_positions = own_end - q_len + queries
-    if query_positions is None:
-        positions = own_positions.to(tl.int64)
-    else:
-        at = query_positions + batch64 * query_positions_b + queries.to(tl.int64) * query_positions_t
-        positions = tl.load(at, mask=row_inside, other=0).to(tl.int64)
-
+    positions = positions_of(
+        query_positions, query_positions_b, query_positions_t, batch64, queries, row_inside, own_end, q_len
+    )
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)

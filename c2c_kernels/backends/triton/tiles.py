@@ -57,6 +57,16 @@ def load_tile(pointers, inside, dims, DIM: tl.constexpr, BLOCK: tl.constexpr, MA
 
 
 @triton.jit
+def positions_of(places, places_b, places_t, batch64, queries, row_inside, own_end, q_len):
+    """(rows,) int64 positions of queries in the receiver's sequence: `places`, or the end of the own cache."""
+    if places is None:
+        return (own_end - q_len + queries).to(tl.int64)
+    else:
+        at = places + batch64 * places_b + queries.to(tl.int64) * places_t
+        return tl.load(at, mask=row_inside, other=0).to(tl.int64)
+
+
+@triton.jit
 def length_of(lengths, row, length):
     """Valid tokens of a batch row, never outside the tensor: values are not checked on a device."""
     if lengths is None:
