@@ -76,7 +76,7 @@ def call_arguments(
         "query_positions": positions, "query_positions_b": positions_b, "query_positions_t": positions_t,
         "query": query, "query_b": query.stride(0), "query_h": query.stride(1), "query_t": query.stride(2),
         "runs": tuple(runs), "kv_heads": kv_heads, "q_len": q_len, "own_length": key.shape[2], "scale": float(scale),
-        "softcap": float(softcap or 0.0), "window": arguments.window_number(window),
+        "softcap": float(softcap or 0.0), "window": arguments.own_window_number(window),
         "segment_window": arguments.window_number(segment_window), "RUNS": len(runs),
         "KINDS": tuple(kind.code for kind in kinds),
         "GROUP": group, "SOFTCAP": softcap is not None, "DIM": head_dim, "VALUE_DIM": value_dim, "BLOCK_D": block_d,
