@@ -31,9 +31,9 @@ def attention(dtype, q_heads: int, kv_heads: int, dim: int, q_len: int, segments
     )  # fmt: skip
 
 
-def absorbed(dtype, q_heads: int, kv_heads: int, dim: int, heads: int, raw_dim: int, q_len: int = 1):
-    proj = torch.empty(kv_heads, dim, heads * raw_dim, dtype=dtype)
-    bias = torch.empty(kv_heads, dim, dtype=dtype)
+def absorbed(dtype, q_heads: int, kv_heads: int, dim: int, heads: int, raw_dim: int, q_len: int = 1, weights=None):
+    proj = torch.empty(kv_heads, dim, heads * raw_dim, dtype=weights or dtype)
+    bias = torch.empty(kv_heads, dim, dtype=weights or dtype)
     projectors = {"key_proj": proj, "value_proj": proj, "key_bias": bias, "value_bias": bias}
     attention(dtype, q_heads, kv_heads, dim, q_len, [plain(dtype, heads, 512, raw_dim, **projectors)], "absorb")
 
@@ -78,6 +78,11 @@ CALLS = {
     "absorbed 512": (lambda: absorbed(HALF, 16, 8, 128, 8, 64), THREE),
     "absorbed 512 32 rows": (lambda: absorbed(HALF, 16, 8, 128, 8, 64, 2), THREE),
     "absorbed 256 64 rows": (lambda: absorbed(HALF, 16, 8, 128, 4, 64, 4), THREE),
+    "absorbed head dim 256 64 rows": (lambda: absorbed(HALF, 8, 1, 256, 4, 64, 8), THREE),
+    "absorbed head dim 256 float32": (lambda: absorbed(SINGLE, 8, 1, 256, 2, 64, 2), THREE),
+    "absorbed head dim 128 float32 16 rows": (lambda: absorbed(SINGLE, 16, 2, 128, 2, 32, 2), THREE),
+    "absorbed head dim 64 float32 32 rows": (lambda: absorbed(SINGLE, 8, 1, 64, 2, 32, 4), THREE),
+    "absorbed float32 projectors": (lambda: absorbed(HALF, 8, 1, 256, 4, 64, 8, SINGLE), THREE),
     "absorbed float32": (lambda: absorbed(SINGLE, 16, 8, 128, 2, 64), THREE),
     "prefill 64": (lambda: attention(HALF, 9, 3, 64, 256, [plain(HALF, 3, 512, 64)]), ["prefill_kernel"]),
     "prefill 128": (lambda: attention(HALF, 16, 8, 128, 256, [plain(HALF, 8, 512, 128)]), ["prefill_kernel"]),

@@ -166,6 +166,34 @@ def test_quantised_segments_are_read_in_place(dtype, q_len):
     assert_as_exact("out", on_triton(c2c.merged_attention, query, key, value, [segment]), theirs, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("q_len", [1, 70])
+def test_scales_of_values_below_the_range_of_float16(dtype, q_len):
+    """One token outweighs 3000 others, which together are as much: their weights times scales are below 6e-8."""
+    query = torch.ones(1, 1, q_len, 16, dtype=torch.float16)
+    own = torch.zeros(1, 1, 0, 16, dtype=torch.float16)
+    codes = torch.full((1, 1, 3001, 16), 4.0)
+    codes[:, :, 0] = 20.0
+    key_scale, value_scale = torch.full((1, 1, 3001), 0.125), torch.full((1, 1, 3001), 1e-4)
+    segment = c2c.SharerSegment(codes.to(dtype), codes.to(dtype), key_scale=key_scale, value_scale=value_scale)
+    wide = c2c.SharerSegment(
+        codes.double() * key_scale.double()[..., None], codes.double() * value_scale.double()[..., None]
+    )
+    exact = c2c.merged_attention(query.double(), own.double(), own.double(), [wide])
+    theirs = c2c.merged_attention(query, own, own, [segment], backend="reference")
+    ours = on_triton(c2c.merged_attention, query, own, own, [segment])
+    assert_as_exact("out", ours, theirs, exact, scale=exact.max().item())
+
+
+@pytest.mark.parametrize("window", [2**31 - 50, 2**31 - 1, 2**31, 2**40])
+@pytest.mark.parametrize("q_len", [20, 100])
+def test_windows_wider_than_any_cache_hide_nothing(window, q_len):
+    """Also from queries whose positions are below 0, where a position less the window has more than 32 bits."""
+    query, key = torch.randn(1, 2, q_len, 16), torch.randn(1, 2, 5, 16)
+    mine = on_triton(c2c.merged_attention, query, key, key, window=window)
+    torch.testing.assert_close(mine, c2c.merged_attention(query, key, key, backend="reference"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 3])
 def test_states_are_merged(dtype, count):

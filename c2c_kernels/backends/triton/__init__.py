@@ -50,15 +50,21 @@ def _absorbs(segment: SegmentTensors, number: int, strategy: str, query: Tensor,
         return False
     _, q_heads, q_len, head_dim = query.shape
     rows, width = q_heads * q_len, attention.segment_width(segment)
-    limit = tiles_table.ABSORBED_WIDTH[attention.absorbs_wide(segment, query)]
-    fits = width <= limit and rows <= min(tiles_table.ABSORBED_ROWS, tiles_table.ABSORBED_AREA // width)
+    single = attention.absorbs_wide(segment, query)
+    limit, area, most = (
+        table[single] for table in (tiles_table.ABSORBED_WIDTH, tiles_table.ABSORBED_AREA, tiles_table.ABSORBED_ROWS)
+    )
+    # The same launch takes the runs in receiver space, split over tokens.
+    group, block_dim = rows // segment.key_proj.shape[0], max(map(attention.block_of, (head_dim, value_dim)))
+    of_head = tiles_table.decode_rows(single, block_dim)
+    fits = width <= limit and rows <= min(most, area // width) and group <= of_head
     if strategy == "absorb":
         if not fits:
             raise ValueError(
                 f"merged_attention on triton absorbs a sharer's width (heads x dim, to a power of 2) up to {limit} for "
-                f"query heads x queries up to {tiles_table.ABSORBED_ROWS}, their product up to "
-                f"{tiles_table.ABSORBED_AREA}; segments[{number}] has width {width}, query {q_heads} x {q_len}: "
-                'use strategy "auto" or "materialize"'
+                f"query heads x queries up to {most}, {of_head} of a KV head, and a product of "
+                f"width and query heads x queries up to {area}; segments[{number}] has width {width}, query "
+                f'{q_heads} x {q_len}: use strategy "auto" or "materialize"'
             )
         return True
     if not fits or segment.key_proj_in is not None or segment.value_proj_in is not None:

@@ -38,12 +38,14 @@ def absorb_kernel(
     kv_heads, q_len, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program folds all rows of one KV head through BLOCK_W columns of its projector. WIDE: products in float32."""
+    """A program folds BLOCK_M rows of one KV head through BLOCK_W columns of its projector. WIDE: in float32."""
     tiles: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
+    row_tiles = tl.cdiv(q_len * GROUP, BLOCK_M)
     program = tl.program_id(0)
-    tile = program % tiles
-    kv_head, batch_row = program // tiles % kv_heads, program // tiles // kv_heads
-    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    tile, program = program % tiles, program // tiles
+    first_row, program = program % row_tiles * BLOCK_M, program // row_tiles
+    kv_head, batch_row = program % kv_heads, program // kv_heads
+    rows, dims = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     inside = rows < q_len * GROUP
     queries, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
     offsets = heads.to(tl.int64) * query_h + queries.to(tl.int64) * query_t

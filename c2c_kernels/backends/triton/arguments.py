@@ -10,6 +10,7 @@ from torch import Tensor
 from ...segment import SegmentTensors
 
 _WINDOW_LIMIT = 2**40  # beyond it a window hides nothing that an integer position could tell
+_OWN_WINDOW_LIMIT = 2**30  # own positions have 32 bits, and a position less the window has to fit
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
 
@@ -149,6 +150,11 @@ def segment_kind(segment: SegmentTensors, run: Run, window: int | None, dtype: t
 def window_number(window: int | None) -> int:
     """A window as kernels take it; Kind.window says whether there is one."""
     return 0 if window is None else min(window, _WINDOW_LIMIT)
+
+
+def own_window_number(window: int | None) -> int:
+    """As `window_number`, of the own cache."""
+    return 0 if window is None else min(window, _OWN_WINDOW_LIMIT)
 
 
 class Half(NamedTuple):

@@ -93,7 +93,7 @@ def columns_of(dims, RAW_DIM: tl.constexpr, head_stride):
     if RAW_DIM == 0:
         return dims
     else:
-        return dims // RAW_DIM * head_stride + dims % RAW_DIM
+        return (dims // RAW_DIM).to(tl.int64) * head_stride + dims % RAW_DIM
 
 
 @triton.jit
@@ -190,6 +190,10 @@ def attend(
             v = decoded(v, VALUE_E4M3, dtype)
         if VALUE_RAW == 0 and run.value_scale is not None:
             scales = run.value_scale + batch64 * run.value_scale_b + head64 * run.value_scale_h
-            weights *= tl.load(scales + rows * run.value_scale_n, mask=stored, other=0.0).to(tl.float32)[None, :]
+            value_scale = tl.load(scales + rows * run.value_scale_n, mask=stored, other=0.0).to(tl.float32)
+            if dtype == tl.float16:  # a weight times a scale may be below the smallest float16, 6e-8
+                v = (v.to(tl.float32) * value_scale[:, None]).to(dtype)
+            else:
+                weights *= value_scale[None, :]
         acc = dot(weights.to(dtype), v, acc * factor[:, None], PRECISION)
     return m, l, acc

@@ -76,7 +76,7 @@ def call_arguments(
         "query_positions": positions, "query_positions_b": positions_b, "query_positions_t": positions_t,
         "query": query, "query_b": query.stride(0), "query_h": query.stride(1), "query_t": query.stride(2),
         "runs": tuple(runs), "kv_heads": kv_heads, "q_len": q_len, "own_length": key.shape[2], "scale": float(scale),
-        "softcap": float(softcap or 0.0), "window": arguments.window_number(window),
+        "softcap": float(softcap or 0.0), "window": arguments.own_window_number(window),
         "segment_window": arguments.window_number(segment_window), "RUNS": len(runs),
         "KINDS": tuple(kind.code for kind in kinds),
         "GROUP": group, "SOFTCAP": softcap is not None, "DIM": head_dim, "VALUE_DIM": value_dim, "BLOCK_D": block_d,
@@ -163,16 +163,21 @@ def _absorbed(common: dict, segment: SegmentTensors, query: Tensor, its_splits: 
         shift = query.new_empty((batch, q_heads, q_len), dtype=torch.float32)
     key_bias = None if segment.key_bias is None else arguments.rows(segment.key_bias)
     value_bias = None if segment.value_bias is None else arguments.rows(segment.value_bias)
-    block = min(64, block_of(width))
+    wide, rows = proj.dtype != folded.dtype, common["GROUP"] * q_len
+    block_rows, block = tiles_table.folding_tile(wide or folded.dtype == torch.float32, common["BLOCK_D"], rows, width)
     names = {
         "proj": proj, "proj_h": proj.stride(0), "proj_d": proj.stride(1), "bias": key_bias,
         "bias_h": 0 if key_bias is None else key_bias.stride(0), "out": folded, "shift": shift, "WIDTH": width,
-        "WIDE": proj.dtype != folded.dtype, "BLOCK_M": max(16, 1 << (common["GROUP"] * q_len - 1).bit_length()),
-        "BLOCK_W": block,
+        "WIDE": wide, "BLOCK_M": block_rows, "BLOCK_W": block,
     }  # fmt: skip
     kept = ("query", "query_b", "query_h", "query_t", "kv_heads", "q_len", "GROUP", "DIM", "BLOCK_D", "PRECISION")
-    grid = batch * common["kv_heads"] * -(-width // block)
-    run(Launch(absorb_kernel, grid, {name: common[name] for name in kept} | names, 4, 1), query.device)
+    grid = batch * common["kv_heads"] * -(-rows // block_rows) * -(-width // block)
+    run(
+        Launch(
+            absorb_kernel, grid, {name: common[name] for name in kept} | names, 8 if common["BLOCK_D"] > 128 else 4, 1
+        ),
+        query.device,
+    )
     sums = query.new_empty((batch, q_heads * q_len, its_splits, value_width), dtype=torch.float32)
     return Absorbed(
         folded, shift, sums, value_proj, value_proj.stride(0), value_proj.stride(1), value_bias,

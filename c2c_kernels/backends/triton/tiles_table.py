@@ -36,9 +36,9 @@ _PREFILL = {
 DECODE_ROWS = 64  # queries x heads of a KV head up to which tokens are split over programs, at most
 # Of an absorbed segment: query heads x queries of a tile, the sharer's width, and their product, at most. In float32
 # every warp holds the folded queries whole, in two parts.
-ABSORBED_ROWS = 64
-ABSORBED_WIDTH = {False: 512, True: 128}  # by whether products are in float32
-ABSORBED_AREA = 16384
+ABSORBED_ROWS = {False: 64, True: 32}  # by whether products are in float32
+ABSORBED_WIDTH = {False: 512, True: 128}
+ABSORBED_AREA = {False: 16384, True: 2048}
 # Bytes of a column of raw tokens that one program takes: 256 tokens of 16-bit numbers. Partial sums are 4 x rows x
 # width bytes a split, tokens 2 x 2 x width: at 16 rows sums are an eighth of the traffic, in the L2 cache; longer
 # splits leave most of a GPU idle below 32k tokens.
@@ -82,7 +82,12 @@ def split_tokens(rows: int, size: int) -> int:
 
 def decodes(call: Call) -> bool:
     """Whether tokens are split over programs: one tile then holds all rows, in float32 in two parts."""
-    return call.rows <= (max(16, 2048 // call.block_dim) if call.single else DECODE_ROWS)
+    return call.rows <= decode_rows(call.single, call.block_dim)
+
+
+def decode_rows(single: bool, block_dim: int) -> int:
+    """Rows of a KV head up to which tokens are split; `single`: products in float32."""
+    return max(16, 2048 // block_dim) if single else DECODE_ROWS
 
 
 def raw_tile(call: Call, block_width: int, other: Tile | None) -> Tile:
@@ -92,6 +97,14 @@ def raw_tile(call: Call, block_width: int, other: Tile | None) -> Tile:
     if other is None:
         return tile
     return Tile(tile.rows, min(tile.tokens, other.tokens), max(tile.warps, other.warps), tile.stages)
+
+
+def folding_tile(single: bool, block_dim: int, rows: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the projector that one program of `absorb_kernel` takes; `single`: products in float32."""
+    block_rows, columns = max(16, 1 << (rows - 1).bit_length()), max(16, 1 << (width - 1).bit_length())
+    if single:
+        return min(block_rows, 16), min(columns, 64 if block_dim <= 128 else 16)
+    return min(block_rows, 64 if block_dim <= 128 else 32), min(columns, 64)
 
 
 @tunable("backward")
