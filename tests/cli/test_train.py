@@ -105,7 +105,7 @@ def test_goes_on_after_an_interruption(models, fitted, documents, tmp_path):
     to round otherwise.
     """
     outputs = [tmp_path / name for name in ("whole.safetensors", "p.safetensors")]
-    more = ["--corpus", str(documents), "--storage", "float32", "--checkpoint-seconds", "0", "--steps", "14"]
+    more = ["--corpus", str(documents), "--storage", "float32", "--checkpoint-seconds", "0", "--steps", "60"]
     commands = [
         [sys.executable, "-m", "c2c_kernels.cli", *arguments(models, fitted, output, *more)] for output in outputs
     ]

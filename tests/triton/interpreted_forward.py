@@ -29,7 +29,7 @@ def check(plan: Plan, seed: int) -> None:
 
 
 @given(plans(max_length=130, max_queries=33), seeds)
-@settings(max_examples=examples(25))
+@settings(max_examples=examples(15))
 def test_attention_matches_reference(plan, seed):
     check(plan, seed)
 
@@ -117,7 +117,7 @@ def test_rows_do_not_depend_on_the_batch_or_on_padding(q_len):
     segments(130), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, 3), st.sampled_from((16, 40, 64)),
     st.booleans(), st.booleans(), seeds,
 )  # fmt: skip
-@settings(max_examples=examples(30))
+@settings(max_examples=examples(20))
 def test_projection_matches_reference(part, dtype, batch, kv_heads, dim, remove, apply, seed):
     segment, rope = build_projection(part, dtype, batch, kv_heads, dim, remove, apply, seed)
     ours = on_triton(c2c.project_kv, segment, rope=rope)
@@ -235,8 +235,8 @@ def test_values_that_no_kernel_takes_are_refused():
     wide = torch.randn(1, 2, 5, 264)
     with pytest.raises(ValueError, match="supports head_dim up to 256; got 264"):
         c2c.merged_attention(wide, wide, wide, backend="triton")
-    raw, proj = torch.randn(1, 2, 5, 4), torch.randn(2, 16, 8)
-    with pytest.raises(ValueError, match='supports strategy "auto" and "materialize"; got "absorb"'):
+    raw, proj = torch.randn(1, 2, 5, 520), torch.randn(2, 16, 1040)
+    with pytest.raises(ValueError, match=r"absorbs a sharer's width .* segments\[0\] has width 2048, query 2 x 1"):
         c2c.merged_attention(
             query, key, key, [c2c.SharerSegment(raw, raw, proj, proj)], strategy="absorb", backend="triton"
         )

@@ -33,7 +33,7 @@ def finished(name: str, *options: str, **environment) -> subprocess.CompletedPro
     paths = [str(INSTALLED), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         command,
-        cwd=HERE.parents[1],
+        cwd=HERE,  # not the checkout: its package goes before the installed one there
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTEST_ADDOPTS": "", **environment},
         capture_output=True,
         text=True,

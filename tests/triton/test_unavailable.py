@@ -34,6 +34,7 @@ def python(code: str, before: str = "", **environment: str) -> str:
     paths = os.pathsep.join([str(INSTALLED), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = subprocess.run(
         [sys.executable, "-c", f"{before}\n{textwrap.dedent(code)}"],
+        cwd=Path(__file__).parent,  # not the checkout: its package goes before the installed one there
         env={**cleared, "PYTHONPATH": paths, **environment},
         capture_output=True,
         text=True,
