@@ -105,13 +105,19 @@ def test_goes_on_after_an_interruption(models, fitted, documents, tmp_path):
     to round otherwise.
     """
     outputs = [tmp_path / name for name in ("whole.safetensors", "p.safetensors")]
-    more = ["--corpus", str(documents), "--storage", "float32", "--checkpoint-seconds", "0", "--steps", "60"]
+    more = ["--corpus", str(documents), "--storage", "float32", "--checkpoint-seconds", "0", "--steps", "30"]
     commands = [
         [sys.executable, "-m", "c2c_kernels.cli", *arguments(models, fitted, output, *more)] for output in outputs
     ]
     subprocess.run(commands[0], check=True, timeout=120)
     checkpoint = tmp_path / "p.safetensors.checkpoint"
-    process = subprocess.Popen(commands[1], stderr=subprocess.PIPE, text=True)
+    # What a shell starts in the background ignores Control-C, and so do its children unless told otherwise.
+    process = subprocess.Popen(
+        commands[1],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)

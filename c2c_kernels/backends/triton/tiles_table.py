@@ -10,7 +10,7 @@ from .tuned import tunable
 
 # The tile of prefill: (largest padded head dim, tile for 16-bit dtypes, the same with a mask or a gate per head and
 # token, tile for float32). The largest that neither spills registers nor leaves fewer than 8 warps on a multiprocessor
-# (tests/triton/compiled_targets.py). Factors of float32 are split in two, and held whole by every warp.
+# (tests/triton_backend/compiled_targets.py). Factors of float32 are split in two, and held whole by every warp.
 _PREFILL = {
     "sm_80": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),

@@ -32,7 +32,7 @@ def check(plan: Plan, seed: int) -> None:
 
 
 @given(plans(max_length=65, max_queries=17), seeds)
-@settings(max_examples=examples(10))
+@settings(max_examples=examples(6))
 def test_gradients_match_reference(plan, seed):
     check(plan, seed)
 

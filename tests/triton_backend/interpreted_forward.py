@@ -29,7 +29,7 @@ def check(plan: Plan, seed: int) -> None:
 
 
 @given(plans(max_length=130, max_queries=33), seeds)
-@settings(max_examples=examples(15))
+@settings(max_examples=examples(10))
 def test_attention_matches_reference(plan, seed):
     check(plan, seed)
 
@@ -117,7 +117,7 @@ def test_rows_do_not_depend_on_the_batch_or_on_padding(q_len):
     segments(130), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, 3), st.sampled_from((16, 40, 64)),
     st.booleans(), st.booleans(), seeds,
 )  # fmt: skip
-@settings(max_examples=examples(20))
+@settings(max_examples=examples(12))
 def test_projection_matches_reference(part, dtype, batch, kv_heads, dim, remove, apply, seed):
     segment, rope = build_projection(part, dtype, batch, kv_heads, dim, remove, apply, seed)
     ours = on_triton(c2c.project_kv, segment, rope=rope)

@@ -127,8 +127,10 @@ CALLS = {
 
 # Compiled for sm_80 and sm_90 alone, for the time it takes: the same kernels are compiled for all in other lines.
 TWO_TARGETS = (
-    "decode 256 float32", "absorbed 512 32 rows", "absorbed 256 64 rows",
-    "prefill 64 float32", "prefill 256 float32", "prefill 64 gate", "backward 128 float32", "backward 256 float32",
+    "decode 256 float32", "absorbed 512 32 rows", "absorbed 256 64 rows", "absorbed head dim 256 float32",
+    "absorbed head dim 128 float32 16 rows", "absorbed head dim 64 float32 32 rows", "absorbed float32 projectors",
+    "prefill 64 float32", "prefill 128 float32", "prefill 256 float32", "prefill 64 gate", "backward 64 float32",
+    "backward 128 float32", "backward 256 float32",
 )  # fmt: skip
 # Shapes that bench/static_gpu.py compiles for sm_80 and sm_90, and holds to the same limits.
 STATIC = (
@@ -139,9 +141,8 @@ STATIC = (
 
 
 def targets_of(name: str) -> list[Target]:
-    if name in TWO_TARGETS:
-        return TARGETS[:2]
-    return TARGETS[2:] if name in STATIC else TARGETS
+    targets = TARGETS[:2] if name in TWO_TARGETS else TARGETS
+    return [target for target in targets if not (name in STATIC and target in TARGETS[:2])]
 
 
 CASES = [(name, target) for name in CALLS for target in targets_of(name)]
