@@ -53,7 +53,7 @@ fi
 echo "::: test"
 spread=()
 if "$python" -c 'import xdist' 2>/dev/null; then spread=(-n 3); fi
-within 270 "$python" -m pytest -q -m gpu "${spread[@]}" --junitxml "$work/tests.xml" tests/triton || status=1
+within 270 "$python" -m pytest -q -m gpu "${spread[@]}" --junitxml "$work/tests.xml" tests/triton_backend || status=1
 
 echo "::: bench"
 within 200 "$python" -m c2c_kernels.cli bench --device cuda --quick --json "$work/bench.json" || status=1
