@@ -21,6 +21,8 @@ import c2c_kernels as c2c
 from c2c_kernels.backends import native
 from c2c_kernels.segment import pack, to_tensors
 
+BACKEND = "cpu"  # of opcheck; the Triton backend's tests put theirs here
+
 PLANS = {
     "plain": Plan(is_causal=True),
     "everything": Plan(
@@ -55,7 +57,7 @@ def test_opcheck_merged_attention(name, requires_grad):
     PLANS[name].lengths = False  # padding is NaN there, and NaN differ from themselves in opcheck's comparison
     for part in PLANS[name].segments:
         part.lengths = False
-    arguments = (*operator_arguments(PLANS[name], requires_grad), True, requires_grad, "cpu")
+    arguments = (*operator_arguments(PLANS[name], requires_grad), True, requires_grad, BACKEND)
     torch.library.opcheck(torch.ops.c2c.merged_attention.default, arguments)
 
 
@@ -66,17 +68,17 @@ def test_opcheck_project_kv():
         for tensor in tensors:
             tensor.requires_grad_(requires_grad)
         cos = torch.rand(1, 5, 8)
-        arguments = (tensors, layout, [cos, cos], True, torch.float32, "cpu")
+        arguments = (tensors, layout, [cos, cos], True, torch.float32, BACKEND)
         torch.library.opcheck(torch.ops.c2c.project_kv.default, arguments)
     key, value = torch.empty(2, 2, 5, 16), torch.empty(2, 2, 5, 16)
     detached = [tensor.detach() for tensor in tensors]
-    torch.library.opcheck(torch.ops.c2c.project_kv_out.default, (detached, layout, [], False, key, value, "cpu"))
+    torch.library.opcheck(torch.ops.c2c.project_kv_out.default, (detached, layout, [], False, key, value, BACKEND))
 
 
 def test_opcheck_merge_states():
     outs = [torch.randn(1, 2, 3, 8, requires_grad=True) for _ in range(2)]
     lses = [torch.randn(1, 2, 3, requires_grad=True) for _ in range(2)]
-    torch.library.opcheck(torch.ops.c2c.merge_states.default, (outs, lses, "cpu"))
+    torch.library.opcheck(torch.ops.c2c.merge_states.default, (outs, lses, BACKEND))
 
 
 def step(query, key, value, raw, proj, gate, positions):

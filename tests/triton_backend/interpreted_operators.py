@@ -5,42 +5,26 @@ from __future__ import annotations
 import pytest
 import test_operators
 import torch
-from attention_cases import Plan, SegmentPlan, build
-from test_operators import PLANS, operator_arguments, step_inputs
+from test_operators import PLANS, step_inputs
 
 import c2c_kernels as c2c
-from c2c_kernels.segment import pack, to_tensors
 
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck_merged_attention(name, requires_grad):
-    plan = PLANS[name]
-    plan.lengths = False  # padding is NaN there, and NaN differ from themselves in opcheck's comparison
-    for part in plan.segments:
-        part.lengths = False
-    arguments = (*operator_arguments(plan, requires_grad), True, requires_grad, "triton")
-    torch.library.opcheck(torch.ops.c2c.merged_attention.default, arguments)
+def test_opcheck_merged_attention(name, requires_grad, monkeypatch):
+    monkeypatch.setattr(test_operators, "BACKEND", "triton")
+    test_operators.test_opcheck_merged_attention(name, requires_grad)
 
 
-def test_opcheck_project_kv():
-    part = SegmentPlan(5, 2, 8, 8, "dense", bias=True)
-    for requires_grad in (False, True):
-        tensors, layout = pack([to_tensors(build(Plan(segments=[part], strided=False), 2)["segments"][0])])
-        for tensor in tensors:
-            tensor.requires_grad_(requires_grad)
-        cos = torch.rand(1, 5, 8)
-        arguments = (tensors, layout, [cos, cos], True, torch.float32, "triton")
-        torch.library.opcheck(torch.ops.c2c.project_kv.default, arguments)
-    key, value = torch.empty(2, 2, 5, 16), torch.empty(2, 2, 5, 16)
-    detached = [tensor.detach() for tensor in tensors]
-    torch.library.opcheck(torch.ops.c2c.project_kv_out.default, (detached, layout, [], False, key, value, "triton"))
+def test_opcheck_project_kv(monkeypatch):
+    monkeypatch.setattr(test_operators, "BACKEND", "triton")
+    test_operators.test_opcheck_project_kv()
 
 
-def test_opcheck_merge_states():
-    outs = [torch.randn(1, 2, 3, 8, requires_grad=True) for _ in range(2)]
-    lses = [torch.randn(1, 2, 3, requires_grad=True) for _ in range(2)]
-    torch.library.opcheck(torch.ops.c2c.merge_states.default, (outs, lses, "triton"))
+def test_opcheck_merge_states(monkeypatch):
+    monkeypatch.setattr(test_operators, "BACKEND", "triton")
+    test_operators.test_opcheck_merge_states()
 
 
 @pytest.fixture
