@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import test_operators
 import torch
+import torch._dynamo.testing
 from test_operators import PLANS, step_inputs
 
 import c2c_kernels as c2c
