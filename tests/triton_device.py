@@ -44,6 +44,16 @@ def on_triton(function: Any, *arguments: Any, **options: Any) -> Any:
     return here(function(*there(arguments), backend="triton", **there(options)))
 
 
+def absorbed_where_it_fits(function: Any, call: dict) -> Any:
+    """function(call) on the device. One whose segments are too wide to absorb is refused, and then left to "auto"."""
+    try:
+        return here(function(there(call)))
+    except ValueError as error:
+        if call["strategy"] != "absorb" or "on triton absorbs" not in str(error):
+            raise
+        return here(function(there({**call, "strategy": "auto"})))
+
+
 def change_each(value: Any, change: Any) -> Any:
     """The same structure with every tensor changed."""
     if isinstance(value, torch.Tensor):

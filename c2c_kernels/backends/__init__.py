@@ -29,6 +29,7 @@ class Backend:
         isa: instruction set or architecture in use, "" where there is none.
         by_name: torch device types that it runs on only where it is asked for by name.
         verified: how its kernels were verified, for which architectures, where that was not on the hardware.
+        least_capability: NVIDIA's compute capability that it needs, the number before the point.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Backend:
     isa: str = ""
     by_name: tuple[str, ...] = ()
     verified: str = ""
+    least_capability: int = 0
 
     def refusal(self, device: torch.device, dtype: torch.dtype, named: bool = True) -> str:
         """Why this backend cannot take tensors of this device and dtype, asked for by name or not; "" where it can."""
@@ -50,11 +52,11 @@ class Backend:
             return f"runs on {', '.join((*self.devices, *self.by_name))}, got {device.type}"
         if str(dtype).removeprefix("torch.") not in self.dtypes:
             return f"supports {', '.join(self.dtypes)}; got {str(dtype).removeprefix('torch.')}"
-        if self.name == "triton" and device.type == "cuda" and not torch.version.hip:
+        if self.least_capability and device.type == "cuda" and not torch.version.hip:
             # Asked where there is a tensor on the device: a call on CPU tensors must not start CUDA.
             major, minor = torch.cuda.get_device_capability(device)
-            if major < 8:
-                return f"needs compute capability 8.0 or later; {device} has {major}.{minor}"
+            if major < self.least_capability:
+                return f"needs compute capability {self.least_capability}.0 or later; {device} has {major}.{minor}"
         return ""
 
 
@@ -95,7 +97,7 @@ def triton_record() -> Backend:
 
     def record(reason: str, devices: tuple[str, ...] = ("cuda",), isa: str = "", by_name: tuple[str, ...] = ()):
         dtypes = ("bfloat16", "float16", "float32")
-        return Backend("triton", not reason, reason, devices, dtypes, isa, by_name, _TRITON_VERIFIED)
+        return Backend("triton", not reason, reason, devices, dtypes, isa, by_name, _TRITON_VERIFIED, 8)
 
     if importlib.util.find_spec("triton") is None:
         return record("triton is not installed: pip install 'c2c-kernels[triton]'")

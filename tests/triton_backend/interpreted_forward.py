@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import test_merged_attention
 import torch
 from attention_cases import Plan, SegmentPlan, build, reference_call
 from error_rule import assert_as_exact
@@ -13,25 +14,47 @@ from test_merged_attention import run
 from test_project_kv import at_dtype
 from test_project_kv import build as build_projection
 from triton_calls import CALLS
-from triton_device import DEVICE, ON_GPU, examples, here, on_triton, there
+from triton_device import DEVICE, ON_GPU, absorbed_where_it_fits, examples, here, on_triton, there
 
 import c2c_kernels as c2c
 
 
 def check(plan: Plan, seed: int) -> None:
-    plan.strategy = plan.strategy.replace("absorb", "auto")  # refused: a test of its own
-    call = build(plan, seed)
-    ours = here(run(there(call), "triton"))
-    oracle = reference_call(call, torch.float64)
-    theirs = reference_call(call, plan.dtype, plan.dtype)
-    for name, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
-        assert_as_exact(name, mine, torchs, exact)
+    test_merged_attention.check(
+        plan, seed, lambda call: absorbed_where_it_fits(lambda there: run(there, "triton"), call)
+    )  # fmt: skip
 
 
 @given(plans(max_length=130, max_queries=33), seeds)
 @settings(max_examples=examples(10))
 def test_attention_matches_reference(plan, seed):
     check(plan, seed)
+
+
+ABSORBED = {
+    "gates and lengths": Plan(torch.bfloat16, 2, 2, 4, 1, 300, 40, 64, is_causal=True, lengths=True, segments=[
+        SegmentPlan(700, 2, 24, 40, "dense", bias=True, gate="full", lengths=True), SegmentPlan(33)
+    ]),
+    "float32": Plan(torch.float32, 2, 2, 2, 1, 0, 40, 64, segments=[SegmentPlan(300, 2, 24, 40, "dense", bias=True)]),
+    "float16": Plan(torch.float16, 2, 2, 4, 3, 70, 40, 64, segments=[
+        SegmentPlan(70, 2, 24, 40, "dense", gate="token")
+    ]),
+    "low rank, int8, index": Plan(
+        torch.bfloat16, 1, 2, 3, 2, 50, 40, 64, is_causal=True, window=40, softcap=3.0, sinks=True,
+        query_positions=True, segments=[
+            SegmentPlan(300, 1, 24, 24, "low_rank", bias=True, positions="shuffled", visibility="causal"),
+            SegmentPlan(90, 3, 16, 8, "dense", quantised=True, index=True),
+            SegmentPlan(0, 2, 16, 16, "dense"),
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ABSORBED)
+def test_absorbed_segments(name):
+    plan = ABSORBED[name]
+    plan.strategy = "absorb"
+    test_merged_attention.check(plan, 1, lambda call: here(run(there(call), "triton")))
 
 
 SEGMENTS = [

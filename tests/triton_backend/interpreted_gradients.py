@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import pytest
+import test_gradients
 import torch
 from attention_cases import Plan, SegmentPlan, build
 from error_rule import GRADIENT_ULPS, assert_as_exact
 from hypothesis import given, settings
 from plans import DTYPES, plans, seeds
-from test_gradients import cotangents
-from torch_backward import fused_gradients, operator_gradients
-from triton_device import DEVICE, examples, here, there
+from torch_backward import operator_gradients
+from triton_device import DEVICE, absorbed_where_it_fits, examples, there
 
 import c2c_kernels as c2c
 
 
+def on_triton(call: dict, wanted: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    return absorbed_where_it_fits(lambda moved: operator_gradients(moved, there(wanted), "triton"), call)
+
+
 def check(plan: Plan, seed: int) -> None:
-    plan.strategy = plan.strategy.replace("absorb", "auto")
-    call, wanted = build(plan, seed), cotangents(plan, seed)
-    ours = here(operator_gradients(there(call), there(wanted), "triton"))
-    oracle = operator_gradients(call, wanted, "reference", torch.float64)
-    fused, _ = fused_gradients(call, wanted, plan.dtype)
-    _, sizes = fused_gradients(call, wanted, torch.float64)
-    eager = operator_gradients(call, wanted, "reference")
-    assert ours.keys() == oracle.keys() == fused.keys()
-    for name, gradient in ours.items():
-        theirs = fused[name].to(gradient.dtype)
-        assert_as_exact(
-            name, gradient, theirs, oracle[name], GRADIENT_ULPS, others=(eager[name],), scale=max(1, sizes.get(name, 1))
-        )  # fmt: skip
+    test_gradients.check(plan, seed, on_triton)
 
 
 @given(plans(max_length=65, max_queries=17), seeds)

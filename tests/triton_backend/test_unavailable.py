@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from error_rule import assert_as_exact
 
 import c2c_kernels
 
@@ -28,12 +29,12 @@ VERIFIED = (
 )
 
 
-def python(code: str, before: str = "", **environment: str) -> str:
+def python(code: str, before: str = "", *arguments: str, **environment: str) -> str:
     """What a fresh interpreter prints."""
     cleared = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "C2C_BACKEND")}
     paths = os.pathsep.join([str(INSTALLED), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = subprocess.run(
-        [sys.executable, "-c", f"{before}\n{textwrap.dedent(code)}"],
+        [sys.executable, "-c", f"{before}\n{textwrap.dedent(code)}", *arguments],
         cwd=Path(__file__).parent,  # not the checkout: its package goes before the installed one there
         env={**cleared, "PYTHONPATH": paths, **environment},
         capture_output=True,
@@ -136,13 +137,17 @@ def test_the_command_tells_it(before, reason):
 def test_the_interpreter_is_there_by_name(yes):
     """Whatever triton takes for yes."""
     code = """
-        import json, torch, triton, c2c_kernels as c2c
+        import json, sys, torch, triton, c2c_kernels as c2c
         (record,) = (r for r in c2c.backends() if r.name == "triton")
-        x = torch.randn(1, 2, 3, 16)
-        same = torch.allclose(c2c.merged_attention(x, x, x, backend="triton"), c2c.merged_attention(x, x, x), atol=1e-5)
-        print(json.dumps([record.available, record.isa, triton.knobs.runtime.interpret, same]))
+        x = torch.tensor(json.loads(sys.argv[1]))
+        out = c2c.merged_attention(x, x, x, backend="triton")
+        print(json.dumps([record.available, record.isa, triton.knobs.runtime.interpret, out.tolist()]))
     """
-    assert json.loads(python(code, TRITON_INTERPRET=yes)) == [True, "interpreter", True, True]
+    x = torch.randn(1, 2, 3, 16)
+    *record, out = json.loads(python(code, "", json.dumps(x.tolist()), TRITON_INTERPRET=yes))
+    assert record == [True, "interpreter", True]
+    theirs, exact = (c2c_kernels.merged_attention(t, t, t, backend="reference") for t in (x, x.double()))
+    assert_as_exact("out", torch.tensor(out), theirs, exact)
     told = python("from c2c_kernels.cli import main; main(['info'])", TRITON_INTERPRET=yes)
     assert "triton      where asked for by name; bfloat16, float16, float32; interpreter" in told
 
