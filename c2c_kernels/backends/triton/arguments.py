@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How a run is read; compiled in. Kernels take `code`, two bits for each of these in order."""
+    """How a run is read; compiled in. Kernels take `code`, these as digits to the base 4 in order (see `kinds`)."""
 
     positions: int  # 0: none compared, 1: a token's index is its position, 2: Run.positions
     causal: int
@@ -68,10 +68,7 @@ class Kind(NamedTuple):
 
     @property
     def code(self) -> int:
-        return sum(value << 2 * place for place, value in enumerate(self))
-
-
-ABSORBED_AT = 2 * Kind._fields.index("absorbed")
+        return sum(value * 4**place for place, value in enumerate(self))
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ that keys and values are read once for all of them.
 import triton
 import triton.language as tl
 
+from .kinds import CAUSAL_AT, GATE_AT, KEY_E4M3_AT, MASK_AT, POSITIONS_AT, VALUE_E4M3_AT, WIDE_AT, WINDOW_AT
 from .softmax import LOG2E, capped, update
 from .tiles import decoded, dot, load_tile
 
@@ -48,10 +49,10 @@ def seen(
     MASKED: tl.constexpr,
 ):
     """Logits with the tokens that a row does not see at -inf, and additive masks added."""
-    POSITIONS: tl.constexpr = KIND & 3
-    CAUSAL: tl.constexpr = KIND >> 2 & 3
-    WINDOW: tl.constexpr = KIND >> 4 & 3
-    MASK: tl.constexpr = KIND >> 8 & 3
+    POSITIONS: tl.constexpr = KIND // POSITIONS_AT % 4
+    CAUSAL: tl.constexpr = KIND // CAUSAL_AT % 4
+    WINDOW: tl.constexpr = KIND // WINDOW_AT % 4
+    MASK: tl.constexpr = KIND // MASK_AT % 4
     if MASK != 0:
         rows = batch_row.to(tl.int64) * run.mask_b + heads.to(tl.int64) * run.mask_h
         rows += queries.to(tl.int64) * run.mask_q
@@ -125,10 +126,10 @@ def attend(
     sharer heads of this dim at once; then q is absorbed, and `shift` (BLOCK_M,), its product with the key bias, is
     added to products (None: nothing). Otherwise 0.
     """
-    GATE: tl.constexpr = KIND >> 6 & 3
-    KEY_E4M3: tl.constexpr = KIND >> 10 & 3
-    VALUE_E4M3: tl.constexpr = KIND >> 12 & 3
-    WIDE: tl.constexpr = KIND >> 14 & 3
+    GATE: tl.constexpr = KIND // GATE_AT % 4
+    KEY_E4M3: tl.constexpr = KIND // KEY_E4M3_AT % 4
+    VALUE_E4M3: tl.constexpr = KIND // VALUE_E4M3_AT % 4
+    WIDE: tl.constexpr = KIND // WIDE_AT % 4
     EDGES: tl.constexpr = MASKED or run.selected is not None
     dtype: tl.constexpr = tl.float32 if WIDE else q.dtype
     q = q.to(dtype)

@@ -47,7 +47,7 @@ def attend(
         grid = batch * kv_heads * -(-rows // tile.rows)
         run(Launch(prefill_kernel, grid, common | results | names, tile.warps, tile.stages), query.device)
     elif rows and batch:
-        _decode(common, results, choice, segments, batch, query)
+        _decode(common, results, choice, segments, absorbs, batch, query)
     return out, lse, mass
 
 
@@ -86,13 +86,19 @@ def call_arguments(
 
 
 def _decode(
-    common: dict, results: dict, choice: tiles_table.Call, segments: list[SegmentTensors], batch: int, query: Tensor
+    common: dict,
+    results: dict,
+    choice: tiles_table.Call,
+    segments: list[SegmentTensors],
+    absorbs: tuple[bool, ...],
+    batch: int,
+    query: Tensor,
 ) -> None:
     rows, kv_heads = choice.rows, common["kv_heads"]
     size = min(each.key.element_size() for each in common["runs"])
     tile, split = tiles_table.decode_tile(choice), tiles_table.split_tokens(rows, size)
     counts = [common["own_length"], *(each.length for each in common["runs"][1:])]
-    absorbs = [kind >> arguments.ABSORBED_AT & 1 for kind in common["KINDS"]]
+    absorbs = (False, *(absorbs or (False,) * len(segments)))  # the own cache first
     splits = sum(-(-count // split) for count, raw in zip(counts, absorbs, strict=True) if not raw)
     raw_split = tiles_table.RAW_SPLIT_BYTES // size
     raw_splits = [-(-count // raw_split) * raw for count, raw in zip(counts, absorbs, strict=True)]

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .attend import gate_of_rows, log_gate, seen
+from .kinds import CAUSAL_AT, GATE_AT, WIDE_AT, WINDOW_AT
 from .prefill import own_range
 from .softmax import LOG2E, capped, tanh
 from .tiles import dot, length_of, load_rows, positions_of
@@ -23,7 +24,7 @@ def score_gradients(
 
     lse: (rows,) in base 2, +inf for rows that saw nothing. delta: (rows,).
     """
-    GATE: tl.constexpr = KIND >> 6 & 3
+    GATE: tl.constexpr = KIND // GATE_AT % 4
     zero = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
     scores = dot(q, tl.trans(k), zero, PRECISION)
     logits = capped(scores, scale, softcap, SOFTCAP)
@@ -91,7 +92,7 @@ def query_gradient_kernel(
     last_query = (tl.minimum(tile * BLOCK_M + BLOCK_M, q_len * GROUP) - 1) // GROUP
     for number in tl.static_range(RUNS):
         run = runs[number]
-        its_q, its_g = (q.to(tl.float32), g.to(tl.float32)) if (KINDS[number] >> 14 & 3) else (q, g.to(q.dtype))
+        its_q, its_g = (q.to(tl.float32), g.to(tl.float32)) if (KINDS[number] // WIDE_AT % 4) else (q, g.to(q.dtype))
         its_delta = tl.load(delta + row * RUNS + number, mask=row_inside, other=0.0)
         if number == 0:
             low, _full_low, _full_high, high = own_range(
@@ -123,8 +124,8 @@ def query_gradient_kernel(
 @triton.jit
 def first_query_that_sees(own_end, q_len, first, last, window, KIND: tl.constexpr, BLOCK_M: tl.constexpr):
     """Queries from, to that can see own tokens first .. last - 1; `from` is a tile border."""
-    CAUSAL: tl.constexpr = KIND >> 2 & 3
-    WINDOW: tl.constexpr = KIND >> 4 & 3
+    CAUSAL: tl.constexpr = KIND // CAUSAL_AT % 4
+    WINDOW: tl.constexpr = KIND // WINDOW_AT % 4
     low, high = 0, q_len
     if CAUSAL:
         low = tl.maximum(first - (own_end - q_len), 0) // BLOCK_M * BLOCK_M
@@ -160,7 +161,7 @@ def token_gradient_kernel(
         run = runs[number]
         length = own_length if number == 0 else run.length
         its_tiles = tl.cdiv(length, BLOCK_N)
-        dtype = tl.float32 if (KINDS[number] >> 14 & 3) else query.dtype.element_ty
+        dtype = tl.float32 if (KINDS[number] // WIDE_AT % 4) else query.dtype.element_ty
         if (tile >= first_tile) & (tile < first_tile + its_tiles):
             end = length_of(run.lengths, batch_row, length)
             start = (tile - first_tile) * BLOCK_N

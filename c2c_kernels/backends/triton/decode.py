@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .absorb import absorbed_output, absorbed_split
 from .attend import attend
+from .kinds import ABSORBED_AT, WINDOW_AT
 from .prefill import store_results
 from .softmax import safe
 from .tiles import length_of, load_rows, positions_of
@@ -54,7 +55,7 @@ def split_kernel(
         row = (batch64 * kv_heads + kv_head) * q_len * GROUP + rows
         first_split = 0
         for number in tl.static_range(RUNS):
-            if (KINDS[number] >> 16 & 3) == 0:
+            if (KINDS[number] // ABSORBED_AT % 4) == 0:
                 run = runs[number]
                 length = own_length if number == 0 else run.length
                 run_splits = tl.cdiv(length, SPLIT)
@@ -66,7 +67,7 @@ def split_kernel(
                     first = (split - first_split) * SPLIT
                     last = tl.minimum(first + SPLIT, end)
                     if number == 0:
-                        if (KINDS[number] >> 4 & 3) != 0:
+                        if (KINDS[number] // WINDOW_AT % 4) != 0:
                             reach = tl.minimum(window, 1 << 30).to(tl.int32)
                             first = tl.maximum(first, (own_end - q_len - reach + 1) // BLOCK_N * BLOCK_N)
                         m, l, acc = attend(
@@ -90,7 +91,7 @@ def split_kernel(
     else:
         first_raw = 0
         for number in tl.static_range(RUNS):
-            if (KINDS[number] >> 16 & 3) != 0:
+            if (KINDS[number] // ABSORBED_AT % 4) != 0:
                 its_splits = tl.cdiv(runs[number].length, RAW_SPLIT)
                 if (raw_split >= first_raw) & (raw_split < first_raw + its_splits):
                     absorbed_split(
@@ -138,7 +139,7 @@ def combine_kernel(
     first_split, first_raw = 0, 0
     for number in tl.static_range(RUNS):
         part = tl.zeros((1,), tl.float32)
-        if (KINDS[number] >> 16 & 3) == 0:
+        if (KINDS[number] // ABSORBED_AT % 4) == 0:
             length = own_length if number == 0 else lengths[number]
             run_splits = tl.cdiv(length, SPLIT)
             for start in range(0, run_splits, BLOCK_S):

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .attend import attend
+from .kinds import CAUSAL_AT, MASK_AT, WINDOW_AT
 from .softmax import LOG2E, finish, merge, safe
 from .tiles import length_of, load_rows, positions_of
 
@@ -11,9 +12,9 @@ from .tiles import length_of, load_rows, positions_of
 @triton.jit
 def own_range(end, q_len, first_query, last_query, window, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
     """Own tokens that a tile of queries sees: from, first and last that all of its rows see, to; tile borders."""
-    CAUSAL: tl.constexpr = KIND >> 2 & 3
-    WINDOW: tl.constexpr = KIND >> 4 & 3
-    MASK: tl.constexpr = KIND >> 8 & 3
+    CAUSAL: tl.constexpr = KIND // CAUSAL_AT % 4
+    WINDOW: tl.constexpr = KIND // WINDOW_AT % 4
+    MASK: tl.constexpr = KIND // MASK_AT % 4
     low, high = 0, end
     full_low, full_high = 0, end
     if CAUSAL:
@@ -79,14 +80,14 @@ def prefill_kernel(
             low, full_low, full_high, high = own_range(
                 own_end, q_len, first_query, last_query, window, KINDS[number], BLOCK_N
             )
-            if (KINDS[number] >> 4 & 3) != 0:
+            if (KINDS[number] // WINDOW_AT % 4) != 0:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, low,
                     tl.minimum(full_low, high), own_end, scale, softcap, window, None,
                     KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
                     0, 0, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, PRECISION,
                 )  # fmt: skip
-            if (KINDS[number] >> 8 & 3) == 0:
+            if (KINDS[number] // MASK_AT % 4) == 0:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_low,
                     full_high, own_end, scale, softcap, window, None,
