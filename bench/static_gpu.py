@@ -50,8 +50,8 @@ LIMITS = [
     Limit("launches", 3, "decode-absorbed*", standing=NOT_REACHED),  # two would read the projector once per split
     Limit("launches", 3, "decode-int8*", standing=NOT_REACHED),
     Limit("bytes_over_least", 1.22, "decode-absorbed*", standing=NOT_REACHED),
-    Limit("bytes_over_least", 1.24, "decode-int8*", standing=NOT_REACHED),
-    Limit("bank_conflicts", 0.35, "decode-int8*", "split_kernel", standing=NOT_REACHED),  # scales of 8 heads a token
+    Limit("bytes_over_least", 1.23, "decode-int8*", standing=NOT_REACHED),
+    Limit("bank_conflicts", 0.30, "decode-int8*", "split_kernel", standing=NOT_REACHED),  # scales of 8 heads a token
     Limit("bank_conflicts", 0.21, "prefill SmolLM2* float32*", archs=(80,), standing=NOT_REACHED),
     Limit("bank_conflicts", 0.20, "backward * float32*", "prefill_kernel", (80,), NOT_REACHED),
     Limit("products", "mma", "prefill * float32*", "prefill_kernel", (90,), NOT_REACHED),  # tiles of 64 rows spill

@@ -41,7 +41,8 @@ def _nothing_is_measured(monkeypatch):
 
 def tile_of(launch: Launch) -> Tile:
     names = launch.arguments
-    return Tile(names["BLOCK_M"], names["BLOCK_N"], launch.warps, launch.stages)
+    tokens = names["TOKENS"][0] if "TOKENS" in names else names["BLOCK_N"]
+    return Tile(names["BLOCK_M"], tokens, launch.warps, launch.stages)
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def recorded(target: Target, fits=lambda tile: True):
     launches: list[Launch] = []
 
     def take(launch: Launch) -> None:
-        if "BLOCK_N" in launch.arguments and not fits(tile_of(launch)):
+        if {"BLOCK_N", "TOKENS"} & launch.arguments.keys() and not fits(tile_of(launch)):
             raise OutOfResources(300000, 232448, "shared memory")
         launches.append(launch)
 
@@ -184,7 +185,7 @@ def test_neither_the_batch_nor_lengths_choose_a_tile_and_splits_stay():
     for batch, length in ((1, 700), (5, 700), (1, 5000)):
         split, combine = attend(GPU, q_len=4, batch=batch, length=length)
         assert tile_of(split) == Tile(16, 128, 2, 1) != tile_of(plain[0])
-        assert split.arguments["SPLIT"] == combine.arguments["SPLIT"] == plain[0].arguments["SPLIT"]
+        assert split.arguments["SPLITS"] == combine.arguments["SPLITS"] == plain[0].arguments["SPLITS"]
     split, _ = attend(GPU, q_len=8)  # 32 rows: not tuned
     assert split.arguments["BLOCK_M"] == 32
 

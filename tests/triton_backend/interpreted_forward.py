@@ -77,14 +77,25 @@ def test_every_feature_at_once(dtype, q_len):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("q_len", [1, 40])
-@pytest.mark.parametrize("sinks", [False, True])
-def test_empty_and_closed_segments_change_no_bit(q_len, sinks):
-    query, key, value = torch.randn(2, 4, q_len, 32), torch.randn(2, 2, 130, 32), torch.randn(2, 2, 130, 32)
+@pytest.mark.parametrize(
+    ("q_len", "sinks", "dtype"),
+    [
+        (1, False, torch.float32), (40, True, torch.float32), (1, True, torch.bfloat16), (40, False, torch.bfloat16),
+        (1, False, torch.float16),
+    ],
+)  # fmt: skip
+def test_empty_and_closed_segments_change_no_bit(q_len, sinks, dtype):
+    query = torch.randn(2, 4, q_len, 32, dtype=dtype)
+    key, value = (torch.randn(2, 2, 300 if q_len == 1 else 100, 32, dtype=dtype) for _ in range(2))
     logits = torch.randn(4) if sinks else None
-    wide = (torch.randn(2, 2, 70, 32), torch.randn(2, 2, 70, 32))
-    raw, proj = torch.randn(2, 3, 70, 8), torch.randn(2, 32, 24)
+    wide = tuple(torch.randn(2, 2, 70, 32, dtype=dtype) for _ in range(2))
+    raw, proj = torch.randn(2, 3, 70, 8, dtype=dtype), torch.randn(2, 32, 24, dtype=dtype)
+    codes, scales = torch.ones(2, 2, 70, 32, dtype=torch.int8), torch.ones(2, 2, 70)
+    single = torch.randn(2, 2, 0, 32)
     neutral = [
+        c2c.SharerSegment(single, single),
+        c2c.SharerSegment(*wide, gate=torch.zeros(2, 4, 70)),
+        c2c.SharerSegment(codes, codes, key_scale=scales, value_scale=scales, gate=torch.zeros(1)),
         c2c.SharerSegment(wide[0][:, :, :0], wide[1][:, :, :0]),
         c2c.SharerSegment(raw[:, :, :0], raw[:, :, :0], proj, proj),
         c2c.SharerSegment(*wide, gate=torch.zeros(1)),

@@ -65,10 +65,16 @@ class Kind(NamedTuple):
     value_e4m3: int
     wide: int  # 1: products in float32, because queries and tokens differ in dtype
     absorbed: int  # 1: raw tokens of a sharer, its projectors absorbed
+    scaled: int  # 1: int8 or float8 with scales, or anything else that has them
 
     @property
     def code(self) -> int:
         return sum(value * 4**place for place, value in enumerate(self))
+
+    @property
+    def heavy(self) -> bool:
+        """Whether more than tokens is read for a tile of rows and tokens."""
+        return bool(self.mask or self.scaled or self.gate == 3)
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -127,7 +133,7 @@ def segment_run(segment: SegmentTensors, batch: int, q_heads: int) -> Run:
 def own_kind(run: Run, is_causal: bool, window: int | None, mask_dtype: torch.dtype | None) -> Kind:
     mask = 0 if mask_dtype is None else 1 if mask_dtype == torch.bool else 2
     places = 1 if is_causal or window is not None else 0
-    return Kind(places, int(is_causal), int(window is not None), 0, mask, 0, 0, 0, 0)
+    return Kind(places, int(is_causal), int(window is not None), 0, mask, 0, 0, 0, 0, 0)
 
 
 def segment_kind(segment: SegmentTensors, run: Run, window: int | None, dtype: torch.dtype, absorbed: bool) -> Kind:
@@ -140,7 +146,7 @@ def segment_kind(segment: SegmentTensors, run: Run, window: int | None, dtype: t
     return Kind(
         2 if placed else 0, int(placed and segment.causal), int(placed and window is not None), gate, 0,
         int(segment.key.dtype == torch.float8_e4m3fn), int(segment.value.dtype == torch.float8_e4m3fn), int(wide),
-        int(absorbed),
+        int(absorbed), int(segment.key_scale is not None or segment.value_scale is not None),
     )  # fmt: skip
 
 

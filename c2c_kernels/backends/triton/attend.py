@@ -135,9 +135,14 @@ def attend(
     q = q.to(dtype)
     cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     batch64, head64 = batch_row.to(tl.int64), kv_head.to(tl.int64)
-    key = run.key + batch64 * run.key_b + head64 * run.key_h + columns_of(dims, KEY_RAW, run.key_h)[None, :]
-    value = run.value + batch64 * run.value_b + head64 * run.value_h
-    value = value + columns_of(value_dims, VALUE_RAW, run.value_h)[None, :]
+    key_columns = columns_of(dims, KEY_RAW, run.key_h)[None, :]
+    value_columns = columns_of(value_dims, VALUE_RAW, run.value_h)[None, :]
+    if KEY_RAW != 0 and run.key_scale is not None:  # 8 codes a thread: as 16-bit factors they leave in one store
+        key_columns = tl.max_contiguous(key_columns, (1, 8))
+    if VALUE_RAW != 0 and run.value_scale is not None:
+        value_columns = tl.max_contiguous(value_columns, (1, 8))
+    key = run.key + batch64 * run.key_b + head64 * run.key_h + key_columns
+    value = run.value + batch64 * run.value_b + head64 * run.value_h + value_columns
     if GATE == 1:
         row_gate = gate_of_rows(run, batch_row, heads, row_inside, GATE)
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):

@@ -31,7 +31,7 @@ def attend(
     out = query.new_empty((batch, q_heads, q_len, value.shape[3]), dtype=out_dtype)
     lse = query.new_empty((batch, q_heads, q_len), dtype=torch.float32) if return_lse else None
     mass = query.new_empty((batch, q_heads, q_len, 1 + len(segments)), dtype=torch.float32) if return_mass else None
-    common, choice = call_arguments(
+    common, choice, kinds = call_arguments(
         query, key, value, segments, attn_mask, is_causal, query_positions, lengths, scale, window, segment_window,
         softcap, absorbs,
     )  # fmt: skip
@@ -43,18 +43,19 @@ def attend(
     rows, kv_heads = choice.rows, key.shape[1]
     if not any(absorbs) and not tiles_table.decodes(choice):
         tile = tiles_table.prefill_tile(choice)
-        names = {"BLOCK_M": tile.rows, "BLOCK_N": tile.tokens, "STAGES": tile.stages}
+        tokens = _tokens(tile, tiles_table.prefill_tile, choice, kinds)
+        names = {"BLOCK_M": tile.rows, "TOKENS": tokens, "STAGES": tile.stages}
         grid = batch * kv_heads * -(-rows // tile.rows)
         run(Launch(prefill_kernel, grid, common | results | names, tile.warps, tile.stages), query.device)
     elif rows and batch:
-        _decode(common, results, choice, segments, absorbs, batch, query)
+        _decode(common, results, choice, kinds, segments, absorbs, batch, query)
     return out, lse, mass
 
 
 def call_arguments(
     query: Tensor, key: Tensor, value: Tensor, segments: list[SegmentTensors], attn_mask, is_causal, query_positions,
     lengths, scale, window, segment_window, softcap, absorbs: tuple[bool, ...] = (),
-) -> tuple[dict, tiles_table.Call]:  # fmt: skip
+) -> tuple[dict, tiles_table.Call, list[arguments.Kind]]:  # fmt: skip
     """What forward and backward kernels are told alike, and what their tiles are chosen by."""
     batch, q_heads, q_len, head_dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
@@ -68,8 +69,9 @@ def call_arguments(
     block_d, block_v = block_of(head_dim), block_of(value_dim)
     target = target_of(query.device)
     choice = tiles_table.Call(
-        target, max(block_d, block_v), query.dtype, q_len * group, any(kind.wide for kind in kinds),
-        any(kind.mask or kind.gate == 3 for kind in kinds) or any(run.key_scale is not None for run in runs),
+        target, max(block_d, block_v), query.dtype, q_len * group,
+        any(kind.wide for kind, its_run in zip(kinds, runs, strict=True) if its_run.length),
+        kinds[0].mask != 0,
     )  # fmt: skip
     positions, positions_b, positions_t = arguments.expanded(query_positions, (batch, q_len))
     common = {
@@ -82,48 +84,60 @@ def call_arguments(
         "GROUP": group, "SOFTCAP": softcap is not None, "DIM": head_dim, "VALUE_DIM": value_dim, "BLOCK_D": block_d,
         "BLOCK_V": block_v, "PRECISION": choice.precision(),
     }  # fmt: skip
-    return common, choice
+    return common, choice, kinds
+
+
+def _tokens(tile: tiles_table.Tile, tile_of, choice: tiles_table.Call, kinds: list[arguments.Kind]) -> tuple[int, ...]:
+    """Tokens of a tile for every run: fewer where a gate per head and token, or scales, are read beside them.
+
+    Rows, warps and stages are the own cache's: a segment that is empty or closed changes no bit.
+    """
+    fewer = min(tile.tokens, tile_of(choice._replace(heavy=True)).tokens)
+    return tuple(fewer if kind.heavy else tile.tokens for kind in kinds)
 
 
 def _decode(
     common: dict,
     results: dict,
     choice: tiles_table.Call,
+    kinds: list[arguments.Kind],
     segments: list[SegmentTensors],
     absorbs: tuple[bool, ...],
     batch: int,
     query: Tensor,
 ) -> None:
     rows, kv_heads = choice.rows, common["kv_heads"]
-    size = min(each.key.element_size() for each in common["runs"])
-    tile, split = tiles_table.decode_tile(choice), tiles_table.split_tokens(rows, size)
+    tile = tiles_table.decode_tile(choice)
+    tokens = list(_tokens(tile, tiles_table.decode_tile, choice, kinds))
     counts = [common["own_length"], *(each.length for each in common["runs"][1:])]
     absorbs = (False, *(absorbs or (False,) * len(segments)))  # the own cache first
-    splits = sum(-(-count // split) for count, raw in zip(counts, absorbs, strict=True) if not raw)
-    raw_split = tiles_table.RAW_SPLIT_BYTES // size
-    raw_splits = [-(-count // raw_split) * raw for count, raw in zip(counts, absorbs, strict=True)]
+    split_tokens = [
+        tiles_table.RAW_SPLIT_BYTES // size if raw else tiles_table.split_tokens(rows, size)
+        for size, raw in zip((each.key.element_size() for each in common["runs"]), absorbs, strict=True)
+    ]
+    numbers = [-(-count // split) for count, split in zip(counts, split_tokens, strict=True)]
+    splits = sum(number for number, raw in zip(numbers, absorbs, strict=True) if not raw)
+    raw_splits = sum(numbers) - splits
     absorbed: list[Absorbed | None] = [None] * len(counts)
     raws = [0, 0, 0, 0] * len(counts)
-    raw_tile = None
+    block_rows, warps = 16, tile.warps
     for number, segment in enumerate(segments, 1):
         if absorbs[number]:
-            absorbed[number] = _absorbed(common, segment, query, raw_splits[number])
+            absorbed[number] = _absorbed(common, segment, query, numbers[number])
             raws[4 * number : 4 * number + 4] = _raw_dims(segment)
-            its_call = choice._replace(rows=kv_heads * rows)
-            raw_tile = tiles_table.raw_tile(its_call, segment_width(segment), raw_tile)
-    states = query.new_empty((batch, kv_heads * rows, splits + sum(raw_splits), 2), dtype=torch.float32)
+            block_rows = max(16, 1 << (kv_heads * rows - 1).bit_length())
+            tokens[number] = tiles_table.raw_tokens(segment_width(segment))
+            if numbers[number]:
+                warps = max(warps, tiles_table.raw_warps(block_rows, segment_width(segment)))
+    states = query.new_empty((batch, kv_heads * rows, splits + raw_splits, 2), dtype=torch.float32)
     sums = query.new_empty((batch, kv_heads * rows, splits, common["VALUE_DIM"]), dtype=torch.float32)
     shared = {
-        "states": states, "sums": sums, "splits": splits, "raw_splits": sum(raw_splits), "SPLIT": split,
-        "RAW_SPLIT": raw_split, "absorbed": tuple(absorbed), "RAWS": tuple(raws),
+        "states": states, "sums": sums, "splits": splits, "raw_splits": raw_splits,
+        "SPLITS": tuple(split_tokens), "absorbed": tuple(absorbed), "RAWS": tuple(raws),
     }  # fmt: skip
-    wider = tile if raw_tile is None else raw_tile
-    names = {
-        "BLOCK_M": tile.rows, "BLOCK_N": tile.tokens, "STAGES": tile.stages, "BLOCK_A": wider.rows,
-        "BLOCK_T": wider.tokens,
-    }  # fmt: skip
-    grid = batch * (kv_heads * splits + sum(raw_splits))
-    run(Launch(split_kernel, grid, common | shared | names, max(tile.warps, wider.warps), tile.stages), query.device)
+    names = {"BLOCK_M": tile.rows, "TOKENS": tuple(tokens), "STAGES": tile.stages, "BLOCK_A": block_rows}
+    grid = batch * (kv_heads * splits + raw_splits)
+    run(Launch(split_kernel, grid, common | shared | names, warps, tile.stages), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
     names = {"BLOCK_S": 16, "BLOCK_W": 16, "lengths": (0, *counts[1:])}
     combined = {name: common[name] for name in kept} | shared | results | names

@@ -26,13 +26,14 @@ def split_kernel(
     kv_heads, q_len, own_length, splits, raw_splits, scale, softcap, window, segment_window,
     RUNS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_T: tl.constexpr,
-    RAW_SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_A: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program takes all rows of one KV head over SPLIT tokens of one run, or of all heads over RAW_SPLIT raw tokens.
+    """A program takes all rows of one KV head over one split of a run, or of all heads over a split of raw tokens.
 
-    Rows of a KV head: query * GROUP + head. RAWS: for every run the dim of a sharer head of keys, their width, and the
-    same of values; 0 for runs in receiver space. Programs of a batch row: those of KV heads, then those of raw tokens.
+    TOKENS of a tile and SPLITS, tokens of a split, are every run's own: what a run is read with changes no bit of the
+    others' sums. Rows of a KV head: query * GROUP + head. RAWS: for every run the dim of a sharer head of keys, their
+    width, and the same of values; 0 for runs in receiver space. Programs of a batch row: those of KV heads, then those
+    of raw tokens.
     """
     programs = kv_heads * splits + raw_splits
     batch_row, program = tl.program_id(0) // programs, tl.program_id(0) % programs
@@ -58,28 +59,28 @@ def split_kernel(
             if (KINDS[number] // ABSORBED_AT % 4) == 0:
                 run = runs[number]
                 length = own_length if number == 0 else run.length
-                run_splits = tl.cdiv(length, SPLIT)
+                run_splits = tl.cdiv(length, SPLITS[number])
                 if (split >= first_split) & (split < first_split + run_splits):
                     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
                     l = tl.zeros((BLOCK_M,), tl.float32)
                     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
                     end = length_of(run.lengths, batch_row, length)
-                    first = (split - first_split) * SPLIT
-                    last = tl.minimum(first + SPLIT, end)
+                    first = (split - first_split) * SPLITS[number]
+                    last = tl.minimum(first + SPLITS[number], end)
                     if number == 0:
                         if (KINDS[number] // WINDOW_AT % 4) != 0:
                             reach = tl.minimum(window, 1 << 30).to(tl.int32)
-                            first = tl.maximum(first, (own_end - q_len - reach + 1) // BLOCK_N * BLOCK_N)
+                            first = tl.maximum(first, (own_end - q_len - reach + 1) // TOKENS[number] * TOKENS[number])
                         m, l, acc = attend(
                             q, m, l, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, first,
                             last, end, scale, softcap, window, None, KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
-                            0, 0, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, PRECISION,
+                            0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES, PRECISION,
                         )  # fmt: skip
                     else:
                         m, l, acc = attend(
                             q, m, l, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, first, last,
                             end, scale, softcap, segment_window, None, KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
-                            0, 0, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, PRECISION,
+                            0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES, PRECISION,
                         )  # fmt: skip
                     at = row * (splits + raw_splits) + split
                     tl.store(states + at * 2, m, mask=row_inside)
@@ -92,14 +93,14 @@ def split_kernel(
         first_raw = 0
         for number in tl.static_range(RUNS):
             if (KINDS[number] // ABSORBED_AT % 4) != 0:
-                its_splits = tl.cdiv(runs[number].length, RAW_SPLIT)
+                its_splits = tl.cdiv(runs[number].length, SPLITS[number])
                 if (raw_split >= first_raw) & (raw_split < first_raw + its_splits):
                     absorbed_split(
                         absorbed[number], runs[number], states, query_positions, query_positions_b, query_positions_t,
                         batch_row, raw_split - first_raw, its_splits, splits + raw_splits, splits + first_raw,
                         kv_heads, q_len, own_end, scale, softcap, segment_window, KINDS[number], GROUP, SOFTCAP,
                         RAWS[4 * number], RAWS[4 * number + 1], RAWS[4 * number + 2], RAWS[4 * number + 3], BLOCK_A,
-                        BLOCK_T, RAW_SPLIT, STAGES, PRECISION,
+                        TOKENS[number], SPLITS[number], STAGES, PRECISION,
                     )  # fmt: skip
                 first_raw += its_splits
 
@@ -115,7 +116,7 @@ def combine_kernel(
     absorbed,  # RUNS x absorb.Absorbed, None for runs in receiver space
     kv_heads, q_len, own_length, splits, raw_splits,
     RUNS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr, RAW_SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """A program merges the states of one row, in the order of the tokens, BLOCK_S at a time from each run's first."""
@@ -141,7 +142,7 @@ def combine_kernel(
         part = tl.zeros((1,), tl.float32)
         if (KINDS[number] // ABSORBED_AT % 4) == 0:
             length = own_length if number == 0 else lengths[number]
-            run_splits = tl.cdiv(length, SPLIT)
+            run_splits = tl.cdiv(length, SPLITS[number])
             for start in range(0, run_splits, BLOCK_S):
                 inside = start + steps < run_splits
                 at = base + first_split + start + steps
@@ -154,7 +155,7 @@ def combine_kernel(
                 part += tl.sum(counts * factors, 0)
             first_split += run_splits
         else:
-            its_splits = tl.cdiv(lengths[number], RAW_SPLIT)
+            its_splits = tl.cdiv(lengths[number], SPLITS[number])
             raw, part = absorbed_output(
                 absorbed[number], states, base + splits + first_raw, row, kv_head, its_splits, reference, VALUE_DIM,
                 RAWS[4 * number + 3], BLOCK_V, BLOCK_S, BLOCK_W,

@@ -29,7 +29,7 @@ def gradients(
 ) -> tuple[Tensor, list[TokenGradients]]:  # fmt: skip
     """d query, and gradients of the own cache and each segment. delta: (batch, q_heads, q_len, runs) float32."""
     batch, q_heads = query.shape[:2]
-    common, choice = call_arguments(
+    common, choice, _ = call_arguments(
         query, key, value, segments, attn_mask, is_causal, query_positions, lengths, scale, window, segment_window,
         softcap,
     )  # fmt: skip

@@ -46,9 +46,12 @@ def prefill_kernel(
     kv_heads, q_len, own_length, scale, softcap, window, segment_window,
     RUNS: tl.constexpr, KINDS: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK_M rows (queries x heads of one KV head) over all runs. BLOCK_R: RUNS to a power of 2."""
+    """A program takes BLOCK_M rows (queries x heads of one KV head) over all runs. BLOCK_R: RUNS to a power of 2.
+
+    TOKENS: of a tile, for every run its own: what a run is read with changes no bit of the others' sums.
+    """
     tiles = tl.cdiv(q_len * GROUP, BLOCK_M)
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles  # those with most tokens to see start first
@@ -78,41 +81,41 @@ def prefill_kernel(
         part = tl.zeros((BLOCK_M,), tl.float32)  # this run's part of l
         if number == 0:
             low, full_low, full_high, high = own_range(
-                own_end, q_len, first_query, last_query, window, KINDS[number], BLOCK_N
+                own_end, q_len, first_query, last_query, window, KINDS[number], TOKENS[number]
             )
             if (KINDS[number] // WINDOW_AT % 4) != 0:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, low,
                     tl.minimum(full_low, high), own_end, scale, softcap, window, None,
                     KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
-                    0, 0, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, PRECISION,
+                    0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES, PRECISION,
                 )  # fmt: skip
             if (KINDS[number] // MASK_AT % 4) == 0:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_low,
                     full_high, own_end, scale, softcap, window, None,
                     KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V,
-                    BLOCK_N, STAGES, PRECISION,
+                    TOKENS[number], STAGES, PRECISION,
                 )  # fmt: skip
             m, part, acc = attend(
                 q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_high, high,
                 own_end, scale, softcap, window, None,
-                KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
+                KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES,
                 PRECISION,
             )  # fmt: skip
         else:
             end = length_of(run.lengths, batch_row, run.length)
-            full = end // BLOCK_N * BLOCK_N
+            full = end // TOKENS[number] * TOKENS[number]
             m, part, acc = attend(
                 q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, 0, full, end, scale,
                 softcap, segment_window, None,
-                KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, BLOCK_N, STAGES,
+                KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES,
                 PRECISION,
             )  # fmt: skip
             m, part, acc = attend(
                 q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, full, end, end, scale,
                 softcap, segment_window, None,
-                KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, BLOCK_N, 1, PRECISION,
+                KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, TOKENS[number], 1, PRECISION,
             )  # fmt: skip
         kept = tl.exp2(m_before - safe(m))
         l = l * kept + part

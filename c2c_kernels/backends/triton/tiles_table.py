@@ -20,7 +20,7 @@ _PREFILL = {
     "sm_90": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
         (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 32, 8, 1)),
-        (256, Tile(128, 16, 8, 2), Tile(64, 16, 8, 2), Tile(16, 16, 4, 1)),
+        (256, Tile(128, 16, 8, 2), Tile(128, 16, 8, 2), Tile(16, 16, 4, 1)),
     ),
     "sm_100": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
@@ -90,13 +90,14 @@ def decode_rows(single: bool, block_dim: int) -> int:
     return max(16, 2048 // block_dim) if single else DECODE_ROWS
 
 
-def raw_tile(call: Call, block_width: int, other: Tile | None) -> Tile:
-    """Of raw tokens of an absorbed segment, `block_width` wide; call.rows: query heads x queries. Fits `other` too."""
-    tokens = 16 if block_width > 256 else 32
-    tile = Tile(max(16, 1 << (call.rows - 1).bit_length()), tokens, 4 if block_width <= 128 else 8, 2)
-    if other is None:
-        return tile
-    return Tile(tile.rows, min(tile.tokens, other.tokens), max(tile.warps, other.warps), tile.stages)
+def raw_tokens(block_width: int) -> int:
+    """Tokens of a tile of raw tokens of an absorbed segment, `block_width` wide."""
+    return 16 if block_width > 128 else 32
+
+
+def raw_warps(block_rows: int, block_width: int) -> int:
+    """Least number of warps whose registers hold the sums of `block_rows` rows of an absorbed segment."""
+    return 8 if block_rows * block_width > 8192 else 4
 
 
 def folding_tile(single: bool, block_dim: int, rows: int, width: int) -> tuple[int, int]:
