@@ -15,7 +15,7 @@ settings.load_profile("fresh" if os.environ.get("C2C_FRESH_EXAMPLES") == "1" els
 
 
 def pytest_collection_modifyitems(items):
-    """For pytest-xdist's `--dist loadgroup`: a file's tests share a process, and so its fixtures, unless they say else."""
+    """For pytest-xdist's `--dist loadgroup`: a file's tests share a process, and so its fixtures, if not said else."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
