@@ -13,9 +13,13 @@ with block(h) = h + w2 gelu_erf(w1 rmsnorm(h)), eps 1e-6. Source: arXiv 2510.032
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+EPSILON = 1e-6  # of the RMS norms
+_FIXED = 13  # tensors of a half besides those of its `project` blocks, three each
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,10 @@ class FuserBlock:
     norm: Tensor
     w1: Tensor
     w2: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.norm, self.w1, self.w2
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +69,25 @@ class FuserHalf:
     scale_bias: Tensor
     gate_logit: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of the fields."""
+        projects = [tensor for block in self.project for tensor in block.tensors]
+        return (
+            self.in_weight, self.in_bias, *self.embed.tensors, *projects, self.out_weight, self.out_bias,
+            *self.scale.tensors, self.scale_weight, self.scale_bias, self.gate_logit,
+        )  # fmt: skip
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> FuserHalf:
+        """The half whose `tensors` these are."""
+        end = 5 + (len(tensors) - _FIXED)
+        projects = tuple(FuserBlock(*tensors[at : at + 3]) for at in range(5, end, 3))
+        return FuserHalf(
+            tensors[0], tensors[1], FuserBlock(*tensors[2:5]), projects, tensors[end], tensors[end + 1],
+            FuserBlock(*tensors[end + 2 : end + 5]), *tensors[end + 5 : end + 8],
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class FuserWeights:
@@ -68,3 +95,13 @@ class FuserWeights:
 
     key: FuserHalf
     value: FuserHalf
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those of the keys, then those of the values."""
+        return (*self.key.tensors, *self.value.tensors)
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor], key_count: int) -> FuserWeights:
+        """The weights whose `tensors` these are, the first `key_count` of the keys."""
+        return FuserWeights(FuserHalf.of(tensors[:key_count]), FuserHalf.of(tensors[key_count:]))
