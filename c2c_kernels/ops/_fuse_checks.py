@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..fuser_weights import FuserBlock, FuserHalf, FuserWeights
+from ..fuser_weights import FuserBlock, FuserHalf, FuserWeights, Pair
 from ._checks import (
     check_index,
     expect,
@@ -19,8 +19,6 @@ from ._checks import (
     shape_of,
 )
 
-Pair = tuple[Tensor, Tensor]
-
 
 class FuseTensors(NamedTuple):
     """The arguments of one `fuse_kv` call, in the order in which kernels take them."""
@@ -31,8 +29,8 @@ class FuseTensors(NamedTuple):
     sharer_value: Tensor
     weights: FuserWeights
     selected: Tensor | None  # the index; a tuple has a method of that name
-    residual: tuple[Tensor, Tensor] | None
-    gates: tuple[Tensor, Tensor] | None
+    residual: Pair | None
+    gates: Pair | None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -40,7 +38,7 @@ class FuseTensors(NamedTuple):
         return (*self[:4], *self.weights.tensors, self.selected, *residual, *gates)
 
 
-def check_fuse_kv(call: FuseTensors, out: tuple[Tensor, Tensor] | None, name: str = "") -> None:
+def check_fuse_kv(call: FuseTensors, out: Pair | None, name: str = "") -> None:
     """Shapes, dtypes, devices and memory of a call. `name` goes before the arguments' names: "calls[3]."."""
     _check_caches(call, name)
     receiver = call.receiver_key
@@ -164,7 +162,7 @@ def _expect_like(name: str, tensor: Tensor, first: Tensor, device: torch.device,
         raise TypeError(f"{name} has dtype {tensor.dtype}, wanted {first.dtype} like {half}.in_weight")
 
 
-def _check_memory(call: FuseTensors, out: tuple[Tensor, Tensor], name: str) -> None:
+def _check_memory(call: FuseTensors, out: Pair, name: str) -> None:
     """`out` may be the receiver or the residual of its half, element for element; else it is memory of its own."""
     residual = call.residual or (None, None)
     owns = ((call.receiver_key, residual[0]), (call.receiver_value, residual[1]))
