@@ -2,7 +2,9 @@
 
 from ._version import __version__
 from .backends import Backend, backends
-from .ops import merge_states, merged_attention, project_kv, quantize_kv
+from .fuser_weights import FuserBlock, FuserHalf, FuserWeights
+from .fusers import C2CFuser, fuse_caches
+from .ops import FuseCall, fuse_kv, fuse_layers, merge_states, merged_attention, project_kv, quantize_kv
 from .projectors import CacheProjector, LinearProjector
 from .segment import Rope, SharerSegment
 
@@ -10,12 +12,20 @@ backends()  # found once, here, where nothing traces
 
 __all__ = [
     "Backend",
+    "C2CFuser",
     "CacheProjector",
+    "FuseCall",
+    "FuserBlock",
+    "FuserHalf",
+    "FuserWeights",
     "LinearProjector",
     "Rope",
     "SharerSegment",
     "__version__",
     "backends",
+    "fuse_caches",
+    "fuse_kv",
+    "fuse_layers",
     "merge_states",
     "merged_attention",
     "project_kv",

@@ -30,6 +30,7 @@ class Backend:
         by_name: torch device types that it runs on only where it is asked for by name.
         verified: how its kernels were verified, for which architectures, where that was not on the hardware.
         least_capability: NVIDIA's compute capability that it needs, the number before the point.
+        lacks: operators that it does not have.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Backend:
     by_name: tuple[str, ...] = ()
     verified: str = ""
     least_capability: int = 0
+    lacks: tuple[str, ...] = ()
 
     def refusal(self, device: torch.device, dtype: torch.dtype, named: bool = True) -> str:
         """Why this backend cannot take tensors of this device and dtype, asked for by name or not; "" where it can."""
@@ -97,7 +99,7 @@ def triton_record() -> Backend:
 
     def record(reason: str, devices: tuple[str, ...] = ("cuda",), isa: str = "", by_name: tuple[str, ...] = ()):
         dtypes = ("bfloat16", "float16", "float32")
-        return Backend("triton", not reason, reason, devices, dtypes, isa, by_name, _TRITON_VERIFIED, 8)
+        return Backend("triton", not reason, reason, devices, dtypes, isa, by_name, _TRITON_VERIFIED, 8, ("fuse_kv",))
 
     if importlib.util.find_spec("triton") is None:
         return record("triton is not installed: pip install 'c2c-kernels[triton]'")
@@ -133,9 +135,11 @@ def choose(
     for record in backends():
         if name is not None and record.name != name:
             continue
-        refusal = record.refusal(device, dtype, name is not None) or (
-            native_refusal if record.name != "reference" else ""
-        )
+        refusal = record.refusal(device, dtype, name is not None)
+        if not refusal and operator in record.lacks:
+            refusal = f"has no {operator} in this version"
+        if not refusal and record.name != "reference":
+            refusal = native_refusal
         if not refusal:
             if remembered:
                 _choices[request] = record

@@ -45,7 +45,8 @@ _PADDING = ((0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
 def cpu_record() -> Backend:
     """The record of the `cpu` backend."""
     isa = _cpu.isa() if _cpu is not None else ""
-    return Backend("cpu", _cpu is not None, _why_not, ("cpu",), ("float32", "bfloat16", "float16"), isa)
+    dtypes = ("float32", "bfloat16", "float16")
+    return Backend("cpu", _cpu is not None, _why_not, ("cpu",), dtypes, isa, lacks=("fuse_kv",))
 
 
 def _numbers(tensor: Tensor | None) -> tuple[int, ...]:
