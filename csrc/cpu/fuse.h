@@ -40,9 +40,16 @@ static void copy_residual(const c2c_fuse_half &half, int threads) {
   }
 }
 
+// Tokens of a tile: 64, or fewer where these would leave threads without one, but 32 at least: beyond that, reading
+// the weights again costs more than sharing a tile's activations.
+static int64_t fuse_tile_tokens(int64_t tokens, int threads) {
+  return most<int64_t>(32, least<int64_t>(64, round_up(div_up(tokens, threads), LANES)));
+}
+
 // Walks the tiles of all open halves.
 struct FuseTiles {
   const c2c_fuse_params &params;
+  int64_t size;
   int32_t half = 0;
   int64_t token = 0;
 
@@ -50,11 +57,11 @@ struct FuseTiles {
   bool next(FuseTile &tile) {
     for (; half < params.half_count; ++half, token = 0) {
       const c2c_fuse_half &at_half = params.halves[half];
-      const int64_t tokens = fuse_tokens(at_half);
-      if (token >= tokens || fuse_closed(at_half)) continue;
+      const int64_t left = fuse_tokens(at_half) - token;
+      if (left <= 0 || fuse_closed(at_half)) continue;
       tile.half = &at_half;
       tile.first = token;
-      tile.count = least(FUSE_TOKENS, tokens - token);
+      tile.count = size == 64 && left <= FUSE_TOKENS ? left : least(size, left);
       tile.streamed = at_half.len <= STREAM_TOKENS;
       token += tile.count;
       return true;
@@ -85,7 +92,7 @@ static void run_part(const FuseTile *tiles, int64_t count, int32_t number, int64
 }
 
 static c2c_status_code fuse_kv(const c2c_fuse_params &p) {
-  int64_t tile_floats = 0, widest = 0, tiles = 0;
+  int64_t tile_floats = 0, widest = 0, tokens = 0;
   int32_t stages = 0;
   double work = 0;
   for (int32_t i = 0; i < p.half_count; ++i) {
@@ -96,12 +103,13 @@ static c2c_status_code fuse_kv(const c2c_fuse_params &p) {
     carve_tile(carver, half, tile);
     tile_floats = most(tile_floats, carver.used);
     widest = most(widest, fuse_widest(half));
-    tiles += div_up(fuse_tokens(half), FUSE_TOKENS);
+    tokens += fuse_tokens(half);
     stages = most(stages, fuse_stage_count(half));
     work += fuse_work(half);
   }
   const int threads = thread_count(p.threads, work);
-  const int64_t together = least<int64_t>(tiles, threads);
+  const int64_t size = fuse_tile_tokens(tokens, threads);
+  const int64_t together = least<int64_t>(div_up(tokens, size) + p.half_count, threads);
   Carver thread_size{nullptr};
   FuseScratch sized(thread_size, widest);
   const int64_t thread_floats = round_up(thread_size.used, 1024) + 16;
@@ -110,9 +118,9 @@ static c2c_status_code fuse_kv(const c2c_fuse_params &p) {
   if (!memory.data || !wave.data) return C2C_NO_MEMORY;
   for (int32_t i = 0; i < p.half_count; ++i)
     if (fuse_closed(p.halves[i])) copy_residual(p.halves[i], threads);
-  if (!tiles) return C2C_OK;
+  if (!tokens) return C2C_OK;
 
-  FuseTiles all{p};
+  FuseTiles all{p, size};
   int64_t count = 0;
 #pragma omp parallel num_threads(threads)
   {

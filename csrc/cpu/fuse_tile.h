@@ -6,7 +6,7 @@
 // vectors], and weights pass by once as the stored tokens of dot products. Which one it is depends on the tokens of a
 // batch row alone, so that nothing else in the batch changes a bit.
 
-constexpr int64_t FUSE_TOKENS = 64;  // of a tile: 1024 features of them are 256 KB
+constexpr int64_t FUSE_TOKENS = 96;  // of a tile at most: 64, and what is left where it is little
 constexpr int64_t FUSE_ROWS = 48;    // weight rows of a unit of work: eight register tiles of six, or six of eight
 
 struct FuseTile {
@@ -95,11 +95,21 @@ static ALWAYS_INLINE void each_product(const FuseTile &tile, int64_t n, const fl
   }
 }
 
+// What a pass over weight rows asks for meanwhile: the rows after it, where rows lie one behind the other.
+static Upcoming following_rows(const c2c_tensor &weights, int64_t width, int64_t row, int64_t rows) {
+  Upcoming next;
+  if (weights.stride[0] != width) return next;
+  next.data = (const char *)at(weights, row);
+  next.bytes = rows * width * dtype_size(weights.dtype);
+  next.parts = rows > 0;
+  return next;
+}
+
 // products = weights[row .. row + n] x tokens in columns. A sum over the width is made of sums over pieces of it: its
 // error grows with a piece. Rows go one register tile at a time through the whole width, in the order of addresses.
 static void multiply_columns(const FuseTile &tile, const c2c_tensor &weights, int64_t width, const float *operand,
                              int64_t row, int64_t n, FuseScratch &x) {
-  const int64_t tokens = tile.padded(), together = tokens > PANEL ? tile_rows<4>() : TILE_ROWS;
+  const int64_t tokens = tile.padded(), together = tokens > 3 * LANES ? tile_rows<4>() : TILE_ROWS;
   for (int64_t r = 0; r < n; r += together) {
     const int64_t rows = least(together, n - r);
     const float *w = (const float *)at(weights, row + r);
@@ -109,10 +119,11 @@ static void multiply_columns(const FuseTile &tile, const c2c_tensor &weights, in
       for (int64_t i = 0; i < rows; ++i) widen_row(x.rows + i * ld, weights.dtype, at(weights, row + r + i), width);
       w = x.rows;
     }
+    Upcoming next = following_rows(weights, width, row + r + rows, least(together, n - r - rows));
     float *const sums = x.products + r * FUSE_TOKENS;
     for (int64_t k = 0; k < width; k += PIECE) {
       gemm(rows, tokens, least(PIECE, width - k), w + k, ld, 1, operand + k * PANEL, PANEL, width * PANEL,
-           k ? x.piece : sums, FUSE_TOKENS, false);
+           k ? x.piece : sums, FUSE_TOKENS, false, &next);
       for (int64_t i = 0; k && i < rows * FUSE_TOKENS; i += FUSE_TOKENS)
         for (int64_t t = i; t < i + tokens; t += LANES) store(sums + t, load(sums + t) + load(x.piece + t));
     }
