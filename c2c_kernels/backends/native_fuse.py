@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ..fuser_weights import FuserBlock, FuserHalf, FuserWeights
 from .native_arguments import _cpu, broadcast, raise_status, readable
+
+# The numbers of weights, and where and how these lay: asking 19 tensors takes longer than comparing.
+_known: WeakKeyDictionary[FuserHalf, tuple[list, list[int], list[int]]] = WeakKeyDictionary()
 
 
 def fuse_kv(
@@ -66,18 +70,33 @@ def _half_numbers(
         numbers += readable(tensor, keep)
     numbers += broadcast(index, (batch, length), keep)
     numbers += broadcast(gate, (batch, heads, length), keep)
-    for tensor in (half.in_weight, half.in_bias, half.out_weight, half.out_bias, half.scale_weight, half.scale_bias):
-        numbers += readable(tensor, keep)
-    numbers += broadcast(half.gate_logit, (), keep)
+    weights, blocks = _weight_numbers(half, keep)
+    numbers += weights
     numbers += (batch, length, heads, dim, sharer.shape[2], sharer.shape[1], sharer.shape[3], half.in_weight.shape[0])
     numbers.append(len(half.project))
-    for block in (half.embed, half.scale, *half.project):
-        numbers += _block_numbers(block, keep)
+    numbers += blocks
     return numbers
+
+
+def _weight_numbers(half: FuserHalf, keep: list[Tensor]) -> tuple[list[int], list[int]]:
+    """Those of the tensors outside blocks, and of the blocks."""
+    state = [(tensor.data_ptr(), tensor.dtype, tensor.stride()) for tensor in half.tensors]
+    known = _known.get(half)
+    if known is not None and known[0] == state:
+        return known[1], known[2]
+    copies: list[Tensor] = []
+    single = (half.in_weight, half.in_bias, half.out_weight, half.out_bias, half.scale_weight, half.scale_bias)
+    weights = [number for tensor in single for number in readable(tensor, copies)]
+    weights += broadcast(half.gate_logit, (), copies)
+    blocks = [number for block in (half.embed, half.scale, *half.project) for number in _block_numbers(block, copies)]
+    if not copies:
+        _known[half] = (state, weights, blocks)
+    keep += copies
+    return weights, blocks
 
 
 def _block_numbers(block: FuserBlock, keep: list[Tensor]) -> list[int]:
     """One c2c_fuse_block."""
-    numbers = [n for tensor in (block.norm, block.w1, block.w2) for n in readable(tensor, keep)]
+    numbers = [number for tensor in (block.norm, block.w1, block.w2) for number in readable(tensor, keep)]
     numbers.append(block.w1.shape[0])
     return numbers
