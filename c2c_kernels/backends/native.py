@@ -486,7 +486,9 @@ def quantize(backend: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Forward kernel."""
     x = as_rows(x)
     out, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:3], dtype=torch.float32)
-    status = _cpu.quantize([*tensor_numbers(x), *tensor_numbers(out), *tensor_numbers(scale), *x.shape, torch.get_num_threads()])
+    status = _cpu.quantize(
+        [*tensor_numbers(x), *tensor_numbers(out), *tensor_numbers(scale), *x.shape, torch.get_num_threads()]
+    )
     if status:
         raise_status(status, "quantize_kv")
     return out, scale

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 try:
-    from .. import _cpu
+    from .. import _cpu as extension
 except ImportError:  # native.py says so
-    _cpu = None
+    extension = None
 
 _DTYPES = {
     torch.float32: 0,
@@ -88,4 +88,4 @@ def raise_status(status: int, operator: str, segment: str = "") -> None:
         raise ValueError(texts[code])
     if code == 7:
         raise MemoryError(f"{operator}: no memory for scratch")
-    raise ValueError(f"{operator}: {_cpu.status_text(code)}")
+    raise ValueError(f"{operator}: {extension.status_text(code)}")

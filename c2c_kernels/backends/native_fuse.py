@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..fuser_weights import FuserBlock, FuserHalf, FuserWeights
-from .native_arguments import _cpu, broadcast, raise_status, readable
+from .native_arguments import broadcast, extension, raise_status, readable
 
 # The numbers of weights, and where and how these lay: asking 19 tensors takes longer than comparing.
 _known: WeakKeyDictionary[FuserHalf, tuple[list, list[int], list[int]]] = WeakKeyDictionary()
@@ -48,7 +48,7 @@ def fuse_kv_layers(backend: str, calls: Sequence[tuple]) -> None:
             strict=True,
         ):
             numbers += _half_numbers(receiver, sharer, half, index, base, gate, out, keep)
-    status = _cpu.fuse_kv(numbers)
+    status = extension.fuse_kv(numbers)
     if status:
         raise_status(status, "fuse_kv")
 

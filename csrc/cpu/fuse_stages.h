@@ -35,8 +35,10 @@ struct FuseStage {
 
   // Rows of its matrix.
   int64_t rows(const c2c_fuse_half &half) const {
-    return kind == UP ? half.blocks[block].inner : kind == WEIGH ? half.kv_heads
-         : kind == LEAVE ? half.kv_heads * half.dim : half.hidden;
+    return kind == UP      ? half.blocks[block].inner
+           : kind == WEIGH ? half.kv_heads
+           : kind == LEAVE ? half.kv_heads * half.dim
+                           : half.hidden;
   }
 };
 

@@ -90,8 +90,7 @@ static ALWAYS_INLINE void each_product(const FuseTile &tile, int64_t n, const fl
       for (int64_t r = 0; r < n; r += LANES) f(load(products + t * FUSE_ROWS + r), AcrossRows{r, t});
   } else {
     for (int64_t r = 0; r < n; ++r)
-      for (int64_t t = 0; t < tile.padded(); t += LANES)
-        f(load(products + r * FUSE_TOKENS + t), AcrossTokens{r, t});
+      for (int64_t t = 0; t < tile.padded(); t += LANES) f(load(products + r * FUSE_TOKENS + t), AcrossTokens{r, t});
   }
 }
 

@@ -34,8 +34,7 @@ namespace C2C_NAMESPACE {
 
 #include "fuse.h"
 
-extern const Kernels kernels = {C2C_ISA_NAME, merged_attention, merged_attention_backward,
-                                project_kv,   merge_states,     quantize,
-                                fuse_kv};
+extern const Kernels kernels = {C2C_ISA_NAME, merged_attention, merged_attention_backward, project_kv, merge_states,
+                                quantize,     fuse_kv};
 
 }  // namespace C2C_NAMESPACE
