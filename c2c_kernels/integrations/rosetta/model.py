@@ -127,6 +127,9 @@ class C2CModel(nn.Module):
         for name in ("past_key_values", "cache_implementation", "inputs_embeds"):
             if options.get(name) is not None:
                 raise ValueError(f"{name} cannot be given: the fused cache is used")
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if self.include_response and options.get(name) is not None:
+                raise ValueError(f"include_response reads every token once: {name} cannot be given")
         prompt = self._prompt(input_ids, sections, attention_mask)
         config = options.get("generation_config") or self.receiver.generation_config
         rows = 1
