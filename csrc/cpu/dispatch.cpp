@@ -167,6 +167,25 @@ static c2c_status check_attention(const c2c_attention_params &p) {
   return status(C2C_OK);
 }
 
+static c2c_status_code check_fuse_half(const c2c_fuse_half &half) {
+  const c2c_tensor *const floats[] = {&half.receiver,     &half.sharer,     &half.residual,   &half.out,
+                                      &half.in_weight,    &half.in_bias,    &half.out_weight, &half.out_bias,
+                                      &half.scale_weight, &half.scale_bias, &half.gate_logit};
+  for (const c2c_tensor *t : floats)
+    if (!is_float(*t)) return C2C_BAD_DTYPE;
+  if (!float_or_absent(half.gate) || !integer_or_absent(half.index)) return C2C_BAD_DTYPE;
+  if (half.batch < 0 || half.len < 0 || half.len > LENGTH_LIMIT || half.kv_heads <= 0 || half.dim <= 0 ||
+      half.sharer_len < 0 || half.sharer_heads <= 0 || half.sharer_dim <= 0 || half.hidden <= 0 ||
+      half.project_count < 1 || (!half.index.data && half.sharer_len < half.len))
+    return C2C_BAD_SHAPE;
+  for (int32_t i = 0; i < 2 + half.project_count; ++i) {
+    const c2c_fuse_block &block = half.blocks[i];
+    if (!is_float(block.norm) || !is_float(block.w1) || !is_float(block.w2)) return C2C_BAD_DTYPE;
+    if (block.inner <= 0) return C2C_BAD_SHAPE;
+  }
+  return within(half.index, half.batch, half.len, 0, half.sharer_len - 1) ? C2C_OK : C2C_BAD_INDEX;
+}
+
 // ---- entries ----
 
 extern "C" c2c_status c2c_merged_attention_cpu(const c2c_attention_params *params) {
@@ -200,6 +219,14 @@ extern "C" c2c_status c2c_quantize_cpu(const c2c_quantize_params *params) {
   if (p.batch < 0 || p.heads < 0 || p.len < 0 || p.dim < 0) return status(C2C_BAD_SHAPE);
   if (!is_float(p.x) || p.out.dtype != C2C_I8 || p.scale.dtype != C2C_F32) return status(C2C_BAD_DTYPE);
   return status(active().quantize(p));
+}
+
+extern "C" c2c_status c2c_fuse_kv_cpu(const c2c_fuse_params *params) {
+  for (int32_t i = 0; i < params->half_count; ++i) {
+    const c2c_status_code found = check_fuse_half(params->halves[i]);
+    if (found != C2C_OK) return status(found, i);
+  }
+  return status(active().fuse_kv(*params));
 }
 
 extern "C" c2c_status c2c_merge_states_cpu(const c2c_merge_params *params) {

@@ -21,6 +21,7 @@ struct Kernels {
   c2c_status_code (*project_kv)(const c2c_project_params &);
   c2c_status_code (*merge_states)(const c2c_merge_params &);
   c2c_status_code (*quantize)(const c2c_quantize_params &);
+  c2c_status_code (*fuse_kv)(const c2c_fuse_params &);
 };
 
 // Whether attention cannot read a segment as it is stored, and passes it through a stage (stage.h).

@@ -28,7 +28,13 @@ namespace C2C_NAMESPACE {
 
 #include "quantize.h"
 
-extern const Kernels kernels = {C2C_ISA_NAME, merged_attention, merged_attention_backward,
-                                project_kv,   merge_states,     quantize};
+#include "fuse_tile.h"
+
+#include "fuse_stages.h"
+
+#include "fuse.h"
+
+extern const Kernels kernels = {C2C_ISA_NAME, merged_attention, merged_attention_backward, project_kv, merge_states,
+                                quantize,     fuse_kv};
 
 }  // namespace C2C_NAMESPACE
