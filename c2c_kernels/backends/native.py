@@ -174,7 +174,7 @@ def _plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensor
 
 def machine_for(segment: SegmentTensors) -> cost.Machine:
     """What the cpu backend reaches with a segment that has projectors."""
-    pairs = _cpu.isa() == "avx512_bf16"
+    pairs = _cpu.isa() in ("amx_bf16", "avx512_bf16")
     return cost.CPU_BFLOAT16 if pairs and segment.key.dtype == segment.key_proj.dtype == torch.bfloat16 else cost.CPU
 
 

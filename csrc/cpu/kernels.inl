@@ -6,6 +6,8 @@ namespace C2C_NAMESPACE {
 
 #include "gemm.h"
 
+#include "amx.h"
+
 #include "rows.h"
 
 #include "softmax.h"
@@ -13,6 +15,10 @@ namespace C2C_NAMESPACE {
 #include "attention_common.h"
 
 #include "project.h"
+
+#include "project_tiles.h"
+
+#include "project_kv.h"
 
 #include "stage.h"
 
