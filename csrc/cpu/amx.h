@@ -6,6 +6,7 @@
 // not depend on the rows beside it. Products are exact; subnormal numbers count as 0.
 
 #if defined(C2C_AMX)
+constexpr bool MATRIX_TILES = true;
 constexpr int64_t SIDE = 16, DEPTH = 32;
 constexpr int64_t PACKED = SIDE * DEPTH;  // numbers of a packed tile, 1 KB
 
@@ -191,4 +192,6 @@ static void pack_tile_pairs(bf16 *to, const T *rows, int64_t ld, int64_t depth, 
       for (int64_t i = 0; i < SIDE; ++i) store_packed(to + i * DEPTH, block[i]);
     }
 }
+#else
+constexpr bool MATRIX_TILES = false;
 #endif

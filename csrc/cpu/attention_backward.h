@@ -75,7 +75,7 @@ static void normalise(const Backward &backward, int64_t unit, float *scratch) {
   if (far) {
     Carver carver{scratch};
     NormaliserScratch x(carver, own, p);
-    load_queries(tile, x.q, own.key_ld);
+    load_queries(tile, x.q, own.key_ld, p.scale);
     pack_panels_transposed(x.q_columns, x.q, own.key_ld, own.key_width, tile.rows);
     for (int64_t r = 0; r < round_up(tile.rows, LANES); ++r) x.max[r] = -INF, x.sum[r] = 0.0f;
     for (int64_t r = 0; p.sinks.data && r < tile.rows; ++r) {
@@ -100,7 +100,7 @@ static void load_tile_rows(const Backward &backward, int64_t which, const Tile &
   const c2c_attention_params &p = backward.p;
   const Run &run = tile.run;
   const c2c_tensor &delta = backward.params.delta;
-  load_queries(tile, x.q, run.key_ld);
+  load_queries(tile, x.q, run.key_ld, p.scale);
   pack_panels_transposed(x.q_columns, x.q, run.key_ld, run.key_width, tile.rows);
   pack_panels(x.q_panels, x.q, run.key_ld, tile.rows, run.key_width);
   const int64_t padded = round_up(tile.rows, PANEL);

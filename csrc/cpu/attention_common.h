@@ -335,13 +335,13 @@ static Upcoming upcoming_tokens(const Run &run, const c2c_tensor &t, int64_t dim
   return {(const char *)at(t, b, run.absorbed ? 0 : group, j), t.stride[1] * size, n * dim * size, run.parts};
 }
 
-// Query rows of a tile in float32, scaled, [rows][ld]; padding is zero.
-static void load_queries(const Tile &tile, float *to, int64_t ld) {
+// Query rows of a tile in float32 times `scale`, [rows][ld]; padding is zero.
+static void load_queries(const Tile &tile, float *to, int64_t ld, float scale) {
   const c2c_attention_params &p = tile.p;
   for (int64_t g = 0; g < tile.run.group_heads; ++g)
     for (int64_t i = 0; i < tile.queries; ++i, to += ld) {
       widen_row(to, p.query.dtype, at(p.query, tile.b, tile.head(g), tile.i0 + i), p.head_dim);
-      for (int64_t d = 0; d < p.head_dim; ++d) to[d] *= p.scale;
+      for (int64_t d = 0; d < p.head_dim; ++d) to[d] *= scale;
       for (int64_t d = p.head_dim; d < ld; ++d) to[d] = 0.0f;
     }
 }

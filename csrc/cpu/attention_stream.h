@@ -14,6 +14,8 @@ struct TileScratch {
   int64_t *lo, *hi, *coordinate;
   int32_t *row_lo, *row_hi;
   SoftmaxState *state;
+  bf16 *key_tiles, *value_tiles, *weight_tiles;  // of a block, for products by tiles (attention_tiles.h)
+  float *columns;                                // sums of these, [value_ld][rows]
 
   TileScratch(Carver &carver, const Run &run, const c2c_attention_params &p) {
     int64_t rows = round_up(run.group_heads * run.tile_queries, PANEL);
@@ -37,6 +39,11 @@ struct TileScratch {
     row_lo = (int32_t *)carver.take(rows);
     row_hi = (int32_t *)carver.take(rows);
     state = (SoftmaxState *)carver.take(2 * rows);
+    const int64_t block = MATRIX_TILES && p.query.dtype == C2C_BF16 ? BLOCK : 0;
+    key_tiles = (bf16 *)carver.take(block * run.key_ld / 2);
+    value_tiles = (bf16 *)carver.take(block * run.value_ld / 2);
+    weight_tiles = (bf16 *)carver.take(block * rows / 2);
+    columns = carver.take(block ? rows * run.value_ld : 0);
   }
 };
 

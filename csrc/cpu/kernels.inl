@@ -24,6 +24,10 @@ namespace C2C_NAMESPACE {
 
 #include "attention_stream.h"
 
+#include "attention_block.h"
+
+#include "attention_tiles.h"
+
 #include "attention_forward.h"
 
 #include "normaliser.h"
