@@ -123,19 +123,6 @@ static ALWAYS_INLINE V pair_up(V even, V odd) {
   return (V)_mm512_maskz_permutexvar_epi16(~0u, places, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
 }
 
-// Pairs of 16 columns of two rows, of which `n` columns and, where `both`, the second row are there.
-static ALWAYS_INLINE V load_pairs(const bf16 *even, const bf16 *odd, int64_t n, bool both) {
-  const __mmask16 there = (__mmask16)first_of_32(least<int64_t>(n, LANES));
-  const VU low = (VU)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(there, even));
-  if (!both) return (V)low;
-  const VU high = (VU)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(there, odd));
-  return (V)(low | high << 16);
-}
-static ALWAYS_INLINE V load_pairs(const float *even, const float *odd, int64_t n, bool both) {
-  const __mmask16 there = (__mmask16)first_of_32(least<int64_t>(n, LANES));
-  return pair_up((V)_mm512_maskz_loadu_ps(there, even), both ? (V)_mm512_maskz_loadu_ps(there, odd) : V{});
-}
-
 static ALWAYS_INLINE void store_packed(bf16 *p, V x) { store((float *)p, x); }
 
 // Where row r of A begins in packed tiles [rows / 16][depth / 32]; its numbers k and k + 32 are PACKED apart.
@@ -178,20 +165,38 @@ static void pack_tile_columns(bf16 *to, const T *rows, int64_t ld, int64_t count
     }
 }
 
+// Pairs (even[i], odd[i]) of two rows of 32: the first 16 and the others.
+static ALWAYS_INLINE void interleave(__m512i even, __m512i odd, V *first, V *second) {
+  const VU low = {0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007,
+                  0x280008, 0x290009, 0x2a000a, 0x2b000b, 0x2c000c, 0x2d000d, 0x2e000e, 0x2f000f};
+  *first = (V)_mm512_maskz_permutex2var_epi16(~0u, even, (__m512i)low, odd);
+  *second = (V)_mm512_maskz_permutex2var_epi16(~0u, even, (__m512i)(low + 0x100010), odd);
+}
+
 // B from rows [depth][columns], or, where TURNED, A = R^T from rows R[depth][rows]: [columns / 16][depth / 32] tiles.
 template <bool TURNED, class T>
 static void pack_tile_pairs(bf16 *to, const T *rows, int64_t ld, int64_t depth, int64_t columns) {
-  for (int64_t n = 0; n < columns; n += SIDE)
-    for (int64_t k = 0; k < depth; k += DEPTH, to += PACKED) {
-      V block[LANES];
+  const int64_t depth_tiles = div_up(depth, DEPTH);
+  for (int64_t k = 0; k < depth; k += DEPTH)
+    for (int64_t n = 0; n < columns; n += 2 * SIDE) {
+      V block[2][LANES];
       for (int64_t i = 0; i < SIDE; ++i) {
-        const T *row = rows + (k + 2 * i) * ld + n;
-        block[i] = k + 2 * i < depth ? load_pairs(row, row + ld, columns - n, k + 2 * i + 1 < depth) : V{};
+        const int64_t row = k + 2 * i;
+        const T *even = rows + row * ld + n;
+        interleave(row < depth ? load_32(even, columns - n) : _mm512_setzero_si512(),
+                   row + 1 < depth ? load_32(even + ld, columns - n) : _mm512_setzero_si512(), &block[0][i],
+                   &block[1][i]);
       }
-      if (TURNED) transpose(block);
-      for (int64_t i = 0; i < SIDE; ++i) store_packed(to + i * DEPTH, block[i]);
+      for (int64_t half = 0; half < (columns - n > SIDE ? 2 : 1); ++half) {
+        if (TURNED) transpose(block[half]);
+        bf16 *const tile = to + ((n / SIDE + half) * depth_tiles + k / DEPTH) * PACKED;
+        for (int64_t i = 0; i < SIDE; ++i) store_packed(tile + i * DEPTH, block[half][i]);
+      }
     }
 }
 #else
 constexpr bool MATRIX_TILES = false;
+struct TileRegisters {
+  TileRegisters() {}
+};
 #endif

@@ -6,15 +6,16 @@ struct Raise {
   V base, factor, largest;
 };
 
-// Takes scores of n tokens, s[n][ld], into the maximum of LANES rows.
-static ALWAYS_INLINE Raise raise_max(const float *s, int64_t ld, int64_t n, V old) {
-  V largest = old;
+// Takes scores of n tokens, s[n][ld] times `scale` > 0, into the maximum of LANES rows.
+static ALWAYS_INLINE Raise raise_max(const float *s, int64_t ld, int64_t n, V old, float scale = 1.0f) {
+  V largest = set1(-INF);
   VI broken = {};
   for (int64_t t = 0; t < n; ++t) {
     V score = load(s + t * ld);
     largest = vmax(score, largest);
     broken |= score != score;
   }
+  largest = vmax(largest * scale, old);
   largest = select(broken, largest + __builtin_nanf(""), largest);
   const V base = select(largest == set1(-INF), V{}, largest);
   return {base, select(old == largest, set1(1.0f), vexp(old - base)), largest};

@@ -251,13 +251,27 @@ static int64_t shared_size(const c2c_attention_params &p, Run &run, Carver &carv
   return carver.used;
 }
 
+// Floats that the stages of a run share: tokens and packed weights.
+static int64_t staged_memory(const c2c_attention_params &p, const Run &run) {
+  Carver carver{nullptr};
+  TiledWeights weights[2];
+  carver.take(stage_size(p, run));
+  take_stage_weights(carver, p, run, weights);
+  return carver.used;
+}
+
 // A run whose tokens are projected, or de-quantised and gathered, on the way: STAGED_TOKENS at a time, into memory that
 // all threads share, so that a call needs no more of it for a longer cache. Called by every thread of the team.
 static void attend_staged(const c2c_attention_params &p, const Run &run, float *memory, int threads, float *scratch) {
+  Carver carver{memory};
+  TiledWeights weights[2];
+  float *const tokens = carver.take(stage_size(p, run));
+  take_stage_weights(carver, p, run, weights);
+  pack_stage_weights(p, run, weights);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t length = run_length(run, p, b);
     for (int64_t start = 0; start == 0 || start < length; start += STAGED_TOKENS) {
-      const Stage stage(p, run, memory, start, least(length, start + STAGED_TOKENS));
+      const Stage stage(p, run, weights, tokens, start, least(length, start + STAGED_TOKENS));
       const int64_t units = stage.units(threads), jobs = run.groups * run.tiles * run.splits;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t unit = 0; unit < units; ++unit) stage.fill(unit, b, threads, scratch);
@@ -287,7 +301,7 @@ static c2c_status_code merged_attention(const c2c_attention_params &p) {
     work += (double)p.batch * p.q_heads * p.q_len * run.len * (run.key_width + run.value_width);
     if (!run.staged) continue;
     forward.scratch = most(forward.scratch, stage_scratch(p, run));
-    staged_floats = most(staged_floats, stage_size(p, run));
+    staged_floats = most(staged_floats, staged_memory(p, run));
     work += stage_work(p, run);
   }
   Carver sizing{nullptr};

@@ -34,6 +34,10 @@ namespace C2C_NAMESPACE {
 
 #include "attention_backward.h"
 
+#include "attention_backward_tiles.h"
+
+#include "attention_backward_jobs.h"
+
 #include "merge.h"
 
 #include "quantize.h"

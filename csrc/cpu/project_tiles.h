@@ -118,6 +118,7 @@ static void project_tiled(const c2c_project_params &p, const Half &half, const T
   }
 }
 #else
+static bool in_tiles(const c2c_project_params &, const Half &, int32_t) { return false; }
 static TiledWeights take_weights(Carver &, const c2c_project_params &, const Half &) { return {}; }
 static int64_t weight_units(const c2c_project_params &, const Half &) { return 0; }
 static void pack_weights(const c2c_project_params &, const Half &, const TiledWeights &, int64_t) {}
