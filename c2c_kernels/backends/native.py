@@ -99,8 +99,12 @@ def _plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensor
 
 def machine_for(segment: SegmentTensors) -> cost.Machine:
     """What the cpu backend reaches with a segment that has projectors."""
-    pairs = _cpu.isa() == "avx512_bf16"
-    return cost.CPU_BFLOAT16 if pairs and segment.key.dtype == segment.key_proj.dtype == torch.bfloat16 else cost.CPU
+    raw, weights, isa = segment.key.dtype, segment.key_proj.dtype, _cpu.isa()
+    if weights != torch.bfloat16:
+        return cost.CPU
+    if isa == "amx_bf16" and raw in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+        return cost.CPU_TILES
+    return cost.CPU_BFLOAT16 if isa == "avx512_bf16" and raw == torch.bfloat16 else cost.CPU
 
 
 def _materializes(segment: SegmentTensors, strategy: str, query: Tensor, value_dim: int) -> bool:

@@ -3,7 +3,16 @@
 
 #include "kernels.h"
 
+#if defined(C2C_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 static const Kernels *const all_kernels[] = {
+#if defined(C2C_HAS_AMX)
+    &c2c_amx_bf16::kernels,
+#endif
 #if defined(__x86_64__)
     &c2c_avx512_bf16::kernels, &c2c_avx512::kernels, &c2c_avx2::kernels, &c2c_baseline::kernels
 #elif defined(__aarch64__)
@@ -13,9 +22,27 @@ static const Kernels *const all_kernels[] = {
 #endif
 };
 
+#if defined(C2C_HAS_AMX)
+// Tiles of bfloat16: in the processor, kept by the system across switches of threads, and granted to this process.
+static bool tiles_are_usable() {
+  unsigned a, b, c, d;
+  const unsigned bf16_and_tiles = 1u << 22 | 1u << 24, xsave = 1u << 27, tile_state = 3u << 17;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & bf16_and_tiles) != bf16_and_tiles) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & xsave)) return false;
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & tile_state) != tile_state) return false;
+  const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
 static bool machine_has(const char *isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+#if defined(C2C_HAS_AMX)
+  if (!strcmp(isa, "amx_bf16")) return machine_has("avx512_bf16") && tiles_are_usable();
+#endif
   if (!strcmp(isa, "avx512_bf16")) return __builtin_cpu_supports("avx512bf16") && machine_has("avx512");
   if (!strcmp(isa, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

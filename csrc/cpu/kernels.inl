@@ -6,6 +6,8 @@ namespace C2C_NAMESPACE {
 
 #include "gemm.h"
 
+#include "amx.h"
+
 #include "rows.h"
 
 #include "softmax.h"
@@ -14,15 +16,27 @@ namespace C2C_NAMESPACE {
 
 #include "project.h"
 
+#include "project_tiles.h"
+
+#include "project_kv.h"
+
 #include "stage.h"
 
 #include "attention_stream.h"
+
+#include "attention_block.h"
+
+#include "attention_tiles.h"
 
 #include "attention_forward.h"
 
 #include "normaliser.h"
 
 #include "attention_backward.h"
+
+#include "attention_backward_tiles.h"
+
+#include "attention_backward_jobs.h"
 
 #include "merge.h"
 

@@ -73,7 +73,13 @@ static ALWAYS_INLINE To bit_cast(From x) {
 }
 
 // max(a, b), b where either is NaN: pass the value that may be NaN as b to keep it.
-static ALWAYS_INLINE V vmax(V a, V b) { return a > b ? a : b; }
+static ALWAYS_INLINE V vmax(V a, V b) {
+#if defined(C2C_AVX512)
+  return (V)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 static ALWAYS_INLINE V select(VI mask, V yes, V no) {
   return bit_cast<V>((mask & bit_cast<VI>(yes)) | (~mask & bit_cast<VI>(no)));
