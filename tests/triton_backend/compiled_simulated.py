@@ -79,20 +79,20 @@ PLANS = {
         Plan(HALF, 2, 2, 3, 1, 70, 40, 64, is_causal=True, lengths=True, strategy="absorb", segments=[
             SegmentPlan(290, 2, 24, 40, "dense", bias=True, gate="full", lengths=True), SegmentPlan(33), SegmentPlan(0)
         ]),
-        ["absorb_kernel", "split_kernel", "combine_kernel"],
+        ["split_kernel", "combine_kernel"],
     ),
     "absorbed_masks": (
         Plan(torch.float16, 1, 1, 5, 2, 40, 64, 64, window=30, softcap=5.0, sinks=True, strategy="absorb", segments=[
             SegmentPlan(70, 2, 24, 24, "dense", quantised=True, positions="shuffled", visibility="causal"),
             SegmentPlan(37, 1, 16, 72, "dense", index=True),
         ]),
-        ["absorb_kernel", "absorb_kernel", "split_kernel", "combine_kernel"],
+        ["split_kernel", "combine_kernel"],
     ),
     "absorbed_float32": (
         Plan(SINGLE, 1, 2, 2, 1, 0, 32, 16, strategy="absorb", segments=[
             SegmentPlan(31, 1, 24, 40, "dense", bias=True)
         ]),
-        ["absorb_kernel", "split_kernel", "combine_kernel"],
+        ["split_kernel", "combine_kernel"],
     ),
 }  # fmt: skip
 

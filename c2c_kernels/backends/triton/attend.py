@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .kinds import CAUSAL_AT, GATE_AT, KEY_E4M3_AT, MASK_AT, POSITIONS_AT, VALUE_E4M3_AT, WIDE_AT, WINDOW_AT
 from .softmax import LOG2E, capped, update
-from .tiles import decoded, dot, load_tile
+from .tiles import decoded, dot, factors, load_tile, product
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def attend(
 ):  # fmt: skip
     """Takes tokens first, first + 1, ... last - 1 (first a multiple of BLOCK_N, `end` valid tokens) into (m, l, acc).
 
-    q: (BLOCK_M, BLOCK_D). m, l: (BLOCK_M,) float32. acc: (BLOCK_M, BLOCK_V) float32. MASKED: a tile may hold tokens
+    q: `factors` of (BLOCK_M, BLOCK_D). m, l: (BLOCK_M,) float32. acc: (BLOCK_M, BLOCK_V) float32. MASKED: a tile may hold tokens
     that some row does not see. KEY_RAW, VALUE_RAW: of an absorbed segment, whose tokens are read as they are, all
     sharer heads of this dim at once; then q is absorbed, and `shift` (BLOCK_M,), its product with the key bias, is
     added to products (None: nothing). Otherwise 0.
@@ -131,8 +131,12 @@ def attend(
     VALUE_E4M3: tl.constexpr = KIND // VALUE_E4M3_AT % 4
     WIDE: tl.constexpr = KIND // WIDE_AT % 4
     EDGES: tl.constexpr = MASKED or run.selected is not None
-    dtype: tl.constexpr = tl.float32 if WIDE else q.dtype
-    q = q.to(dtype)
+    SINGLE: tl.constexpr = len(q) == 3 or q[0].dtype == tl.float32  # queries in float32
+    # What of a wider dtype than 16-bit queries is read in two parts: 2^-16, in the own cache's tiles of rows.
+    MODE: tl.constexpr = PRECISION if SINGLE else "bf16x3" if WIDE else "ieee"
+    dtype: tl.constexpr = tl.float32 if WIDE or SINGLE else q[0].dtype
+    if WIDE and not SINGLE:
+        q = factors(q[0], MODE)
     cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     batch64, head64 = batch_row.to(tl.int64), kv_head.to(tl.int64)
     key_columns = columns_of(dims, KEY_RAW, run.key_h)[None, :]
@@ -170,8 +174,8 @@ def attend(
             ).to(dtype)  # fmt: skip
         else:
             k = decoded(k, KEY_E4M3, dtype)
-        zero = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
-        scores = dot(q, tl.trans(k), zero, PRECISION)
+        zero = tl.zeros((acc.shape[0], BLOCK_N), tl.float32)
+        scores = product(q, tl.trans(k), zero, MODE)
         if KEY_RAW == 0 and run.key_scale is not None:
             scales = run.key_scale + batch64 * run.key_scale_b + head64 * run.key_scale_h + rows * run.key_scale_n
             scores *= tl.load(scales, mask=stored, other=0.0).to(tl.float32)[None, :]
@@ -201,5 +205,5 @@ def attend(
                 v = (v.to(tl.float32) * value_scale[:, None]).to(dtype)
             else:
                 weights *= value_scale[None, :]
-        acc = dot(weights.to(dtype), v, acc * factor[:, None], PRECISION)
+        acc = dot(weights.to(dtype), v, acc * factor[:, None], MODE)
     return m, l, acc

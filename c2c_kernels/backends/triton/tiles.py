@@ -12,12 +12,45 @@ INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in float32. PRECISION is what becomes of float32 factors: "tf32x3" or "ieee"."""
-    if INTERPRETING:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+def factors(x, PRECISION: tl.constexpr):
+    """What products are formed of: (x,), or in "bf16x6" ("bf16x3") bfloat16 parts whose sum is x to 2^-24 (2^-16).
+
+    Infinities stay in the first part.
+    """
+    if INTERPRETING or x.dtype == tl.bfloat16 or (PRECISION != "bf16x6" and PRECISION != "bf16x3"):
+        return (x,)
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+        x = x.to(tl.float32)
+        high = x.to(tl.bfloat16)
+        rest = tl.where(tl.abs(x) == float("inf"), 0.0, x - high.to(tl.float32))
+        middle = rest.to(tl.bfloat16)
+        if PRECISION == "bf16x3":
+            return high, middle
+        else:
+            return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32. PRECISION is what becomes of float32 factors: "bf16x6", "bf16x3", "tf32x3" or "ieee"."""
+    return product(factors(a, PRECISION), b, acc, PRECISION)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """As `dot`, of a's `factors`: the products of parts that are above the error of the parts, the smallest first."""
+    if INTERPRETING:
+        return tl.dot(a[0].to(tl.float32), b.to(tl.float32), acc)
+    elif PRECISION == "bf16x6" or PRECISION == "bf16x3":
+        b = factors(b, PRECISION)
+        most: tl.constexpr = 3 if PRECISION == "bf16x6" else 2
+        for smaller in tl.static_range(most):
+            for i in tl.static_range(len(a)):
+                if most - 1 - smaller >= i and most - 1 - smaller - i < len(b):
+                    acc = tl.dot(a[i], b[most - 1 - smaller - i], acc)
+        return acc
+    else:
+        return tl.dot(a[0], b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -35,6 +68,13 @@ def decoded(x, E4M3: tl.constexpr, dtype: tl.constexpr):
         return x
     else:
         return x.to(tl.float32).to(dtype)  # the interpreter has no way from int8 to bfloat16
+
+
+@triton.jit
+def powers_of_two(largest):
+    """(up, down) with up * down = 1 for numbers of size `largest` (float32): those times `down` are below 2^15."""
+    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 14, 1)  # biased by 127, as bits are
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
