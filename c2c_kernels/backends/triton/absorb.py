@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attend import attend
+from .softmax import load_states, store_states
 from .tiles import INTERPRETING, dot, length_of, load_rows, positions_of, powers_of_two
 
 
@@ -30,8 +31,7 @@ class Absorbed(NamedTuple):
     query_row: int  # key width padded to 16 bytes
     shift: Tensor | None  # (batch, q_heads, q_len) float32: q . bk
     marks: Tensor  # (batch, programs that fold) int64
-    sums: Tensor  # (batch, q_heads * q_len, its splits, value width), float16 times `scales`, or float32
-    scales: Tensor | None  # (batch, q_heads * q_len, its splits) float32, powers of 2
+    sums: Tensor  # (batch, q_heads * q_len, its splits, value width), float16 or float32, to be scaled as states say
     value_proj: Tensor  # (kv_heads, VALUE_DIM, value width)
     value_proj_h: int
     value_proj_d: int
@@ -213,13 +213,10 @@ def absorbed_split(
     )  # fmt: skip
     row = (batch64 * kv_heads + heads // GROUP) * q_len * GROUP + queries * GROUP + heads % GROUP
     at = row * state_splits + first_state + split
-    tl.store(states + at * 2, m, mask=row_inside)
-    tl.store(states + at * 2 + 1, l, mask=row_inside)
+    up, down = powers_of_two(tl.max(tl.abs(acc), 1))
+    store_states(states, at, m, l, up, row_inside)
+    acc *= down[:, None]  # the largest of a row at 2^14: in float16, 11 bits of what is not below 2^-28 of it
     at = row * its_splits + split
-    if absorbed.scales is not None:  # the largest of a row's sums goes to 2^14: 11 bits of those down to 2^-28 of it
-        up, down = powers_of_two(tl.max(tl.abs(acc), 1))
-        acc *= down[:, None]
-        tl.store(absorbed.scales + at, up, mask=row_inside & (l != 0.0))
     inside = (row_inside & (l != 0.0))[:, None] & (value_dims < VALUE_WIDTH)[None, :]
     kept = absorbed.sums + at[:, None] * VALUE_WIDTH + value_dims[None, :]
     tl.store(kept, acc.to(absorbed.sums.dtype.element_ty), mask=inside)
@@ -237,8 +234,7 @@ def absorbed_splits(
     for number in tl.static_range(RUNS):
         if absorbed[number] is not None:
             its_splits = tl.cdiv(runs[number].length, SPLITS[number])
-            block_a: tl.constexpr = FOLDINGS[FOLDING * number + 4]
-            its_programs = its_splits * tl.cdiv(q_len * kv_heads * GROUP, block_a)
+            its_programs = its_splits * tl.cdiv(q_len * kv_heads * GROUP, FOLDINGS[FOLDING * number + 4])
             if (program >= first) & (program < first + its_programs):
                 absorbed_split(
                     absorbed[number], runs[number], states, query_positions, query_positions_b, query_positions_t,
@@ -276,16 +272,12 @@ def absorbed_output(
             for step in tl.static_range(BLOCK_S):
                 split = start + step
                 inside = row_inside & (split < run_splits)
-                at = states + (base + split) * 2
-                factor = tl.exp2(tl.load(at, mask=inside, other=-float("inf")) - reference)
-                count = tl.load(at + 1, mask=inside, other=0.0)
+                factor, count, scale = load_states(states, base + split, reference, inside)
                 filled = inside & (count != 0.0)
                 if first == 0:
                     part = tl.fma(count, factor, part)
-                at = row * run_splits + split
-                if absorbed.scales is not None:
-                    factor *= tl.load(absorbed.scales + at, mask=filled, other=0.0)
-                at = absorbed.sums + at[:, None] * VALUE_WIDTH + columns[None, :]
+                factor *= scale
+                at = absorbed.sums + (row * run_splits + split)[:, None] * VALUE_WIDTH + columns[None, :]
                 found = tl.load(at, mask=filled[:, None] & (columns < VALUE_WIDTH)[None, :], other=0.0)
                 raw = tl.fma(found.to(tl.float32), tl.broadcast_to(factor[:, None], (rows, BLOCK_W)), raw)
         acc = dot(raw, w, acc, "bf16x6")

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .kinds import CAUSAL_AT, GATE_AT, KEY_E4M3_AT, MASK_AT, POSITIONS_AT, VALUE_E4M3_AT, WIDE_AT, WINDOW_AT
 from .softmax import LOG2E, capped, update
-from .tiles import decoded, dot, factors, load_tile, product
+from .tiles import decoded, dot, factors, from_codes, load_tile, product
 
 
 @triton.jit
@@ -171,7 +171,8 @@ def attend(
             k = scaled(
                 decoded(k, KEY_E4M3, tl.float32), scales, run.key_scale_h, run.key_scale_n, rows, stored, dims,
                 KEY_RAW, DIM,
-            ).to(dtype)  # fmt: skip
+            )  # fmt: skip
+            k = from_codes(k.to(dtype))
         else:
             k = decoded(k, KEY_E4M3, dtype)
         zero = tl.zeros((acc.shape[0], BLOCK_N), tl.float32)
@@ -195,7 +196,8 @@ def attend(
             v = scaled(
                 decoded(v, VALUE_E4M3, tl.float32), scales, run.value_scale_h, run.value_scale_n, rows, stored,
                 value_dims, VALUE_RAW, VALUE_DIM,
-            ).to(dtype)  # fmt: skip
+            )  # fmt: skip
+            v = from_codes(v.to(dtype))
         else:
             v = decoded(v, VALUE_E4M3, dtype)
         if VALUE_RAW == 0 and run.value_scale is not None:

@@ -48,6 +48,7 @@ def attend(
         tile = tiles_table.prefill_tile(choice)
         tokens = _tokens(tile, tiles_table.prefill_tile, choice, kinds)
         names = {"BLOCK_M": tile.rows, "TOKENS": tokens, "STAGES": tile.stages}
+        names["PRECISION"] = tiles_table.prefill_precision(choice)
         grid = batch * kv_heads * -(-rows // tile.rows)
         run(Launch(prefill_kernel, grid, common | results | names, tile.warps, tile.stages), query.device)
     elif rows and batch:
@@ -137,7 +138,7 @@ def _decode(
             folds += its_folds
             raw_programs += numbers[number] * -(-all_rows // foldings[number].tile)
             columns = max(columns, tiles_table.merged_columns(common["BLOCK_V"], absorbed[number].value_proj))
-    states = query.new_empty((batch, all_rows, splits + raw_splits, 2), dtype=torch.float32)
+    states = query.new_empty((batch, all_rows, splits + raw_splits, 4), dtype=torch.float32)
     sums = query.new_empty((batch, all_rows, splits, common["VALUE_DIM"]), dtype=torch.float32)
     shared = {
         "states": states, "sums": sums, "splits": splits, "raw_splits": raw_splits, "BLOCK_M": tile.rows,
@@ -150,7 +151,7 @@ def _decode(
     }  # fmt: skip
     run(Launch(split_kernel, batch * programs, common | shared | names, tile.warps, tile.stages), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
-    merged_rows, at_once, warps = tiles_table.combine_tile(tile.rows if folds else 1, common["BLOCK_V"])
+    merged_rows, at_once, warps = tiles_table.combine_tile(tile.rows if folds else 1, common["BLOCK_V"], columns)
     names = {"BLOCK_C": merged_rows, "BLOCK_S": at_once, "BLOCK_W": columns, "lengths": (0, *counts[1:])}
     combined = {name: common[name] for name in kept} | shared | results | names
     run(Launch(combine_kernel, batch * kv_heads * -(-rows // merged_rows), combined, warps, 2), query.device)
@@ -214,7 +215,6 @@ def _absorbed(
         None if key_bias is None else scratch(q_heads, q_len),
         scratch(kv_heads * of_head, dtype=torch.int64),
         scratch(q_heads * q_len, its_splits, value_width, dtype=torch.float32 if single else torch.float16),
-        None if single else scratch(q_heads * q_len, its_splits),
         value_proj, value_proj.stride(0), value_proj.stride(1), value_bias,
         0 if value_bias is None else value_bias.stride(0),
     )  # fmt: skip

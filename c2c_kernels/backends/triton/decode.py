@@ -11,14 +11,14 @@ from .absorb import absorbed_output, absorbed_splits, clear_marks, fold_queries
 from .attend import attend
 from .kinds import ABSORBED_AT, WINDOW_AT
 from .prefill import store_results
-from .softmax import safe
+from .softmax import load_states, safe, store_states
 from .tiles import length_of, load_rows, positions_of
 
 
 @triton.jit(do_not_specialize=["q_len", "own_length", "splits", "raw_splits", "folds", "programs", "call"])
 def split_kernel(
     query, query_b, query_h, query_t,  # (batch, q_heads, q_len, DIM)
-    states,  # (batch, q_heads * q_len, splits + raw_splits, 2) float32: m and l of every split, empty ones too
+    states,  # (batch, q_heads * q_len, splits + raw_splits, 4) float32: of every split, empty ones too
     sums,  # (batch, q_heads * q_len, splits, VALUE_DIM) float32: acc; that of empty splits is not written
     query_positions, query_positions_b, query_positions_t,  # (batch, q_len), nullable
     runs,  # RUNS x arguments.Run, the own cache first
@@ -88,8 +88,7 @@ def split_kernel(
                             0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES, PRECISION,
                         )  # fmt: skip
                     at = row * (splits + raw_splits) + split
-                    tl.store(states + at * 2, m, mask=row_inside)
-                    tl.store(states + at * 2 + 1, l, mask=row_inside)
+                    store_states(states, at, m, l, tl.full((BLOCK_M,), 1.0, tl.float32), row_inside)
                     inside = (row_inside & (l != 0.0))[:, None] & (value_dims < VALUE_DIM)[None, :]
                     at = row * splits + split
                     tl.store(sums + at[:, None] * VALUE_DIM + value_dims[None, :], acc, mask=inside)
@@ -135,7 +134,7 @@ def combine_kernel(
     for start in range(0, all_splits, 16):
         at = start + steps
         inside = row_inside[:, None] & (at < all_splits)[None, :]
-        its_states = states + (base[:, None] + at[None, :]) * 2
+        its_states = states + (base[:, None] + at[None, :]) * 4
         highest = tl.maximum(highest, tl.load(its_states, mask=inside, other=-float("inf")))
     m = tl.max(highest, 1)
     reference = safe(m)
@@ -152,9 +151,7 @@ def combine_kernel(
                 for step in tl.static_range(BLOCK_S):
                     split = first_split + start + step
                     inside = row_inside & (start + step < run_splits)
-                    at = states + (base + split) * 2
-                    factor = tl.exp2(tl.load(at, mask=inside, other=-float("inf")) - reference)
-                    count = tl.load(at + 1, mask=inside, other=0.0)
+                    factor, count, _ = load_states(states, base + split, reference, inside)
                     filled = (inside & (count != 0.0))[:, None] & (value_dims < VALUE_DIM)[None, :]
                     at = sums + (row * splits + split)[:, None] * VALUE_DIM + value_dims[None, :]
                     found = tl.load(at, mask=filled, other=0.0)

@@ -13,7 +13,8 @@ from .tuned import tunable
 
 # The tile of prefill: (largest padded head dim, tile for 16-bit dtypes, the same with a mask or a gate per head and
 # token, tile for float32). The largest that neither spills registers nor leaves fewer than 8 warps on a multiprocessor
-# (tests/triton_backend/compiled_targets.py). Factors of float32 are split in two, and held whole by every warp.
+# (tests/triton_backend/compiled_targets.py). Factors of float32 are split in two, and held whole by every warp; on
+# sm_90 in three parts of 16 bits, which wgmma takes from shared memory.
 _PREFILL = {
     "sm_80": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
@@ -21,8 +22,8 @@ _PREFILL = {
         (256, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)),
     ),
     "sm_90": (
-        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
-        (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 32, 8, 1)),
+        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(128, 32, 8, 1)),
+        (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 1)),
         (256, Tile(128, 16, 8, 2), Tile(128, 16, 8, 2), Tile(16, 16, 4, 1)),
     ),
     "sm_100": (
@@ -60,6 +61,12 @@ def prefill_tile(call: Call) -> Tile:
         if call.block_dim <= largest:
             return single if call.single else heavy if call.heavy else half
     raise ValueError(f"head dims up to {LARGEST_DIM} are supported; got {call.block_dim}")
+
+
+def prefill_precision(call: Call) -> str:
+    """What becomes of float32 factors in prefill; on sm_90 what leaves wgmma tiles of 64 rows without a spill."""
+    three_parts = _family(call.target) == "sm_90" and call.block_dim <= 128
+    return "bf16x6" if three_parts else call.precision()
 
 
 @tunable("decode", by_rows=True)
@@ -112,15 +119,16 @@ def raw_rows(rows: int, block_width: int, warps: int) -> int:
     return min(max(16, 1 << (rows - 1).bit_length()), max(16, 2048 * warps // block_width))
 
 
-def combine_tile(block_rows: int, block_v: int) -> tuple[int, int, int]:
+def combine_tile(block_rows: int, block_v: int, columns: int) -> tuple[int, int, int]:
     """Rows of a KV head that one program combines, splits whose loads it has under way, and warps.
 
-    One row in one warp up to a value dim of 128; where value projectors are absorbed all `block_rows`, so that they
-    are read once.
+    One row in one warp up to a value dim of 128; where value projectors are absorbed, `columns` of them at a time, all
+    `block_rows`, so that they are read once.
     """
     if block_rows == 1:
         return 1, 16, max(1, block_v // 128)
-    return block_rows, max(1, min(8, 16384 // (block_rows * block_v))), 8
+    warps = 4 if max(block_rows, columns) * block_v <= 16384 else 8
+    return block_rows, max(1, min(8, 2048 * warps // (block_rows * block_v))), warps
 
 
 def merged_columns(block_v: int, proj: Tensor) -> int:
@@ -137,7 +145,8 @@ def folding_tile(single: bool, block_dim: int, rows: int, width: int) -> tuple[i
     block_rows, columns = max(16, 1 << (rows - 1).bit_length()), max(16, 1 << (width - 1).bit_length())
     if single:
         return min(block_rows, 16), min(columns, 64 if block_dim <= 128 else 16)
-    return min(block_rows, 64 if block_dim <= 128 else 32), min(columns, 64)
+    most = 128 if block_dim <= 128 and block_rows == 16 else 64
+    return min(block_rows, 64 if block_dim <= 128 else 32), min(columns, most)
 
 
 @tunable("backward")
