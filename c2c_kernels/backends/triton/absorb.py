@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attend import attend
 from .softmax import load_states, store_states
-from .tiles import INTERPRETING, dot, length_of, load_rows, positions_of, powers_of_two
+from .tiles import INTERPRETING, dot, length_of, load_rows, positions_of, powers_of_two, told
 
 
 class Absorbed(NamedTuple):
@@ -204,7 +204,7 @@ def absorbed_split(
     m = tl.full((block_a,), -float("inf"), tl.float32)
     l = tl.zeros((block_a,), tl.float32)
     acc = tl.zeros((block_a, block_v), tl.float32)
-    end = length_of(run.lengths, batch_row, run.length)
+    end = length_of(run.lengths, batch_row, told(run.length))
     first = split * SPLIT
     m, l, acc = attend(
         (q,), m, l, acc, run, batch_row, split * 0, heads, queries, row_inside, positions, first,
@@ -233,7 +233,7 @@ def absorbed_splits(
     first = 0
     for number in tl.static_range(RUNS):
         if absorbed[number] is not None:
-            its_splits = tl.cdiv(runs[number].length, SPLITS[number])
+            its_splits = tl.cdiv(told(runs[number].length), SPLITS[number])
             its_programs = its_splits * tl.cdiv(q_len * kv_heads * GROUP, FOLDINGS[FOLDING * number + 4])
             if (program >= first) & (program < first + its_programs):
                 absorbed_split(
@@ -260,8 +260,10 @@ def absorbed_output(
     rows: tl.constexpr = row.shape[0]
     acc = tl.zeros((rows, BLOCK_V), tl.float32)
     part = tl.zeros((rows,), tl.float32)
-    proj = absorbed.value_proj + kv_head.to(tl.int64) * absorbed.value_proj_h + value_dims[None, :] * (
-        absorbed.value_proj_d
+    proj = (
+        absorbed.value_proj
+        + kv_head.to(tl.int64) * absorbed.value_proj_h
+        + value_dims[None, :] * (absorbed.value_proj_d)
     )
     for first in range(0, VALUE_WIDTH, BLOCK_W):
         columns = first + within

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .kinds import CAUSAL_AT, GATE_AT, KEY_E4M3_AT, MASK_AT, POSITIONS_AT, VALUE_E4M3_AT, WIDE_AT, WINDOW_AT
 from .softmax import LOG2E, capped, update
-from .tiles import decoded, dot, factors, from_codes, load_tile, product
+from .tiles import decoded, dot, factors, from_codes, load_tile, product, step, stride, told
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def stored_rows(run, batch_row, tokens, inside):
     else:
         at = run.selected + batch_row.to(tl.int64) * run.selected_b + tokens.to(tl.int64) * run.selected_n
         rows = tl.load(at, mask=inside, other=-1).to(tl.int64)
-        return rows, inside & (rows >= 0) & (rows < run.stored)
+        return rows, inside & (rows >= 0) & (rows < told(run.stored))
 
 
 @triton.jit
@@ -121,10 +121,10 @@ def attend(
 ):  # fmt: skip
     """Takes tokens first, first + 1, ... last - 1 (first a multiple of BLOCK_N, `end` valid tokens) into (m, l, acc).
 
-    q: `factors` of (BLOCK_M, BLOCK_D). m, l: (BLOCK_M,) float32. acc: (BLOCK_M, BLOCK_V) float32. MASKED: a tile may hold tokens
-    that some row does not see. KEY_RAW, VALUE_RAW: of an absorbed segment, whose tokens are read as they are, all
-    sharer heads of this dim at once; then q is absorbed, and `shift` (BLOCK_M,), its product with the key bias, is
-    added to products (None: nothing). Otherwise 0.
+    q: `factors` of (BLOCK_M, BLOCK_D). m, l: (BLOCK_M,) float32. acc: (BLOCK_M, BLOCK_V) float32. MASKED: a tile may
+    hold tokens that some row does not see. KEY_RAW, VALUE_RAW: of an absorbed segment, whose tokens are read as they
+    are, all sharer heads of this dim at once; then q is absorbed, and `shift` (BLOCK_M,), its product with the key
+    bias, is added to products (None: nothing). Otherwise 0.
     """
     GATE: tl.constexpr = KIND // GATE_AT % 4
     KEY_E4M3: tl.constexpr = KIND // KEY_E4M3_AT % 4
@@ -139,14 +139,15 @@ def attend(
         q = factors(q[0], MODE)
     cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     batch64, head64 = batch_row.to(tl.int64), kv_head.to(tl.int64)
-    key_columns = columns_of(dims, KEY_RAW, run.key_h)[None, :]
-    value_columns = columns_of(value_dims, VALUE_RAW, run.value_h)[None, :]
+    key_columns = columns_of(dims, KEY_RAW, stride(run.key_h, KIND))[None, :]
+    value_columns = columns_of(value_dims, VALUE_RAW, stride(run.value_h, KIND))[None, :]
     if KEY_RAW != 0 and run.key_scale is not None:  # 8 codes a thread: as 16-bit factors they leave in one store
         key_columns = tl.max_contiguous(key_columns, (1, 8))
     if VALUE_RAW != 0 and run.value_scale is not None:
         value_columns = tl.max_contiguous(value_columns, (1, 8))
-    key = run.key + batch64 * run.key_b + head64 * run.key_h + key_columns
-    value = run.value + batch64 * run.value_b + head64 * run.value_h + value_columns
+    key = run.key + batch64 * stride(run.key_b, KIND) + head64 * stride(run.key_h, KIND) + key_columns
+    value = run.value + batch64 * stride(run.value_b, KIND) + head64 * stride(run.value_h, KIND) + value_columns
+    key_n, value_n = step(run.key_n, KIND), step(run.value_n, KIND)
     if GATE == 1:
         row_gate = gate_of_rows(run, batch_row, heads, row_inside, GATE)
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
@@ -155,17 +156,17 @@ def attend(
         if run.selected is None:
             start64 = start + tl.zeros((), tl.int64)
             k = load_tile(
-                key + start64 * run.key_n + (cols * run.key_n)[:, None], inside, dims, DIM, BLOCK_D, EDGES
+                key + start64 * key_n + (cols * key_n)[:, None], inside, dims, DIM, BLOCK_D, EDGES
             )  # fmt: skip
             v = load_tile(
-                value + start64 * run.value_n + (cols * run.value_n)[:, None], inside, value_dims, VALUE_DIM, BLOCK_V,
+                value + start64 * value_n + (cols * value_n)[:, None], inside, value_dims, VALUE_DIM, BLOCK_V,
                 EDGES,
             )  # fmt: skip
             rows, stored = tokens.to(tl.int64), inside
         else:
             rows, stored = stored_rows(run, batch_row, tokens, inside)
-            k = load_tile(key + (rows * run.key_n)[:, None], stored, dims, DIM, BLOCK_D, EDGES)
-            v = load_tile(value + (rows * run.value_n)[:, None], stored, value_dims, VALUE_DIM, BLOCK_V, EDGES)
+            k = load_tile(key + (rows * key_n)[:, None], stored, dims, DIM, BLOCK_D, EDGES)
+            v = load_tile(value + (rows * value_n)[:, None], stored, value_dims, VALUE_DIM, BLOCK_V, EDGES)
         if KEY_RAW != 0 and run.key_scale is not None:
             scales = run.key_scale + batch64 * run.key_scale_b
             k = scaled(

@@ -81,7 +81,8 @@ def call_arguments(
     common = {
         "query_positions": positions, "query_positions_b": positions_b, "query_positions_t": positions_t,
         "query": query, "query_b": query.stride(0), "query_h": query.stride(1), "query_t": query.stride(2),
-        "runs": tuple(runs), "kv_heads": kv_heads, "q_len": q_len, "own_length": key.shape[2], "scale": float(scale),
+        "runs": tuple(map(arguments.unspecialised, runs, (kind.align for kind in kinds))), "kv_heads": kv_heads,
+        "q_len": q_len, "own_length": key.shape[2], "scale": float(scale),
         "softcap": float(softcap or 0.0), "window": arguments.own_window_number(window),
         "segment_window": arguments.window_number(segment_window), "RUNS": len(runs),
         "KINDS": tuple(kind.code for kind in kinds),
@@ -97,9 +98,7 @@ def _tokens(tile: tiles_table.Tile, tile_of, choice: tiles_table.Call, kinds: li
     Rows, warps and stages are the own cache's: a segment that is empty or closed changes no bit.
     """
     fewer = min(tile.tokens, tile_of(choice._replace(heavy=True)).tokens)
-    return tuple(
-        tiles_table.WIDE_TOKENS if kind.wide else fewer if kind.heavy else tile.tokens for kind in kinds
-    )
+    return tuple(tiles_table.WIDE_TOKENS if kind.wide else fewer if kind.heavy else tile.tokens for kind in kinds)
 
 
 def _decode(
@@ -115,7 +114,7 @@ def _decode(
     rows, kv_heads = choice.rows, common["kv_heads"]
     tile = tiles_table.decode_tile(choice)
     tokens = list(_tokens(tile, tiles_table.decode_tile, choice, kinds))
-    counts = [common["own_length"], *(each.length for each in common["runs"][1:])]
+    counts = [common["own_length"], *(segment.length for segment in segments)]
     absorbs = (False, *(absorbs or (False,) * len(segments)))  # the own cache first
     all_rows = kv_heads * rows
     split_tokens = [tiles_table.split_tokens(rows, each.key.element_size()) for each in common["runs"]]
@@ -152,7 +151,12 @@ def _decode(
     run(Launch(split_kernel, batch * programs, common | shared | names, tile.warps, tile.stages), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
     merged_rows, at_once, warps = tiles_table.combine_tile(tile.rows if folds else 1, common["BLOCK_V"], columns)
-    names = {"BLOCK_C": merged_rows, "BLOCK_S": at_once, "BLOCK_W": columns, "lengths": (0, *counts[1:])}
+    names = {
+        "BLOCK_C": merged_rows,
+        "BLOCK_S": at_once,
+        "BLOCK_W": columns,
+        "lengths": tuple(map(arguments.odd, counts)),
+    }
     combined = {name: common[name] for name in kept} | shared | results | names
     run(Launch(combine_kernel, batch * kv_heads * -(-rows // merged_rows), combined, warps, 2), query.device)
 
@@ -195,9 +199,7 @@ def _absorbed(
     )
     dtype, kv_heads = common["query"].dtype, common["kv_heads"]
     wide = proj.dtype != dtype
-    block_rows, columns = tiles_table.folding_tile(
-        wide or dtype == torch.float32, common["BLOCK_D"], tile.rows, width
-    )
+    block_rows, columns = tiles_table.folding_tile(wide or dtype == torch.float32, common["BLOCK_D"], tile.rows, width)
     of_head = tile.rows // block_rows * -(-width // columns)
     folding = Folding(
         block_rows, columns, int(wide), 1 << (kv_heads * of_head - 1).bit_length(),

@@ -12,7 +12,7 @@ from .attend import attend
 from .kinds import ABSORBED_AT, WINDOW_AT
 from .prefill import store_results
 from .softmax import load_states, safe, store_states
-from .tiles import length_of, load_rows, positions_of
+from .tiles import length_of, load_rows, positions_of, told
 
 
 @triton.jit(do_not_specialize=["q_len", "own_length", "splits", "raw_splits", "folds", "programs", "call"])
@@ -63,7 +63,7 @@ def split_kernel(
         for number in tl.static_range(RUNS):
             if (KINDS[number] // ABSORBED_AT % 4) == 0:
                 run = runs[number]
-                length = own_length if number == 0 else run.length
+                length = own_length if number == 0 else told(run.length)
                 run_splits = tl.cdiv(length, SPLITS[number])
                 if (split >= first_split) & (split < first_split + run_splits):
                     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -145,7 +145,7 @@ def combine_kernel(
     for number in tl.static_range(RUNS):
         if (KINDS[number] // ABSORBED_AT % 4) == 0:
             part = tl.zeros((BLOCK_C,), tl.float32)
-            length = own_length if number == 0 else lengths[number]
+            length = own_length if number == 0 else told(lengths[number])
             run_splits = tl.cdiv(length, SPLITS[number])
             for start in range(0, run_splits, BLOCK_S):
                 for step in tl.static_range(BLOCK_S):
@@ -159,7 +159,7 @@ def combine_kernel(
                     part = tl.fma(count, factor, part)
             first_split += run_splits
         else:
-            its_splits = tl.cdiv(lengths[number], SPLITS[number])
+            its_splits = tl.cdiv(told(lengths[number]), SPLITS[number])
             raw, part = absorbed_output(
                 absorbed[number], states, base + splits + first_raw, row, row_inside, kv_head, its_splits, reference,
                 VALUE_DIM, RAWS[4 * number + 3], BLOCK_V, BLOCK_S, BLOCK_W,

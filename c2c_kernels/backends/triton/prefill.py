@@ -6,7 +6,7 @@ import triton.language as tl
 from .attend import attend
 from .kinds import CAUSAL_AT, MASK_AT, WIDE_AT, WINDOW_AT
 from .softmax import LOG2E, finish, merge, safe
-from .tiles import factors, length_of, load_rows, positions_of
+from .tiles import factors, length_of, load_rows, positions_of, told
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def prefill_kernel(
                 PRECISION,
             )  # fmt: skip
         else:
-            end = length_of(run.lengths, batch_row, run.length)
+            end = length_of(run.lengths, batch_row, told(run.length))
             full = end // TOKENS[number] * TOKENS[number]
             if query.dtype.element_ty == tl.float32 or (KINDS[number] // WIDE_AT % 4) != 0:
                 full = 0

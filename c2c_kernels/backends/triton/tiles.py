@@ -7,6 +7,8 @@ within a tile are 32 bits wide, a tile's start is 64 bits.
 import triton
 import triton.language as tl
 
+from .kinds import ALIGN_AT
+
 # numpy, on which the interpreter runs, has no bfloat16: products are formed from float32 there.
 INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -28,6 +30,26 @@ def factors(x, PRECISION: tl.constexpr):
             return high, middle
         else:
             return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def told(x):
+    """A number of a Run as it was before `arguments.unspecialised`."""
+    return (x >> 1) - 1
+
+
+@triton.jit
+def step(x, KIND: tl.constexpr):
+    """The stride of a Run's tokens, of which the compiler knows what it is a multiple of."""
+    ALIGN: tl.constexpr = KIND // ALIGN_AT % 4
+    return told(x) * (1 << (ALIGN + (ALIGN > 0)))
+
+
+@triton.jit
+def stride(x, KIND: tl.constexpr):
+    """As `step`, of rows of the batch or of heads, which may lie further apart than 32 bits count."""
+    ALIGN: tl.constexpr = KIND // ALIGN_AT % 4
+    return told(x).to(tl.int64) * (1 << (ALIGN + (ALIGN > 0)))
 
 
 @triton.jit
