@@ -62,7 +62,7 @@ def alignment(run: Run) -> int:
 
 
 def unspecialised(run: Run, align: int) -> Run:
-    """The run as kernels take it: `tiles.stride` and `step` give strides of keys and values back, `tiles.told` numbers of tokens.
+    """The run as kernels take it: `tiles.stride` and `step` give strides of keys and values back, `told` lengths.
 
     Triton compiles anew where an integer becomes 1, or a multiple of 16 or none, as these do while a cache grows: they
     are passed as odd numbers above 1.

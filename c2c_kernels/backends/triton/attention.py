@@ -150,7 +150,7 @@ def _decode(
     }  # fmt: skip
     run(Launch(split_kernel, batch * programs, common | shared | names, tile.warps, tile.stages), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
-    merged_rows, at_once, warps = tiles_table.combine_tile(tile.rows if folds else 1, common["BLOCK_V"], columns)
+    merged_rows, at_once, warps = tiles_table.combine_tile(tile.rows if folds else 1, common["BLOCK_V"])
     names = {
         "BLOCK_C": merged_rows,
         "BLOCK_S": at_once,

@@ -42,14 +42,16 @@ def told(x):
 def step(x, KIND: tl.constexpr):
     """The stride of a Run's tokens, of which the compiler knows what it is a multiple of."""
     ALIGN: tl.constexpr = KIND // ALIGN_AT % 4
-    return told(x) * (1 << (ALIGN + (ALIGN > 0)))
+    FACTOR: tl.constexpr = 16 if ALIGN == 3 else 8 if ALIGN == 2 else 4 if ALIGN == 1 else 1
+    return told(x) * FACTOR
 
 
 @triton.jit
 def stride(x, KIND: tl.constexpr):
     """As `step`, of rows of the batch or of heads, which may lie further apart than 32 bits count."""
     ALIGN: tl.constexpr = KIND // ALIGN_AT % 4
-    return told(x).to(tl.int64) * (1 << (ALIGN + (ALIGN > 0)))
+    FACTOR: tl.constexpr = 16 if ALIGN == 3 else 8 if ALIGN == 2 else 4 if ALIGN == 1 else 1
+    return tl.cast(told(x), tl.int64) * FACTOR
 
 
 @triton.jit
