@@ -196,7 +196,14 @@ def absorbed_split(
         query_positions, query_positions_b, query_positions_t, batch64, queries, row_inside, own_end, q_len
     )
     await_folds(absorbed, call, batch_row, folds_of(kv_heads, KEY_WIDTH, FOLDINGS, NUMBER, BLOCK_M), FOLDINGS, NUMBER)
-    q = load_rows(absorbed.query, folded * absorbed.query_row, row_inside, dims, KEY_WIDTH, block_d, True)
+    at = folded * absorbed.query_row
+    if run.key_scale is not None and KEY_RAW >= 16 and (KEY_RAW & (KEY_RAW - 1)) == 0 and KEY_WIDTH != KEY_RAW:
+        q = ()
+        for head in tl.static_range(KEY_WIDTH // KEY_RAW):
+            raw_dims = head * KEY_RAW + tl.arange(0, KEY_RAW)
+            q = q + (load_rows(absorbed.query, at, row_inside, raw_dims, KEY_WIDTH, KEY_RAW, True),)
+    else:
+        q = (load_rows(absorbed.query, at, row_inside, dims, KEY_WIDTH, block_d, True),)
     if absorbed.shift is None:
         shift = None
     else:
@@ -207,7 +214,7 @@ def absorbed_split(
     end = length_of(run.lengths, batch_row, told(run.length))
     first = split * SPLIT
     m, l, acc = attend(
-        (q,), m, l, acc, run, batch_row, split * 0, heads, queries, row_inside, positions, first,
+        q, m, l, acc, run, batch_row, split * 0, heads, queries, row_inside, positions, first,
         tl.minimum(first + SPLIT, end), end, scale, softcap, segment_window, shift, KIND, True, SOFTCAP, KEY_WIDTH,
         VALUE_WIDTH, KEY_RAW, VALUE_RAW, block_d, block_v, BLOCK_T, STAGES, PRECISION,
     )  # fmt: skip
