@@ -57,7 +57,6 @@ def project(dtype, kv_heads: int, dim: int, heads: int, raw_dim: int, stored=Non
 
 
 SCALES = {"key_scale": torch.ones(1, 8, 512), "value_scale": torch.ones(1, 8, 512)}
-THREE = ["absorb_kernel", "split_kernel", "combine_kernel"]
 TWO = ["split_kernel", "combine_kernel"]
 # What is called, and the kernels that it launches.
 CALLS = {
@@ -73,17 +72,17 @@ CALLS = {
     "decode 256 float32": (lambda: attention(SINGLE, 4, 1, 256, 1), TWO),
     "decode 256": (lambda: attention(HALF, 4, 1, 256, 1, window=512), TWO),
     "decode 64 rows": (lambda: attention(HALF, 16, 2, 128, 8, softcap=30.0, sinks=torch.zeros(16)), TWO),
-    "absorbed 128": (lambda: absorbed(HALF, 16, 8, 128, 2, 64), THREE),
-    "absorbed 256": (lambda: absorbed(HALF, 9, 3, 64, 1, 256), THREE),
-    "absorbed 512": (lambda: absorbed(HALF, 16, 8, 128, 8, 64), THREE),
-    "absorbed 512 32 rows": (lambda: absorbed(HALF, 16, 8, 128, 8, 64, 2), THREE),
-    "absorbed 256 64 rows": (lambda: absorbed(HALF, 16, 8, 128, 4, 64, 4), THREE),
-    "absorbed head dim 256 64 rows": (lambda: absorbed(HALF, 8, 1, 256, 4, 64, 8), THREE),
-    "absorbed head dim 256 float32": (lambda: absorbed(SINGLE, 8, 1, 256, 2, 64, 2), THREE),
-    "absorbed head dim 128 float32 16 rows": (lambda: absorbed(SINGLE, 16, 2, 128, 2, 32, 2), THREE),
-    "absorbed head dim 64 float32 32 rows": (lambda: absorbed(SINGLE, 8, 1, 64, 2, 32, 4), THREE),
-    "absorbed float32 projectors": (lambda: absorbed(HALF, 8, 1, 256, 4, 64, 8, SINGLE), THREE),
-    "absorbed float32": (lambda: absorbed(SINGLE, 16, 8, 128, 2, 64), THREE),
+    "absorbed 128": (lambda: absorbed(HALF, 16, 8, 128, 2, 64), TWO),
+    "absorbed 256": (lambda: absorbed(HALF, 9, 3, 64, 1, 256), TWO),
+    "absorbed 512": (lambda: absorbed(HALF, 16, 8, 128, 8, 64), TWO),
+    "absorbed 512 32 rows": (lambda: absorbed(HALF, 16, 8, 128, 8, 64, 2), TWO),
+    "absorbed 256 64 rows": (lambda: absorbed(HALF, 16, 8, 128, 4, 64, 4), TWO),
+    "absorbed head dim 256 64 rows": (lambda: absorbed(HALF, 8, 1, 256, 4, 64, 8), TWO),
+    "absorbed head dim 256 float32": (lambda: absorbed(SINGLE, 8, 1, 256, 2, 64, 2), TWO),
+    "absorbed head dim 128 float32 16 rows": (lambda: absorbed(SINGLE, 16, 2, 128, 2, 32, 2), TWO),
+    "absorbed head dim 64 float32 32 rows": (lambda: absorbed(SINGLE, 8, 1, 64, 2, 32, 4), TWO),
+    "absorbed float32 projectors": (lambda: absorbed(HALF, 8, 1, 256, 4, 64, 8, SINGLE), TWO),
+    "absorbed float32": (lambda: absorbed(SINGLE, 16, 8, 128, 2, 64), TWO),
     "prefill 64": (lambda: attention(HALF, 9, 3, 64, 256, [plain(HALF, 3, 512, 64)]), ["prefill_kernel"]),
     "prefill 128": (lambda: attention(HALF, 16, 8, 128, 256, [plain(HALF, 8, 512, 128)]), ["prefill_kernel"]),
     "prefill 128 float32": (
