@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .launch import Target
 from .supported import LARGEST_DIM
 from .tile import Call as Call
@@ -33,6 +35,18 @@ _PREFILL = {
         (256, Tile(64, 16, 4, 1), Tile(64, 16, 4, 1), Tile(32, 16, 4, 1)),
     ),
 }
+
+
+class FuseTile(NamedTuple):
+    """Tokens, columns of a product, numbers of a token that one product takes; warps, and stages of the loads."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
 DECODE_ROWS = 64  # queries x heads of a KV head up to which tokens are split over programs, at most
 # Of an absorbed segment: query heads x queries of a tile, the sharer's width, and their product, at most. In float32
 # every warp holds the folded queries whole, in two parts.
@@ -122,3 +136,10 @@ def backward_tile(call: Call) -> Tile:
     if call.target.backend == "hip":
         return Tile(32, 16, 4, 1) if call.block_dim <= 128 else Tile(16, 16, 4, 1)
     return Tile(32, 64, 8, 2) if call.block_dim <= 128 else Tile(32, 32, 8, 1)
+
+
+def fuse_tile(target: Target, single: bool, aligned: bool) -> FuseTile:
+    """Of `fuse_kernel`. `single`: products in float32; `aligned`: rows of weights, to 16 bytes."""
+    if single or not aligned:
+        return FuseTile(64, 64, 32, 8, 2)
+    return FuseTile(64, 128, 64, 8, 2 if target.backend == "hip" else 3)

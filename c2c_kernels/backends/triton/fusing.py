@@ -1,0 +1,182 @@
+"""`fuse_kv` on Triton: the halves of any number of layers in one launch, those alike in shapes, strides and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...fuser_weights import EPSILON, FuserHalf
+from .arguments import expanded, rows
+from .fuse import Buffers, Layout, fuse_kernel
+from .fuse_steps import Step, columns, padded, steps
+from .fuse_table import table
+from .launch import Launch, Target, run, target_of
+from .supported import check_dtype
+from .tiles_table import FuseTile, fuse_tile
+
+_SCRATCH = 60 * 2**20  # bytes, at most, of what programs of a launch leave for each other
+_ALIGNMENT = 16  # bytes, and numbers of a row of weights: what loads of four words take
+
+
+class Half(NamedTuple):
+    """One half of a layer."""
+
+    receiver: Tensor  # (batch, kv_heads, length, dim)
+    sharer: Tensor  # (batch, sharer_heads, stored, sharer_dim)
+    weights: FuserHalf
+    index: Tensor | None  # (batch, length)
+    residual: Tensor | None  # as the receiver; None: the receiver
+    gate: Tensor | None  # broadcastable to (batch, kv_heads, length); None: gate_logit > 0
+    out: Tensor  # as the receiver
+
+
+class Prepared(NamedTuple):
+    """A half as the kernel takes it.
+
+    Attributes:
+        layout: shapes, strides and dtypes.
+        sizes: hidden, then inner sizes of embed, scale and the blocks of project.
+        shape: (batch, length, dim, sharer_dim).
+        work: dtype of activations: that of all tensors of the half where they have one, else float32.
+        aligned: whether tensors and rows of weights start at multiples of 16 bytes.
+        tensors: in the order of their addresses.
+    """
+
+    layout: Layout
+    sizes: tuple[int, ...]
+    shape: tuple[int, int, int, int]
+    stored: int
+    work: torch.dtype
+    aligned: bool
+    tensors: list[Tensor | None]
+
+    @property
+    def alike(self) -> tuple:
+        """What halves of one launch have in common."""
+        layout = tuple(field.dtype if isinstance(field, Tensor) else field for field in self.layout)
+        return (layout, *self[1:6])
+
+
+def fuse(halves: Sequence[Half]) -> None:
+    """Writes the outs of halves that do not depend on each other, all on one device."""
+    for half in halves:
+        for name in ("receiver", "sharer", "residual", "gate", "out"):
+            tensor = getattr(half, name)
+            if tensor is not None:
+                check_dtype("fuse_kv", name, tensor)
+        check_dtype("fuse_kv", "weights", half.weights.in_weight)
+    groups: dict[tuple, list[Prepared]] = {}
+    for half in halves:
+        prepared = _prepared(half)
+        groups.setdefault(prepared.alike, []).append(prepared)
+    for group in groups.values():
+        _fuse_alike(group)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Of batch, heads and tokens; 0 where there is one."""
+    return expanded(tensor, tuple(tensor.shape))[1:4]
+
+
+def _prepared(half: Half) -> Prepared:
+    receiver, sharer, out, weights = rows(half.receiver), rows(half.sharer), half.out, half.weights
+    residual = receiver if half.residual is None else rows(half.residual)
+    batch, kv_heads, length, dim = receiver.shape
+    layout = Layout._make((
+        weights.in_weight, receiver, *_strides(receiver), sharer, *_strides(sharer), residual, *_strides(residual),
+        out, *_strides(out), *expanded(half.gate, (batch, kv_heads, length)), *expanded(half.index, (batch, length)),
+        kv_heads, sharer.shape[1],
+    ))  # fmt: skip
+    blocks = (weights.embed, weights.scale, *weights.project)
+    matrices = [weights.in_weight, weights.out_weight, *(part for block in blocks for part in (block.w1, block.w2))]
+    dtypes = {weights.in_weight.dtype, receiver.dtype, sharer.dtype}
+    fixed = (
+        weights.in_weight, weights.in_bias, weights.out_weight, weights.out_bias, weights.scale_weight,
+        weights.scale_bias, weights.gate_logit,
+    )  # fmt: skip
+    own = [tensor.contiguous() for tensor in fixed]
+    theirs = [part.contiguous() for block in blocks for part in block.tensors]
+    aligned = all(size % _ALIGNMENT == 0 for matrix in matrices for size in matrix.shape) and all(
+        tensor.data_ptr() % _ALIGNMENT == 0 for tensor in (*own, *theirs, receiver, sharer, residual, out)
+        if tensor.dim() > 1
+    )  # fmt: skip
+    return Prepared(
+        layout, (weights.in_weight.shape[0], *(block.w1.shape[0] for block in blocks)),
+        (batch, length, dim, sharer.shape[3]), sharer.shape[2], dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        aligned, [*own, receiver, sharer, residual, out, half.gate, half.index, *theirs],
+    )  # fmt: skip
+
+
+def _fuse_alike(group: list[Prepared]) -> None:
+    """As few launches as keep scratch small: of few tokens one for all."""
+    first = group[0]
+    batch, length, _, _ = first.shape
+    target = target_of(first.layout.out.device)
+    tile = fuse_tile(target, first.work == torch.float32, first.aligned)
+    row_tiles = -(-batch * length // tile.rows)
+    most = max(1, _SCRATCH // _bytes_of_job(first, tile))
+    of_launch = max(1, most // max(1, row_tiles))
+    for start in range(0, len(group), of_launch):
+        for first_tile in range(0, row_tiles, most):
+            part = group[start : start + of_launch]
+            _launch(part, first_tile, min(row_tiles - first_tile, most), tile, target)
+
+
+def _widths(prepared: Prepared, tile: FuseTile) -> tuple[int, int]:
+    """Padded widths of h and of what is between w1 and w2."""
+    hidden, *inners = (-(-size // tile.columns) * tile.columns for size in prepared.sizes)
+    return hidden, max(inners)
+
+
+def _bytes_of_job(prepared: Prepared, tile: FuseTile) -> int:
+    hidden, width = _widths(prepared, tile)
+    sums = hidden // tile.columns * (1 + prepared.layout.kv_heads)
+    return tile.rows * ((4 * hidden + 2 * width) * prepared.work.itemsize + 4 * sums)
+
+
+def _buffers(prepared: Prepared, jobs: int, tile: FuseTile) -> Buffers:
+    device, kv_heads = prepared.layout.out.device, prepared.layout.kv_heads
+    hidden, width = _widths(prepared, tile)
+    tiles = hidden // tile.columns
+
+    def of(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    h = [of(jobs, tile.rows, hidden, dtype=prepared.work) for _ in range(4)]
+    inner = [of(jobs, tile.rows, width, dtype=prepared.work) for _ in range(2)]
+    squares = of(jobs, tiles, tile.rows, dtype=torch.float32)
+    logits = of(jobs, tiles, kv_heads, tile.rows, dtype=torch.float32)
+    counters = torch.zeros(1 + jobs, dtype=torch.int32, device=device)
+    return Buffers(*h, *inner, hidden, width, squares, logits, tiles, counters)
+
+
+def _launch(group: list[Prepared], first_tile: int, row_tiles: int, tile: FuseTile, target: Target) -> None:
+    first = group[0]
+    layout, (hidden, *inners), (batch, length, dim, sharer_dim) = first.layout, first.sizes, first.shape
+    receiver_width = layout.kv_heads * dim
+    found = steps(hidden, layout.sharer_heads * sharer_dim + receiver_width, receiver_width, inners, tile.columns)
+    buffers = _buffers(first, len(group) * row_tiles, tile)
+    numbers = columns(found)
+    for prepared in group:
+        numbers += [0 if tensor is None else tensor.data_ptr() for tensor in prepared.tensors]
+    jobs = len(group) * row_tiles
+    masked = any(step.size % tile.columns or step.width % tile.depth for step in found)
+    names = {
+        "table": table(tuple(numbers), layout.out.device), "layout": layout, "buffers": buffers, "jobs": jobs,
+        "row_tiles": row_tiles, "first_tile": first_tile, "batch": batch, "length": length, "stored": first.stored,
+        "STEPS": padded(len(found)), "BLOCKS": len(inners), "ADDRESSES": len(first.tensors), "DIM": dim,
+        "SHARER_DIM": sharer_dim, "ALIGNED": first.aligned, "MASKED": masked, "EPSILON": EPSILON,
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
+        "BLOCK_T": 1 << (buffers.tiles - 1).bit_length(), "BLOCK_H": max(16, min(64, _power(layout.kv_heads))),
+        "STAGES": tile.stages, "PRECISION": "tf32x3" if target.backend == "cuda" else "ieee",
+    }  # fmt: skip
+    reached = tuple(tensor for prepared in group for tensor in prepared.tensors if tensor is not None)
+    grid = jobs * sum(step.tiles for step in found)
+    run(Launch(fuse_kernel, grid, names, tile.warps, tile.stages, reached=reached), layout.out.device)
+
+
+def _power(number: int) -> int:
+    return 1 << (number - 1).bit_length()
