@@ -187,17 +187,17 @@ def _reference(call: FuseTensors, out: Pair | None) -> Pair:
         (call.receiver_key, call.sharer_key, call.weights.key, residual[0], gates[0]),
         (call.receiver_value, call.sharer_value, call.weights.value, residual[1], gates[1]),
     )
-    made = [
-        reference_fuse.fuse_half(receiver, sharer, half, call.selected, base, gate, dtype)
-        for receiver, sharer, half, base, gate in halves
-    ]
-    if out is None:
-        return made[0].to(call.receiver_key.dtype), made[1].to(call.receiver_value.dtype)
-    for (receiver, _, half, base, gate), tensor, fused in zip(halves, out, made, strict=True):
-        untouched = gate is None and reference_fuse.known_closed(half)
-        if not (untouched and same_memory(receiver if base is None else base, tensor)):
-            tensor.copy_(fused)
-    return out[0], out[1]
+    made = []
+    for place, (receiver, sharer, half, base, gate) in enumerate(halves):
+        source = receiver if base is None else base
+        closed = gate is None and reference_fuse.known_closed(half)
+        # Of what is left as it is not even the bits of a NaN change.
+        fused = source if closed else reference_fuse.fuse_half(receiver, sharer, half, call.selected, base, gate, dtype)
+        if out is None:
+            made.append(fused.clone() if closed and fused.dtype == receiver.dtype else fused.to(receiver.dtype))
+        elif not (closed and same_memory(source, out[place])):
+            out[place].copy_(fused)
+    return (made[0], made[1]) if out is None else (out[0], out[1])
 
 
 def _dispatch(call: FuseTensors, out: Pair | None, backend: str) -> Pair:
