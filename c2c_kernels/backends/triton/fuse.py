@@ -296,7 +296,8 @@ def token_weights(
         return weight
     else:
         gate = address(row, GATE_AT, layout.gate, False)
-        at = gate + batch_rows * layout.gate_b + head.to(tl.int64) * layout.gate_h + tokens * layout.gate_n
+        at = gate + batch_rows * layout.gate_b + tokens * layout.gate_n
+        at += (head + tl.zeros((), tl.int64)) * layout.gate_h
         return weight * tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 

@@ -115,7 +115,7 @@ def _fuse_alike(group: list[Prepared]) -> None:
     first = group[0]
     batch, length, _, _ = first.shape
     target = target_of(first.layout.out.device)
-    tile = fuse_tile(target, first.work == torch.float32, first.aligned)
+    tile = fuse_tile(target, first.work == torch.float32, first.aligned, len(group))
     row_tiles = -(-batch * length // tile.rows)
     most = max(1, _SCRATCH // _bytes_of_job(first, tile))
     of_launch = max(1, most // max(1, row_tiles))
