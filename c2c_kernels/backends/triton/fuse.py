@@ -17,10 +17,35 @@ import triton.language as tl
 from torch import Tensor
 
 from .fuse_steps import (
-    BLOCK_AT, BLOCKS_AT, EMBED, ENTER, FIELDS, FIRST_AT, GATE_AT, IN_BIAS_AT, IN_WEIGHT_AT, INDEX_AT, INNER, KIND_AT,
-    LEAVE, LOGIT_AT, OUT_AT, OUT_BIAS_AT, OUT_WEIGHT_AT, OUTER, PROJECT, RECEIVER_AT, RESIDUAL_AT, SCALE, SCALE_BIAS_AT,
-    SCALE_WEIGHT_AT, SHARER_AT, SIZE_AT, TILES_AT, WAIT_AT, WIDTH_AT,
-)  # fmt: skip
+    BLOCK_AT,
+    BLOCKS_AT,
+    EMBED,
+    ENTER,
+    FIELDS,
+    FIRST_AT,
+    GATE_AT,
+    IN_BIAS_AT,
+    IN_WEIGHT_AT,
+    INDEX_AT,
+    INNER,
+    KIND_AT,
+    LEAVE,
+    LOGIT_AT,
+    OUT_AT,
+    OUT_BIAS_AT,
+    OUT_WEIGHT_AT,
+    PROJECT,
+    RECEIVER_AT,
+    RESIDUAL_AT,
+    SCALE,
+    SCALE_BIAS_AT,
+    SCALE_WEIGHT_AT,
+    SHARER_AT,
+    SIZE_AT,
+    TILES_AT,
+    WAIT_AT,
+    WIDTH_AT,
+)
 from .tiles import dot
 
 

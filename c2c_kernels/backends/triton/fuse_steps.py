@@ -1,8 +1,8 @@
-"""What `fuse_kernel` is told in a table of 64-bit numbers: the matrix products in order, and where each job's tensors lie.
+"""What `fuse_kernel` is told in a table of 64-bit numbers: matrix products in order, and where their tensors lie.
 
-The table starts with one row of FIELDS numbers for each step, column by column (`columns`), COLUMNS steps long; behind
-it comes one row of addresses for each half of a layer: those below, then norm, w1 and w2 of each block. Blocks: embed,
-scale, then those of project.
+The table starts with one row of FIELDS numbers for each step, column by column, as `columns` makes it; behind them
+one row of addresses for each half of a layer: those below, then norm, w1 and w2 of each block. Blocks: embed, scale,
+then those of project.
 """
 
 from __future__ import annotations

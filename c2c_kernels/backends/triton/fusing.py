@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ...fuser_weights import EPSILON, FuserHalf
 from .arguments import expanded, rows
 from .fuse import Buffers, Layout, fuse_kernel
-from .fuse_steps import Step, columns, padded, steps
+from .fuse_steps import columns, padded, steps
 from .fuse_table import table
 from .launch import Launch, Target, run, target_of
 from .supported import check_dtype
