@@ -13,7 +13,6 @@ from test_fuse_kv import like, oracle_of, run, torchs
 
 import c2c_kernels as c2c
 from c2c_kernels.backends.triton import fuse_kv_layers
-from c2c_kernels.backends.triton.fuse_steps import FIRST_AT, WAIT_AT
 from c2c_kernels.backends.triton.launch import Launch, Target, executed_by
 from c2c_kernels.backends.triton.offline import compiled
 
@@ -24,12 +23,14 @@ HALF, SINGLE, FLOAT16 = torch.bfloat16, torch.float32, torch.float16
 
 def stages(launch: Launch) -> list[int]:
     """How many programs each stage of the network has: steps that wait for the same tiles."""
-    names = launch.arguments
-    rows = names["table"][: 7 * names["STEPS"]].reshape(7, names["STEPS"])
-    firsts, waits = rows[FIRST_AT.value], rows[WAIT_AT.value]
-    starts = [int(first) for number, first in enumerate(firsts) if number == 0 or waits[number] > waits[number - 1]]
-    ends = [*(start * names["jobs"] for start in starts[1:]), launch.grid]
-    return [end - start * names["jobs"] for start, end in zip(starts, ends, strict=True)]
+    steps, jobs = launch.arguments["steps"], launch.arguments["jobs"]
+    starts = [
+        step.first
+        for step, before in zip(steps, (None, *steps), strict=False)
+        if before is None or step.wait > before.wait
+    ]
+    ends = [*starts[1:], launch.grid // jobs]
+    return [(end - start) * jobs for start, end in zip(starts, ends, strict=True)]
 
 
 class Staged(Simulator):

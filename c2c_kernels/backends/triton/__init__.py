@@ -179,8 +179,10 @@ def fuse_kv_layers(backend: str, calls) -> None:
     """Forward kernel of independent layers: one launch where they are alike and their tokens few."""
     halves = []
     for call in calls:
-        receivers, sharers, weights, index, outs = call[:2], call[2:4], call[4], call[5], call[8:]
-        residuals, gates = call[6] or (None, None), call[7] or (None, None)
-        for half in zip(receivers, sharers, (weights.key, weights.value), residuals, gates, outs, strict=True):
-            halves.append(fusing.Half(*half[:3], index, *half[3:]))
+        key, value, sharer_key, sharer_value, weights, index, residual, gates, key_out, value_out = call
+        residuals, factors = residual or (None, None), gates or (None, None)
+        halves += [
+            fusing.Half(key, sharer_key, weights.key, index, residuals[0], factors[0], key_out),
+            fusing.Half(value, sharer_value, weights.value, index, residuals[1], factors[1], value_out),
+        ]
     fusing.fuse(halves)

@@ -17,23 +17,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .fuse_steps import (
-    BLOCK_AT,
     BLOCKS_AT,
     EMBED,
     ENTER,
-    FIELDS,
-    FIRST_AT,
     GATE_AT,
     IN_BIAS_AT,
     IN_WEIGHT_AT,
     INDEX_AT,
     INNER,
-    KIND_AT,
     LEAVE,
     LOGIT_AT,
     OUT_AT,
     OUT_BIAS_AT,
     OUT_WEIGHT_AT,
+    OUTER,
     PROJECT,
     RECEIVER_AT,
     RESIDUAL_AT,
@@ -41,10 +38,6 @@ from .fuse_steps import (
     SCALE_BIAS_AT,
     SCALE_WEIGHT_AT,
     SHARER_AT,
-    SIZE_AT,
-    TILES_AT,
-    WAIT_AT,
-    WIDTH_AT,
 )
 from .tiles import dot
 
@@ -76,9 +69,9 @@ class Layout(NamedTuple):
     gate_b: int
     gate_h: int
     gate_n: int
-    index: Tensor | None  # (batch, length)
-    index_b: int
-    index_n: int
+    selected: Tensor | None  # (batch, length): an index
+    selected_b: int
+    selected_n: int
     kv_heads: int
     sharer_heads: int
 
@@ -203,11 +196,11 @@ def enter(
     sharer, receiver = (
         address(row, SHARER_AT, layout.sharer, ALIGNED), address(row, RECEIVER_AT, layout.receiver, ALIGNED)
     )  # fmt: skip
-    if layout.index is None:
+    if layout.selected is None:
         sources, stored = tokens, inside
     else:
-        index = address(row, INDEX_AT, layout.index, False)
-        at = index + batch_rows * layout.index_b + tokens * layout.index_n
+        index = address(row, INDEX_AT, layout.selected, False)
+        at = index + batch_rows * layout.selected_b + tokens * layout.selected_n
         sources = tl.load(at, mask=inside, other=-1).to(tl.int64)
         stored = inside & (sources >= 0) & (sources < reach)
     dtype: tl.constexpr = buffers.h.dtype.element_ty
@@ -370,40 +363,67 @@ def move(
     tl.store(out + (heads * layout.out_h + dims)[None, :], result, mask=kept)
 
 
+@triton.jit
+def fetch(row, layout, kind, block, tile, size, width, BLOCK_N: tl.constexpr):
+    """Asks for the tile's weights: they are on their way to the L2 cache while the program waits."""
+    slot = OUT_WEIGHT_AT
+    if kind == INNER:
+        slot = BLOCKS_AT + 3 * block + 1
+    elif kind == OUTER:
+        slot = BLOCKS_AT + 3 * block + 2
+    weight = address(row, slot, layout.weight, False)
+    line: tl.constexpr = 1024 // layout.weight.dtype.element_ty.primitive_bitwidth  # numbers of 128 bytes
+    columns = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), size - 1)
+    for first in range(0, width, 16 * line):
+        k = tl.minimum(first + tl.arange(0, 16) * line, width - 1)
+        pointers = weight + columns[:, None] * width + k[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64, bitcast=True)], tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["jobs", "row_tiles", "first_tile", "batch", "length", "stored"])
 def fuse_kernel(
-    table,  # of fuse_steps: STEPS steps, then ADDRESSES addresses of each half
+    table,  # (halves, ADDRESSES) int64, of fuse_steps
+    steps,  # fuse_steps.Step, each
     layout,  # Layout
     buffers,  # Buffers
     jobs, row_tiles, first_tile,  # jobs: halves x row_tiles; a half's tiles start at first_tile
     batch, length,
     stored,  # tokens of the sharer, for an index
-    STEPS: tl.constexpr, BLOCKS: tl.constexpr, ADDRESSES: tl.constexpr, DIM: tl.constexpr, SHARER_DIM: tl.constexpr,
+    BLOCKS: tl.constexpr, ADDRESSES: tl.constexpr, DIM: tl.constexpr, SHARER_DIM: tl.constexpr,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, EPSILON: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """One tile (BLOCK_M tokens, BLOCK_N columns) of a step of a job. ALIGNED: tensors and their rows, to 16 bytes."""
     ticket = tl.atomic_add(buffers.counters, 1, sem="relaxed")
-    firsts = tl.load(table + FIRST_AT * STEPS + tl.arange(0, STEPS)) * jobs
-    step = table + tl.sum((firsts <= ticket).to(tl.int32), 0) - 1
-    kind, block = tl.load(step + KIND_AT * STEPS).to(tl.int32), tl.load(step + BLOCK_AT * STEPS).to(tl.int32)
-    size, width = tl.load(step + SIZE_AT * STEPS).to(tl.int32), tl.load(step + WIDTH_AT * STEPS).to(tl.int32)
-    tiles, wait = tl.load(step + TILES_AT * STEPS).to(tl.int32), tl.load(step + WAIT_AT * STEPS).to(tl.int32)
-    place = ticket - (tl.load(step + FIRST_AT * STEPS) * jobs).to(tl.int32)
-    tile, number = place % tiles, place // tiles
-    job, row_tile = number.to(tl.int64), first_tile + number % row_tiles
+    first, kind, block, size, width, tiles, wait = ticket * 0, 0, 0, 0, 0, 1, 0
+    for number in tl.static_range(len(steps)):
+        step = steps[number]
+        reached = ticket >= step.first * jobs
+        first, tiles = tl.where(reached, step.first, first), tl.where(reached, step.tiles, tiles)
+        kind, block = tl.where(reached, step.kind, kind), tl.where(reached, step.block, block)
+        size, width = tl.where(reached, step.size, size), tl.where(reached, step.width, width)
+        wait = tl.where(reached, step.wait, wait)
+    place = ticket - first * jobs
+    tile, place = place % tiles, place // tiles
+    job, row_tile = place.to(tl.int64), first_tile + place % row_tiles
     if ALIGNED:
         size, width = tl.multiple_of(size, 16), tl.multiple_of(width, 16)
-    row = table + FIELDS * STEPS + number // row_tiles * ADDRESSES
+    row = table + place // row_tiles * ADDRESSES
     if layout.gate is None:
         open = tl.load(address(row, LOGIT_AT, layout.weight, False)) > 0
     else:
         open = job >= 0
     done = buffers.counters + 1 + job
     if open & (kind != ENTER):
-        while tl.atomic_add(done, 0, sem="acquire") < wait:
-            pass
+        if tl.atomic_add(done, 0, sem="acquire") < wait:
+            if FETCH:
+                fetch(row, layout, kind, block, tile, size, width, BLOCK_N)
+            while tl.atomic_add(done, 0, sem="acquire") < wait:
+                pass
         tl.debug_barrier()
     if kind == LEAVE:
         leave(

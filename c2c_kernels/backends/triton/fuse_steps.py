@@ -1,8 +1,7 @@
-"""What `fuse_kernel` is told in a table of 64-bit numbers: matrix products in order, and where their tensors lie.
+"""What `fuse_kernel` is told: the matrix products in order, and which of a half's tensors is which.
 
-The table starts with one row of FIELDS numbers for each step, column by column, as `columns` makes it; behind them
-one row of addresses for each half of a layer: those below, then norm, w1 and w2 of each block. Blocks: embed, scale,
-then those of project.
+A half of a layer has one row of addresses: those below, then norm, w1 and w2 of each block. Blocks: embed, scale, then
+those of project.
 """
 
 from __future__ import annotations
@@ -16,15 +15,11 @@ import triton.language as tl
 ENTER, INNER, OUTER, LEAVE = (tl.constexpr(number) for number in range(4))
 # Blocks that are told apart.
 EMBED, SCALE, PROJECT = (tl.constexpr(number) for number in range(3))
-# Fields of a step's row.
-FIRST_AT, KIND_AT, BLOCK_AT, SIZE_AT, WIDTH_AT, TILES_AT, WAIT_AT = (tl.constexpr(number) for number in range(7))
-FIELDS = tl.constexpr(7)
 # Addresses of a half.
 (
     IN_WEIGHT_AT, IN_BIAS_AT, OUT_WEIGHT_AT, OUT_BIAS_AT, SCALE_WEIGHT_AT, SCALE_BIAS_AT, LOGIT_AT, RECEIVER_AT,
     SHARER_AT, RESIDUAL_AT, OUT_AT, GATE_AT, INDEX_AT, BLOCKS_AT,
 ) = (tl.constexpr(number) for number in range(14))  # fmt: skip
-NEVER = 2**30  # the first ticket of steps that there are none of
 
 
 class Step(NamedTuple):
@@ -72,15 +67,3 @@ def steps(hidden: int, width: int, receiver_width: int, inners: Sequence[int], c
         stage((OUTER.value, block, hidden, inners[block]))
     stage((LEAVE.value, 0, receiver_width, hidden))
     return tuple(found)
-
-
-def padded(count: int) -> int:
-    """Steps that the table has room for: a power of 2."""
-    return max(16, 1 << (count - 1).bit_length())
-
-
-def columns(found: Sequence[Step]) -> list[int]:
-    """The steps as the table has them, column by column."""
-    rest = padded(len(found)) - len(found)
-    filled = [*found, *[Step(NEVER, 0, 0, 0, 0, 0, 0)] * rest]
-    return [number for column in zip(*filled, strict=True) for number in column]

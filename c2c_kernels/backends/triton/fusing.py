@@ -11,7 +11,7 @@ from torch import Tensor
 from ...fuser_weights import EPSILON, FuserHalf
 from .arguments import expanded, rows
 from .fuse import Buffers, Layout, fuse_kernel
-from .fuse_steps import columns, padded, steps
+from .fuse_steps import steps
 from .fuse_table import table
 from .launch import Launch, Target, run, target_of
 from .supported import check_dtype
@@ -27,7 +27,7 @@ class Half(NamedTuple):
     receiver: Tensor  # (batch, kv_heads, length, dim)
     sharer: Tensor  # (batch, sharer_heads, stored, sharer_dim)
     weights: FuserHalf
-    index: Tensor | None  # (batch, length)
+    selected: Tensor | None  # (batch, length): an index
     residual: Tensor | None  # as the receiver; None: the receiver
     gate: Tensor | None  # broadcastable to (batch, kv_heads, length); None: gate_logit > 0
     out: Tensor  # as the receiver
@@ -87,7 +87,7 @@ def _prepared(half: Half) -> Prepared:
     batch, kv_heads, length, dim = receiver.shape
     layout = Layout._make((
         weights.in_weight, receiver, *_strides(receiver), sharer, *_strides(sharer), residual, *_strides(residual),
-        out, *_strides(out), *expanded(half.gate, (batch, kv_heads, length)), *expanded(half.index, (batch, length)),
+        out, *_strides(out), *expanded(half.gate, (batch, kv_heads, length)), *expanded(half.selected, (batch, length)),
         kv_heads, sharer.shape[1],
     ))  # fmt: skip
     blocks = (weights.embed, weights.scale, *weights.project)
@@ -106,7 +106,7 @@ def _prepared(half: Half) -> Prepared:
     return Prepared(
         layout, (weights.in_weight.shape[0], *(block.w1.shape[0] for block in blocks)),
         (batch, length, dim, sharer.shape[3]), sharer.shape[2], dtypes.pop() if len(dtypes) == 1 else torch.float32,
-        aligned, [*own, receiver, sharer, residual, out, half.gate, half.index, *theirs],
+        aligned, [*own, receiver, sharer, residual, out, half.gate, half.selected, *theirs],
     )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def _buffers(prepared: Prepared, jobs: int, tile: FuseTile) -> Buffers:
     squares = of(jobs, tiles, tile.rows, dtype=torch.float32)
     logits = of(jobs, tiles, kv_heads, tile.rows, dtype=torch.float32)
     counters = torch.zeros(1 + jobs, dtype=torch.int32, device=device)
-    return Buffers(*h, *inner, hidden, width, squares, logits, tiles, counters)
+    return Buffers._make((*h, *inner, hidden, width, squares, logits, tiles, counters))
 
 
 def _launch(group: list[Prepared], first_tile: int, row_tiles: int, tile: FuseTile, target: Target) -> None:
@@ -159,19 +159,19 @@ def _launch(group: list[Prepared], first_tile: int, row_tiles: int, tile: FuseTi
     receiver_width = layout.kv_heads * dim
     found = steps(hidden, layout.sharer_heads * sharer_dim + receiver_width, receiver_width, inners, tile.columns)
     buffers = _buffers(first, len(group) * row_tiles, tile)
-    numbers = columns(found)
-    for prepared in group:
-        numbers += [0 if tensor is None else tensor.data_ptr() for tensor in prepared.tensors]
+    numbers = [0 if tensor is None else tensor.data_ptr() for prepared in group for tensor in prepared.tensors]
     jobs = len(group) * row_tiles
     masked = any(step.size % tile.columns or step.width % tile.depth for step in found)
     names = {
-        "table": table(tuple(numbers), layout.out.device), "layout": layout, "buffers": buffers, "jobs": jobs,
-        "row_tiles": row_tiles, "first_tile": first_tile, "batch": batch, "length": length, "stored": first.stored,
-        "STEPS": padded(len(found)), "BLOCKS": len(inners), "ADDRESSES": len(first.tensors), "DIM": dim,
+        "table": table(tuple(numbers), layout.out.device), "steps": found, "layout": layout, "buffers": buffers,
+        "jobs": jobs, "row_tiles": row_tiles, "first_tile": first_tile, "batch": batch, "length": length,
+        "stored": first.stored,
+        "BLOCKS": len(inners), "ADDRESSES": len(first.tensors), "DIM": dim,
         "SHARER_DIM": sharer_dim, "ALIGNED": first.aligned, "MASKED": masked, "EPSILON": EPSILON,
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
         "BLOCK_T": 1 << (buffers.tiles - 1).bit_length(), "BLOCK_H": max(16, min(64, _power(layout.kv_heads))),
         "STAGES": tile.stages, "PRECISION": "tf32x3" if target.backend == "cuda" else "ieee",
+        "FETCH": target.backend == "cuda",
     }  # fmt: skip
     reached = tuple(tensor for prepared in group for tensor in prepared.tensors if tensor is not None)
     grid = jobs * sum(step.tiles for step in found)
