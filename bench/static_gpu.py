@@ -63,7 +63,7 @@ LIMITS = [
     Limit("bank_conflicts", 0.13, "backward * float32*", "query_gradient_kernel", standing=NOT_REACHED),
     Limit("bank_conflicts", 2.47, "backward * float32*", "prefill_kernel", (90,), NOT_REACHED),
     Limit("sector_use", 0.60, "quantise*", standing=NOT_REACHED),  # a thread loads its 16 numbers in two requests
-    # Of activations a tile of 64 tokens and 128 columns reads half its weights' bytes, one of 256 for 28 layers a quarter.
+    # A tile of 64 tokens and 128 columns reads half as much of h as of weights; one of 256, for many layers, a quarter.
     Limit("bytes_over_least", 1.63, "fuse*", standing=NOT_REACHED),
     Limit("bytes_over_least", 1.41, "fuse* layers=28", standing=NOT_REACHED),
     Limit("bank_conflicts", 0.08, "fuse* own=64", archs=(80,), standing=NOT_REACHED),

@@ -61,7 +61,7 @@ def test_a_closed_half_is_left_as_it_is_whatever_it_holds(residual):
     call = build(FusePlan(closed=("key", "value"), residual=residual, receiver=torch.bfloat16), 3)
     sources = call.residual or (call.receiver_key, call.receiver_value)
     for tensor in (call.sharer_key, call.sharer_value, *sources):
-        tensor[:, :, 1], tensor[:, :, 2] = torch.nan, torch.inf
+        tensor[:, :, 1], tensor[:, :, 2], tensor[:, :, 3] = torch.nan, torch.inf, -0.0
     for mine, source in zip(run(call), sources, strict=True):
         assert torch.equal(mine.view(torch.int16), source.contiguous().view(torch.int16))
 
@@ -136,6 +136,18 @@ def test_as_an_operator_of_torch():
     test_fuse_kv.test_opcheck("triton", False, {"index": True, "residual": True, "gates": True})
     test_fuse_kv.test_compiled_in_place_and_with_gradients("triton")
     test_fuse_kv.test_what_happens_in_place_is_seen_by_autograd("triton")
+
+
+def test_what_is_not_supported_is_refused_before_anything_is_compiled():
+    call = build(FusePlan(), 1)
+    huge = dataclasses.replace(call.weights.key, in_weight=torch.empty(2**31, 1, device="meta"))
+    with pytest.raises(ValueError, match=r"supports weights of fewer than 2\*\*31 numbers; got \(2147483648, 1\)"):
+        fusing.fuse([fusing.Half(call.receiver_key, call.sharer_key, huge, None, None, None, call.receiver_key)])
+    gate = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(TypeError, match="supports gate of float32, bfloat16 or float16; got float64"):
+        fusing.fuse(
+            [fusing.Half(call.receiver_key, call.sharer_key, call.weights.key, None, None, gate, call.receiver_key)]
+        )
 
 
 def test_float64_is_refused():

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fuse_products import address, buffer_at, product, product_of_cache, rows_of, vector
 from .fuse_steps import (
     BLOCKS_AT,
     EMBED,
@@ -91,75 +92,6 @@ class Buffers(NamedTuple):
     logits: Tensor  # (jobs, tiles of hidden, kv_heads, BLOCK_M) float32: parts of scale_weight h
     tiles: int  # of hidden
     counters: Tensor  # (1 + jobs,) int32, zeros: tickets, then tiles of each job that are done
-
-
-@triton.jit
-def address(row, slot, like, ALIGNED: tl.constexpr):
-    """The pointer in a slot of a job's addresses, to numbers like those of `like`. ALIGNED: to 16 bytes."""
-    found = tl.load(row + slot).to(tl.pointer_type(like.dtype.element_ty))
-    return tl.multiple_of(found, 16) if ALIGNED else found
-
-
-@triton.jit
-def product(
-    a, pitch, weight, columns, size, width, acc, MASKED: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + a w^T: a (BLOCK_M, width) of a buffer, w rows `columns` of weight (size, width). MASKED: odd sizes."""
-    rows, steps = tl.arange(0, acc.shape[0]), tl.arange(0, BLOCK_K)
-    for first in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-        k = first + steps
-        x = tl.load(a + rows[:, None] * pitch + k[None, :])
-        at = weight + columns[:, None] * width + k[None, :]
-        if MASKED:
-            w = tl.load(at, mask=(columns < size)[:, None] & (k < width)[None, :], other=0.0)
-        else:
-            w = tl.load(at)
-        acc = dot(x, tl.trans(w.to(x.dtype)), acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def product_of_cache(
-    cache, offsets, inside, stride_h, heads, weight, columns, size, width, acc, dtype: tl.constexpr, DIM: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + x w^T: x (tokens, heads * DIM) of a cache, w as many columns of weight (size, width) from its first on."""
-    steps = tl.arange(0, BLOCK_K)
-    per_head: tl.constexpr = (DIM + BLOCK_K - 1) // BLOCK_K
-    for step in tl.range(0, heads * per_head, num_stages=STAGES):
-        head, dims = step // per_head, step % per_head * BLOCK_K + steps
-        at = cache + (head + tl.zeros((), tl.int64)) * stride_h + offsets[:, None] + dims[None, :]
-        within = weight + head * DIM + columns[:, None] * width + dims[None, :]
-        if DIM % BLOCK_K == 0:
-            x = tl.load(at, mask=inside[:, None], other=0.0)
-        else:
-            x = tl.load(at, mask=inside[:, None] & (dims < DIM)[None, :], other=0.0)
-        if DIM % BLOCK_K == 0 and not MASKED:
-            w = tl.load(within)
-        else:
-            w = tl.load(within, mask=(columns < size)[:, None] & (dims < DIM)[None, :], other=0.0)
-        acc = dot(x.to(dtype), tl.trans(w.to(dtype)), acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def rows_of(row_tile, batch, length, BLOCK_M: tl.constexpr):
-    """Tokens of all batch rows one behind the other: their batch rows and places, and which of them there are."""
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    return (rows // length).to(tl.int64), (rows % length).to(tl.int64), rows < batch * length
-
-
-@triton.jit
-def buffer_at(buffer, job, pitch, columns, BLOCK_M: tl.constexpr):
-    """Pointers of a tile (BLOCK_M, columns) of a job's buffer."""
-    return buffer + job * BLOCK_M * pitch + tl.arange(0, BLOCK_M)[:, None] * pitch + columns[None, :]
-
-
-@triton.jit
-def vector(pointer, columns, size):
-    """`columns` of a vector in float32, 0 beyond its size."""
-    return tl.load(pointer + columns, mask=columns < size, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -344,23 +276,36 @@ def leave(
         acc *= factors
         move(row, layout, batch_rows, tokens, inside, columns, size, acc, DIM, ALIGNED)
     elif tl.load(row + RESIDUAL_AT) != tl.load(row + OUT_AT):
-        move(row, layout, batch_rows, tokens, inside, columns, size, 0.0, DIM, ALIGNED)
+        move(row, layout, batch_rows, tokens, inside, columns, size, None, DIM, ALIGNED)
+
+
+@triton.jit
+def tile_of(row, slot, like, stride_b, stride_h, stride_n, batch_rows, tokens, columns, DIM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Pointers of tokens and columns of a cache (batch, heads, tokens, DIM)."""
+    heads, dims = (columns // DIM).to(tl.int64), columns % DIM
+    start = address(row, slot, like, ALIGNED) + (batch_rows * stride_b + tokens * stride_n)[:, None]
+    return start + (heads * stride_h + dims)[None, :]
 
 
 @triton.jit
 def move(
     row, layout, batch_rows, tokens, inside, columns, size, added, DIM: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """out = residual + added."""
-    heads, dims = (columns // DIM).to(tl.int64), columns % DIM
+    """out = residual + added; its very bits where that is None and dtypes are alike."""
     kept = inside[:, None] & (columns < size)[None, :]
-    residual = address(row, RESIDUAL_AT, layout.residual, ALIGNED)
-    residual += (batch_rows * layout.residual_b + tokens * layout.residual_n)[:, None]
-    result = tl.load(residual + (heads * layout.residual_h + dims)[None, :], mask=kept, other=0.0).to(tl.float32)
-    out = address(row, OUT_AT, layout.out, ALIGNED)
-    out += (batch_rows * layout.out_b + tokens * layout.out_n)[:, None]
-    result = (result + added).to(layout.out.dtype.element_ty)
-    tl.store(out + (heads * layout.out_h + dims)[None, :], result, mask=kept)
+    at = tile_of(
+        row, RESIDUAL_AT, layout.residual, layout.residual_b, layout.residual_h, layout.residual_n, batch_rows, tokens,
+        columns, DIM, ALIGNED,
+    )  # fmt: skip
+    result = tl.load(at, mask=kept, other=0.0)
+    if added is not None:
+        result = result.to(tl.float32) + added
+    at = tile_of(
+        row, OUT_AT, layout.out, layout.out_b, layout.out_h, layout.out_n, batch_rows, tokens, columns, DIM, ALIGNED
+    )
+    tl.store(at, result.to(layout.out.dtype.element_ty), mask=kept)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from .supported import check_dtype
 from .tiles_table import FuseTile, fuse_tile
 
 _SCRATCH = 60 * 2**20  # bytes, at most, of what programs of a launch leave for each other
+_LARGEST_MATRIX = 2**31  # within a matrix offsets have 32 bits
 _ALIGNMENT = 16  # bytes, and numbers of a row of weights: what loads of four words take
 
 
@@ -68,6 +69,11 @@ def fuse(halves: Sequence[Half]) -> None:
             if tensor is not None:
                 check_dtype("fuse_kv", name, tensor)
         check_dtype("fuse_kv", "weights", half.weights.in_weight)
+        for tensor in half.weights.tensors:
+            if tensor.numel() >= _LARGEST_MATRIX:
+                raise ValueError(
+                    f"fuse_kv on triton supports weights of fewer than 2**31 numbers; got {tuple(tensor.shape)}"
+                )
     groups: dict[tuple, list[Prepared]] = {}
     for half in halves:
         prepared = _prepared(half)
@@ -165,8 +171,7 @@ def _launch(group: list[Prepared], first_tile: int, row_tiles: int, tile: FuseTi
     names = {
         "table": table(tuple(numbers), layout.out.device), "steps": found, "layout": layout, "buffers": buffers,
         "jobs": jobs, "row_tiles": row_tiles, "first_tile": first_tile, "batch": batch, "length": length,
-        "stored": first.stored,
-        "BLOCKS": len(inners), "ADDRESSES": len(first.tensors), "DIM": dim,
+        "stored": first.stored, "BLOCKS": len(inners), "ADDRESSES": len(first.tensors), "DIM": dim,
         "SHARER_DIM": sharer_dim, "ALIGNED": first.aligned, "MASKED": masked, "EPSILON": EPSILON,
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
         "BLOCK_T": 1 << (buffers.tiles - 1).bit_length(), "BLOCK_H": max(16, min(64, _power(layout.kv_heads))),
