@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+Pair = tuple[Tensor, Tensor]  # keys and values, or what belongs to them
+
 EPSILON = 1e-6  # of the RMS norms
 _FIXED = 13  # tensors of a half besides those of its `project` blocks, three each
 

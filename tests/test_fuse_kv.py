@@ -363,6 +363,21 @@ def test_bad_input_is_refused_before_anything_is_written(backend, name):
         assert torch.equal(tensor, old)
 
 
+@backends
+def test_weights_that_lie_elsewhere_are_checked_again(backend):
+    call = build(FusePlan(), 1)
+    for _ in range(2):
+        run(call, backend)
+    call.weights.value.in_bias.data = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"weights\.value\.in_bias has shape \(3,\)"):
+        run(call, backend)
+    call.weights.value.in_bias.data = torch.zeros(16)
+    run(call, backend)
+    wider = build(FusePlan(sharer_heads=4), 1)
+    with pytest.raises(ValueError, match=r"weights\.key\.in_weight has shape"):
+        run(dataclasses.replace(call, sharer_key=wider.sharer_key, sharer_value=wider.sharer_value), backend)
+
+
 def test_out_with_autograd_is_refused():
     call = build(FusePlan(), 1)
     call.weights.key.in_bias.requires_grad_()

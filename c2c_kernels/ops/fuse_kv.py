@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose, kernels, reference_fuse
-from ..fuser_weights import FuserWeights
-from ._fuse_checks import FuseTensors, Pair, check_fuse_kv, check_fuse_values, same_memory
+from ..fuser_weights import FuserWeights, Pair
+from ._fuse_checks import FuseTensors, check_fuse_kv, check_fuse_values, same_memory
 from ._library import LIBRARY, implement, needs_dispatcher, refuse_second_derivative, wants_grad
 
 _REST = "Tensor[] weights, int key_count, Tensor? index, Tensor[] residual, Tensor[] gates"
@@ -135,16 +135,7 @@ def fuse_layers(calls: Sequence[FuseCall], *, backend: str | None = None) -> lis
     Raises:
         ValueError, TypeError: as `fuse_kv`, with the number of the call.
     """
-    described = [
-        FuseTensors(
-            c.receiver_key, c.receiver_value, c.sharer_key, c.sharer_value, c.weights, c.index, c.residual, c.gates
-        )
-        for c in calls
-    ]
-    records = [
-        _check(call, given.out, backend, f"calls[{number}].")
-        for number, (call, given) in enumerate(zip(described, calls, strict=True))
-    ]
+    described, records = _check_all(calls, backend)
     names = {record.name for record in records}
     if len(names) == 1 and "reference" not in names:
         grouped = getattr(kernels(records[0].name), "fuse_kv_layers", None)
@@ -165,6 +156,25 @@ def fuse_layers(calls: Sequence[FuseCall], *, backend: str | None = None) -> lis
         )
         for call, given, name in zip(described, calls, records, strict=True)
     ]
+
+
+def check_calls(calls: Sequence[FuseCall], backend: str | None = None) -> None:
+    """Raises what `fuse_layers` would raise for these calls, and writes nothing."""
+    _check_all(calls, backend)
+
+
+def _check_all(calls: Sequence[FuseCall], backend: str | None) -> tuple[list[FuseTensors], list[Backend]]:
+    described = [
+        FuseTensors(
+            c.receiver_key, c.receiver_value, c.sharer_key, c.sharer_value, c.weights, c.index, c.residual, c.gates
+        )
+        for c in calls
+    ]
+    records = [
+        _check(call, given.out, backend, f"calls[{number}].")
+        for number, (call, given) in enumerate(zip(described, calls, strict=True))
+    ]
+    return described, records
 
 
 def _check(call: FuseTensors, out: Pair | None, backend: str | None, name: str = "") -> Backend:
