@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -34,16 +35,36 @@ class Half(NamedTuple):
     out: Tensor  # as the receiver
 
 
+class Weights(NamedTuple):
+    """The weights of a half as the kernel takes them.
+
+    Attributes:
+        lie: where the tensors of the half lie.
+        sizes: hidden, then inner sizes of embed, scale and the blocks of project.
+        aligned: whether matrices and their rows start at multiples of 16 bytes.
+        fixed, blocks: their part of the half's addresses, before and behind those of caches.
+        tensors: all of them, contiguous.
+    """
+
+    lie: tuple[int, ...]
+    sizes: tuple[int, ...]
+    aligned: bool
+    fixed: tuple[int, ...]
+    blocks: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+
+
 class Prepared(NamedTuple):
     """A half as the kernel takes it.
 
     Attributes:
         layout: shapes, strides and dtypes.
-        sizes: hidden, then inner sizes of embed, scale and the blocks of project.
+        sizes: as those of its weights.
         shape: (batch, length, dim, sharer_dim).
         work: dtype of activations: that of all tensors of the half where they have one, else float32.
         aligned: whether tensors and rows of weights start at multiples of 16 bytes.
-        tensors: in the order of their addresses.
+        weights: of the half.
+        caches: tensors that lie at the addresses between those of weights.
     """
 
     layout: Layout
@@ -52,7 +73,14 @@ class Prepared(NamedTuple):
     stored: int
     work: torch.dtype
     aligned: bool
-    tensors: list[Tensor | None]
+    weights: Weights
+    caches: tuple[Tensor | None, ...]
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """The half's row of the table."""
+        caches = (0 if tensor is None else tensor.data_ptr() for tensor in self.caches)
+        return (*self.weights.fixed, *caches, *self.weights.blocks)
 
     @property
     def alike(self) -> tuple:
@@ -69,11 +97,6 @@ def fuse(halves: Sequence[Half]) -> None:
             if tensor is not None:
                 check_dtype("fuse_kv", name, tensor)
         check_dtype("fuse_kv", "weights", half.weights.in_weight)
-        for tensor in half.weights.tensors:
-            if tensor.numel() >= _LARGEST_MATRIX:
-                raise ValueError(
-                    f"fuse_kv on triton supports weights of fewer than 2**31 numbers; got {tuple(tensor.shape)}"
-                )
     groups: dict[tuple, list[Prepared]] = {}
     for half in halves:
         prepared = _prepared(half)
@@ -96,24 +119,48 @@ def _prepared(half: Half) -> Prepared:
         out, *_strides(out), *expanded(half.gate, (batch, kv_heads, length)), *expanded(half.selected, (batch, length)),
         kv_heads, sharer.shape[1],
     ))  # fmt: skip
-    blocks = (weights.embed, weights.scale, *weights.project)
-    matrices = [weights.in_weight, weights.out_weight, *(part for block in blocks for part in (block.w1, block.w2))]
+    found = _weights_of(weights)
     dtypes = {weights.in_weight.dtype, receiver.dtype, sharer.dtype}
-    fixed = (
-        weights.in_weight, weights.in_bias, weights.out_weight, weights.out_bias, weights.scale_weight,
-        weights.scale_bias, weights.gate_logit,
+    aligned = found.aligned and all(x.data_ptr() % _ALIGNMENT == 0 for x in (receiver, sharer, residual, out))
+    return Prepared(
+        layout, found.sizes, (batch, length, dim, sharer.shape[3]), sharer.shape[2],
+        dtypes.pop() if len(dtypes) == 1 else torch.float32, aligned, found,
+        (receiver, sharer, residual, out, half.gate, half.selected),
     )  # fmt: skip
-    own = [tensor.contiguous() for tensor in fixed]
+
+
+_known: WeakKeyDictionary[FuserHalf, Weights] = WeakKeyDictionary()
+
+
+def _weights_of(half: FuserHalf) -> Weights:
+    """Looked at once where they stay where they are: of 28 layers it takes a millisecond."""
+    lie = tuple(tensor.data_ptr() for tensor in half.tensors)
+    known = _known.get(half)
+    if known is not None and known.lie == lie:
+        return known
+    blocks = (half.embed, half.scale, *half.project)
+    matrices = [half.in_weight, half.out_weight, *(part for block in blocks for part in (block.w1, block.w2))]
+    for matrix in matrices:
+        if matrix.numel() >= _LARGEST_MATRIX:
+            raise ValueError(
+                f"fuse_kv on triton supports weights of fewer than 2**31 numbers; got {tuple(matrix.shape)}"
+            )
+    fixed = [
+        tensor.contiguous() for tensor in (half.in_weight, half.in_bias, half.out_weight, half.out_bias,
+        half.scale_weight, half.scale_bias, half.gate_logit)
+    ]  # fmt: skip
     theirs = [part.contiguous() for block in blocks for part in block.tensors]
     aligned = all(size % _ALIGNMENT == 0 for matrix in matrices for size in matrix.shape) and all(
-        tensor.data_ptr() % _ALIGNMENT == 0 for tensor in (*own, *theirs, receiver, sharer, residual, out)
-        if tensor.dim() > 1
+        tensor.data_ptr() % _ALIGNMENT == 0 for tensor in (*fixed, *theirs) if tensor.dim() == 2
+    )
+    found = Weights(
+        lie, (half.in_weight.shape[0], *(block.w1.shape[0] for block in blocks)), aligned,
+        tuple(tensor.data_ptr() for tensor in fixed), tuple(tensor.data_ptr() for tensor in theirs),
+        (*fixed, *theirs),
     )  # fmt: skip
-    return Prepared(
-        layout, (weights.in_weight.shape[0], *(block.w1.shape[0] for block in blocks)),
-        (batch, length, dim, sharer.shape[3]), sharer.shape[2], dtypes.pop() if len(dtypes) == 1 else torch.float32,
-        aligned, [*own, receiver, sharer, residual, out, half.gate, half.selected, *theirs],
-    )  # fmt: skip
+    if all(tensor.is_contiguous() for tensor in half.tensors):  # a copy would not follow what changes
+        _known[half] = found
+    return found
 
 
 def _fuse_alike(group: list[Prepared]) -> None:
@@ -165,20 +212,21 @@ def _launch(group: list[Prepared], first_tile: int, row_tiles: int, tile: FuseTi
     receiver_width = layout.kv_heads * dim
     found = steps(hidden, layout.sharer_heads * sharer_dim + receiver_width, receiver_width, inners, tile.columns)
     buffers = _buffers(first, len(group) * row_tiles, tile)
-    numbers = [0 if tensor is None else tensor.data_ptr() for prepared in group for tensor in prepared.tensors]
+    numbers = tuple(number for prepared in group for number in prepared.addresses)
     jobs = len(group) * row_tiles
     masked = any(step.size % tile.columns or step.width % tile.depth for step in found)
     names = {
-        "table": table(tuple(numbers), layout.out.device), "steps": found, "layout": layout, "buffers": buffers,
+        "table": table(numbers, layout.out.device), "steps": found, "layout": layout, "buffers": buffers,
         "jobs": jobs, "row_tiles": row_tiles, "first_tile": first_tile, "batch": batch, "length": length,
-        "stored": first.stored, "BLOCKS": len(inners), "ADDRESSES": len(first.tensors), "DIM": dim,
+        "stored": first.stored, "BLOCKS": len(inners), "ADDRESSES": len(first.addresses), "DIM": dim,
         "SHARER_DIM": sharer_dim, "ALIGNED": first.aligned, "MASKED": masked, "EPSILON": EPSILON,
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
         "BLOCK_T": 1 << (buffers.tiles - 1).bit_length(), "BLOCK_H": max(16, min(64, _power(layout.kv_heads))),
         "STAGES": tile.stages, "PRECISION": "tf32x3" if target.backend == "cuda" else "ieee",
         "FETCH": target.backend == "cuda",
     }  # fmt: skip
-    reached = tuple(tensor for prepared in group for tensor in prepared.tensors if tensor is not None)
+    tensors = (tensor for prepared in group for tensor in (*prepared.weights.tensors, *prepared.caches))
+    reached = tuple(tensor for tensor in tensors if tensor is not None)
     grid = jobs * sum(step.tiles for step in found)
     run(Launch(fuse_kernel, grid, names, tile.warps, tile.stages, reached=reached), layout.out.device)
 
