@@ -45,6 +45,8 @@ LIMITS = [
     Limit("shared", 227 * 1024, archs=(90,)),
     Limit("launches", 2, "decode*"),
     Limit("launches", 1, "prefill*"),
+    Limit("bytes_over_least", 1.10, "fuse*"),
+    Limit("launches", 1, "fuse*"),
     # --- targets that are not reached ---
     Limit("refused", True, "decode-absorbed* < Qwen3-4B*", standing=NOT_REACHED),  # as wide as the receiver: no gain
     Limit("launches", 3, "decode-absorbed*", standing=NOT_REACHED),  # two would read the projector once per split
@@ -61,6 +63,11 @@ LIMITS = [
     Limit("bank_conflicts", 0.13, "backward * float32*", "query_gradient_kernel", standing=NOT_REACHED),
     Limit("bank_conflicts", 2.47, "backward * float32*", "prefill_kernel", (90,), NOT_REACHED),
     Limit("sector_use", 0.60, "quantise*", standing=NOT_REACHED),  # a thread loads its 16 numbers in two requests
+    # A tile of 64 tokens and 128 columns reads half as much of h as of weights; one of 256, for many layers, a quarter.
+    Limit("bytes_over_least", 1.63, "fuse*", standing=NOT_REACHED),
+    Limit("bytes_over_least", 1.41, "fuse* layers=28", standing=NOT_REACHED),
+    Limit("bank_conflicts", 0.08, "fuse* own=64", archs=(80,), standing=NOT_REACHED),
+    Limit("bank_conflicts", 0.22, "fuse* own=64", archs=(90,), standing=NOT_REACHED),
     Limit("launches", 2, "prefill-raw*", standing=HELD),  # the segment is projected first
     # --- no target, held: what several programs read counts each time ---
     Limit("bytes_over_least", 3.50, "prefill *q_len=512*", standing=HELD),
@@ -93,6 +100,7 @@ LIMITS = [
     Limit("flops_over_least", 1.00, "project* bfloat16 shared=512", standing=HELD),
     Limit("flops_over_least", 3.00, "project *float32*", standing=HELD),
     Limit("flops_over_least", 64.00, "project* shared=1", standing=HELD),
+    Limit("flops_over_least", 1.01, "fuse*", standing=HELD),
 ]
 
 

@@ -99,7 +99,7 @@ def triton_record() -> Backend:
 
     def record(reason: str, devices: tuple[str, ...] = ("cuda",), isa: str = "", by_name: tuple[str, ...] = ()):
         dtypes = ("bfloat16", "float16", "float32")
-        return Backend("triton", not reason, reason, devices, dtypes, isa, by_name, _TRITON_VERIFIED, 8, ("fuse_kv",))
+        return Backend("triton", not reason, reason, devices, dtypes, isa, by_name, _TRITON_VERIFIED, 8)
 
     if importlib.util.find_spec("triton") is None:
         return record("triton is not installed: pip install 'c2c-kernels[triton]'")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from c2c_kernels import FuserBlock, FuserHalf
 from c2c_kernels.backends import triton as backend
-from c2c_kernels.backends.triton import gradients, scatter
+from c2c_kernels.backends.triton import fusing, gradients, scatter
 from c2c_kernels.backends.triton.launch import Launch, Target, executed_by
 from c2c_kernels.backends.triton.offline import SHARED_LIMIT, compiled, usage
 from c2c_kernels.segment import SegmentTensors, SharerSegment, to_tensors
@@ -54,6 +55,20 @@ def project(dtype, kv_heads: int, dim: int, heads: int, raw_dim: int, stored=Non
     proj = torch.empty(kv_heads, dim, heads * raw_dim, dtype=dtype)
     segment = to_tensors(SharerSegment(raw, raw, proj, proj, **fields))
     backend.project_kv("triton", segment, None, *(torch.empty(1, kv_heads, 512, dim, dtype=dtype) for _ in range(2)))
+
+
+def fuse(dtype, hidden: int = 1024, halves: int = 1, dim: int = 128, sharer_dim: int = 64, weights=None):
+    def of(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=weights or dtype)
+
+    receiver, sharer = torch.empty(1, 8, 64, dim, dtype=dtype), torch.empty(1, 2, 64, sharer_dim, dtype=dtype)
+    block = FuserBlock(of(hidden), of(hidden, hidden), of(hidden, hidden))
+    half = FuserHalf(
+        of(hidden, 2 * sharer_dim + 8 * dim), of(hidden), block, (block,), of(8 * dim, hidden), of(8 * dim), block,
+        of(8, hidden), of(8), of(),
+    )  # fmt: skip
+    index = torch.zeros(1, 64, dtype=torch.int64) if weights else None
+    fusing.fuse([fusing.Half(receiver, sharer, half, index, None, None, receiver)] * halves)
 
 
 SCALES = {"key_scale": torch.ones(1, 8, 512), "value_scale": torch.ones(1, 8, 512)}
@@ -121,6 +136,11 @@ CALLS = {
         lambda: scatter.spread(torch.empty(1, 2, 40, 64), torch.zeros(1, 40, dtype=torch.int64), 70),
         ["spread_kernel"],
     ),
+    "fuse": (lambda: fuse(HALF), ["fuse_kernel"]),
+    "fuse layers": (lambda: fuse(HALF, halves=56), ["fuse_kernel"]),
+    "fuse float32": (lambda: fuse(SINGLE), ["fuse_kernel"]),
+    "fuse odd sizes": (lambda: fuse(HALF, 1003, dim=80, sharer_dim=72), ["fuse_kernel"]),
+    "fuse float32 weights": (lambda: fuse(HALF, 1003, dim=80, sharer_dim=72, weights=SINGLE), ["fuse_kernel"]),
 }  # fmt: skip
 
 
@@ -129,13 +149,14 @@ TWO_TARGETS = (
     "decode 256 float32", "absorbed 512 32 rows", "absorbed 256 64 rows", "absorbed head dim 256 float32",
     "absorbed head dim 128 float32 16 rows", "absorbed head dim 64 float32 32 rows", "absorbed float32 projectors",
     "prefill 64 float32", "prefill 128 float32", "prefill 256 float32", "prefill 64 gate", "backward 64 float32",
-    "backward 128 float32", "backward 256 float32",
+    "backward 128 float32", "backward 256 float32", "fuse float32 weights",
+    "fuse odd sizes",
 )  # fmt: skip
 # Shapes that bench/static_gpu.py compiles for sm_80 and sm_90, and holds to the same limits.
 STATIC = (
     "decode 64", "decode 128", "decode 128 int8", "decode 128 e4m3", "decode 128 float32", "absorbed 128",
     "absorbed 256", "absorbed 512", "prefill 64", "prefill 128", "prefill 128 float32", "backward 64", "backward 128",
-    "project", "project float32", "merge", "quantise",
+    "project", "project float32", "merge", "quantise", "fuse", "fuse layers",
 )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,19 @@ _PREFILL = {
     ),
 }
 WIDE_TOKENS = 16  # of a tile of a segment that is wider in dtype than 16-bit queries: products in float32
+
+
+class FuseTile(NamedTuple):
+    """Tokens, columns of a product, numbers of a token that one product takes; warps, and stages of the loads."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+FUSED_HALVES = 32  # of a call, from which products of 1024 columns fill 128 multiprocessors with tiles of 256
 DECODE_ROWS = 64  # queries x heads of a KV head up to which tokens are split over programs, at most
 # Of an absorbed segment: query heads x queries of a tile, the sharer's width, and their product, at most. In float32
 # every warp holds the folded queries whole, in two parts.
@@ -162,3 +177,16 @@ def backward_tile(call: Call) -> Tile:
     if call.target.backend == "hip":
         return Tile(32, 16, 4, 1) if call.block_dim <= 128 else Tile(16, 16, 4, 1)
     return Tile(32, 64, 8, 2) if call.block_dim <= 128 else Tile(32, 32, 8, 1)
+
+
+def fuse_tile(target: Target, single: bool, aligned: bool, halves: int) -> FuseTile:
+    """Of `fuse_kernel`. `single`: products in float32; `aligned`: rows of weights, to 16 bytes; `halves`: of a call.
+
+    A tile of 64 tokens reads activations of 64 / columns of the bytes of its weights. Halves of many layers fill a GPU
+    with wide tiles too; by their number alone, so that a token's result depends neither on its batch nor its length.
+    """
+    if single or not aligned:
+        return FuseTile(64, 64, 16 if single and _family(target) == "sm_80" else 32, 8, 2)
+    if target.backend == "hip":
+        return FuseTile(64, 128, 64, 8, 2)
+    return FuseTile(64, 256, 64, 8, 3) if halves >= FUSED_HALVES else FuseTile(64, 128, 64, 8, 3)
