@@ -112,6 +112,11 @@ def _raise(status: int, operator: str, segment: str = "") -> None:
     raise ValueError(f"{operator}: {_cpu.status_text(code)}")
 
 
+def status_text(code: int) -> str:
+    """A status of csrc/include/c2c.h as words."""
+    return _cpu.status_text(code) if _cpu is not None else f"status {code}"
+
+
 def _segment_numbers(
     segment: SegmentTensors, batch: int, q_heads: int, keep: list[Tensor], materialize: bool = False
 ) -> list[int]:
@@ -191,7 +196,7 @@ def _materializes(segment: SegmentTensors, strategy: str, query: Tensor, value_d
     return found.strategy == "materialize"
 
 
-def _attention_numbers(
+def attention_numbers(
     query, key, value, segments, materialize, attn_mask, is_causal, query_positions, lengths, window, segment_window,
     sinks, out, lse, mass, keep: list[Tensor],
 ) -> list[int]:  # fmt: skip
@@ -219,7 +224,7 @@ def plain_parameters(query, key, value, is_causal, window) -> list[int] | None:
     """The kernel's parameters for own tokens alone, of any tensors laid out alike; None where one is copied first."""
     keep: list[Tensor] = []
     out = query.new_empty((*query.shape[:3], value.shape[3]))
-    numbers = _attention_numbers(
+    numbers = attention_numbers(
         query, key, value, [], [], None, is_causal, None, None, window, None, None, out, None, None, keep
     )
     return None if keep else numbers
@@ -248,7 +253,7 @@ def merged_attention(
     mass_shape = (batch, q_heads, q_len, 1 + len(segments)) if return_mass else (0,)
     mass = query.new_empty(mass_shape, dtype=torch.float32) if return_mass or return_lse else None
     keep: list[Tensor] = []
-    numbers = _attention_numbers(
+    numbers = attention_numbers(
         query, key, value, segments, materialize, attn_mask, is_causal, query_positions, lengths, window,
         segment_window, sinks, out, lse, mass if return_mass else None, keep,
     )  # fmt: skip
@@ -287,7 +292,7 @@ def merged_attention_backward(
             segment_window, softcap, sinks, strategy, False, True, torch.float32,
         )  # fmt: skip
     keep: list[Tensor] = []
-    numbers = _attention_numbers(
+    numbers = attention_numbers(
         query, key, value, direct, [False] * len(direct), attn_mask, is_causal, query_positions, lengths, window,
         segment_window, sinks, exact, lse, None, keep,
     )  # fmt: skip

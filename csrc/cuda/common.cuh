@@ -173,6 +173,16 @@ __device__ __forceinline__ float logit_of(const Attention &p, const Run &run, in
   return z;
 }
 
+// NARROW: numbers below 6e-8 are lost, so that a weight times a scale is not rounded to T.
+template <typename T>
+struct Precision {
+  static constexpr bool NARROW = false;
+};
+template <>
+struct Precision<__half> {
+  static constexpr bool NARROW = true;
+};
+
 // The 16-byte chunk of a row of shared memory in which logical chunk `chunk` lies: rows of 128 bytes or more, read
 // eight at a time by ldmatrix, touch all banks.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return chunk ^ (row & 7); }

@@ -22,4 +22,7 @@ using Executor = c2c_status_code (*)(const Launch &launch, void *context);
 // The executor that launches on a stream, which is the context.
 c2c_status_code run_on_stream(const Launch &launch, void *stream);
 
+// The compute capability of the current device, 80 for 8.0. C2C_UNSUPPORTED below that; c2c_cuda_error() says what.
+c2c_status_code current_capability(int &capability);
+
 }  // namespace c2c

@@ -45,7 +45,8 @@ struct Attention {
   int64_t segment_window;  // the same for segments with positions; 0: none
   int32_t batch, q_heads, kv_heads, group, q_len, head_dim, value_dim, runs;
   float scale, softcap;  // softcap 0: none
-  int8_t is_causal, mask_type, query_positions_type, sinks_type, out_type;
+  int8_t is_causal, dtype, mask_type, query_positions_type, sinks_type, out_type;
+  int8_t query_vectorised;  // rows of query can be read 16 bytes at a time
   Run run[MAX_RUNS];
 };
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import importlib
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpu_simulator import CHECKS, simulator
+
+from c2c_kernels.backends import cuda
+
+backends = importlib.import_module("c2c_kernels.backends")  # the package's attribute of this name is a function
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = (80, 90)
+FILES = {"decode": "decode.cu", "combine": "decode.cu", "prefill": "prefill.cu", "project": "project.cu"}
 
 
 def missing() -> str:
@@ -24,6 +32,8 @@ def missing() -> str:
         return "shared/ptxsim is not in or beside the checkout"
     if shutil.which("nvcc") is None:
         return "nvcc is not installed"
+    if cuda._cuda is None:
+        return cuda._why_not
     return ""
 
 
@@ -52,3 +62,45 @@ def module(source: str, arch: int) -> Any:
     """The ptxsim module of csrc/cuda/`source`. `launch(name, grid, block, [params], dynamic_shared, ranges=tensors)`
     takes the struct of parameters as bytes or as a ctypes structure; `ranges` are the tensors that it points to."""
     return simulator().Module(ptx(source, arch), **CHECKS)
+
+
+class Ran(NamedTuple):
+    """A launch and the simulator's counters (a `ptxsim.Result`)."""
+
+    launch: cuda.Launch
+    counters: Any
+
+
+class Simulator:
+    """Runs what the `cuda` backend launches from PTX for compute capability `arch`; keeps it in `ran`."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.ran: list[Ran] = []
+
+    def __call__(self, launch: cuda.Launch) -> None:
+        family = launch.kernel.removeprefix("c2c_").partition("_")[0]
+        counters = module(FILES[family], self.arch).launch(
+            launch.kernel, launch.grid, launch.block, [launch.params], dynamic_shared=launch.shared,
+            ranges=launch.tensors,
+        )  # fmt: skip
+        self.ran.append(Ran(launch, counters))
+
+    def names(self) -> list[str]:
+        """The kernels launched, in order."""
+        return [ran.launch.kernel for ran in self.ran]
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[Simulator]:
+        """Operators on CPU tensors choose the `cuda` backend, and every launch of the block comes here."""
+        kept, choices = backends.backends(), dict(backends._choices)
+        ours = backends.Backend("cuda", True, "", ("cpu",), ("bfloat16", "float16"), "simulated")
+        backends._records = (ours, *(record for record in kept if record.name != "cuda"))
+        backends._choices.clear()
+        try:
+            with cuda.executed_by(self.arch, self):
+                yield self
+        finally:
+            backends._records = kept
+            backends._choices.clear()
+            backends._choices.update(choices)

@@ -1,0 +1,186 @@
+"""The CUDA backend: hands pointers, strides and sizes to the kernels of `csrc/cuda`, with the same names as `native`.
+
+What it does not take says `refusal`, which the choice of a backend asks. Gradients are computed by the Triton backend.
+The values of `lengths`, gates and indices are not looked at by the host, which would have to wait for them: lengths are
+cut to the tensor, an index outside of it reads zeros, a gate that is not above 0 closes its token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..segment import SegmentTensors
+from . import Backend, kernels, native, triton_record
+
+try:
+    from .. import _cuda
+except ImportError as error:
+    _cuda, _why_not = None, f"the compiled extension c2c_kernels._cuda cannot be imported: {error}"
+else:
+    _why_not = ""
+
+DTYPES = (torch.bfloat16, torch.float16)
+QUANTISED = (torch.int8, torch.float8_e4m3fn)
+_VERIFIED = "the PTX for sm_80 and sm_90 run in a simulator; not run on hardware"
+_UNSUPPORTED, _CUDA_ERROR = 8, 9
+_LARGEST_DIM, _MOST_SEGMENTS = (0, 0) if _cuda is None else (_cuda.largest_dim, _cuda.most_segments)
+
+
+class Launch(NamedTuple):
+    """One kernel launch, before it happens: the kernel's name in PTX and its one parameter, a struct.
+
+    `tensors` are those that the struct points into.
+    """
+
+    kernel: str
+    grid: int
+    block: int
+    shared: int
+    params: bytes
+    tensors: tuple[Tensor, ...]
+
+
+Executor = Callable[[Launch], None]
+_taken_over: ContextVar[tuple[int, Executor] | None] = ContextVar("c2c_cuda_executor", default=None)
+
+
+@contextlib.contextmanager
+def executed_by(capability: int, executor: Executor) -> Iterator[None]:
+    """Hands every launch of the block to `executor`, as for a device of this compute capability (80 for 8.0)."""
+    token = _taken_over.set((capability, executor))
+    try:
+        yield
+    finally:
+        _taken_over.reset(token)
+
+
+def cuda_record() -> Backend:
+    """The record of the `cuda` backend."""
+
+    def record(reason: str, isa: str = "") -> Backend:
+        names = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return Backend("cuda", not reason, reason, ("cuda",), names, isa, (), _VERIFIED, 8)
+
+    if _cuda is None:
+        return record(_why_not)
+    if torch.version.hip or not torch.cuda.is_available():
+        return record("torch finds no NVIDIA GPU")
+    return record("", "sm_" + _cuda.archs.replace(",", ", sm_"))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _in_receiver_space(segment: SegmentTensors) -> bool:
+    """Whether attention can read the segment as it is stored: scales, index and float8 included."""
+    parts = (segment.key_proj, segment.value_proj, segment.key_bias, segment.value_bias)
+    return all(part is None for part in parts)
+
+
+def _segment_refusal(segment: SegmentTensors, number: int, query: Tensor) -> str:
+    name = f"segments[{number}]"
+    if not _in_receiver_space(segment):
+        return f"takes segments in receiver space; {name} has a projector or a bias"
+    found = (segment.key.dtype, segment.value.dtype)
+    if any(dtype != query.dtype for dtype in found) and not all(dtype in QUANTISED for dtype in found):
+        return (
+            f"takes segments of the query's dtype, or of int8 or float8_e4m3fn in key and value; {name} has "
+            f"{_dtype_name(found[0])} and {_dtype_name(found[1])}, query {_dtype_name(query.dtype)}"
+        )
+    return ""
+
+
+def refusal(operator: str, *call) -> str:
+    """Why this backend does not take a call of an operator; "" where it does. `call` as its `_refusal` function has it.
+
+    Asked with tensors of a device at hand, so that looking for the driver starts nothing that was not running.
+    """
+    if _cuda is None:
+        return _why_not
+    if not torch.compiler.is_compiling() and _taken_over.get() is None and (reason := _cuda.unavailable()):
+        return reason
+    function = _REFUSALS.get(operator)
+    return f"has no kernel for {operator}" if function is None else function(*call)
+
+
+def _attention_refusal(
+    query: Tensor, value: Tensor, segments: list[SegmentTensors], strategy: str, for_backward: bool
+) -> str:
+    if for_backward and not triton_record().available:
+        return f"gradients are triton's: {triton_record().reason}"
+    for name, dim in (("head_dim", query.shape[3]), ("value_dim", value.shape[3])):
+        if dim > _LARGEST_DIM:
+            return f"supports {name} up to {_LARGEST_DIM}; got {dim}"
+    if len(segments) > _MOST_SEGMENTS:
+        return f"supports up to {_MOST_SEGMENTS} segments; got {len(segments)}"
+    for number, segment in enumerate(segments):
+        if reason := _segment_refusal(segment, number, query):
+            return reason
+    return ""
+
+
+_REFUSALS: dict[str, Callable[..., str]] = {"merged_attention": _attention_refusal}
+
+
+def _run(operator: str, subject: Tensor, size: int, launches, run, tensors: list[Tensor | None]) -> None:
+    """Workspace, device guard and current stream for one operator; its status as an exception that names `subject`.
+
+    `launches(workspace, capability, function)` tells what `run(workspace, stream)` does. `tensors`: what it works on.
+    """
+    device = subject.device
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    taken = _taken_over.get()
+    if taken is not None:
+        capability, executor = taken
+        present = (workspace, *(tensor for tensor in tensors if tensor is not None))
+        status = launches(workspace.data_ptr(), capability, lambda *launch: executor(Launch(*launch, present)))
+    else:
+        with torch.cuda.device(device):
+            status = run(workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+    code = status & 0xFF
+    if code == _CUDA_ERROR:
+        raise RuntimeError(f"{operator} on cuda: {_cuda.error()}; tensor {tuple(subject.shape)} on {device}")
+    if code:
+        reason = _cuda.error() if code == _UNSUPPORTED else ""
+        what = reason or native.status_text(code)
+        raise ValueError(f"{operator} on cuda: {what}; tensor {tuple(subject.shape)} on {device}")
+
+
+def merged_attention(
+    backend: str, query, key, value, segments, attn_mask, is_causal, query_positions, lengths, scale, window,
+    segment_window, softcap, sinks, strategy, return_mass, return_lse, out_dtype=None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Forward kernels; lse and mass are computed where asked for (an empty mass otherwise)."""
+    if reason := _attention_refusal(query, value, segments, strategy, False):
+        raise ValueError(f"merged_attention on cuda {reason}")
+    batch, q_heads, q_len, _ = query.shape
+    out = query.new_empty((batch, q_heads, q_len, value.shape[3]), dtype=out_dtype or query.dtype)
+    lse = query.new_empty((batch, q_heads, q_len), dtype=torch.float32) if return_lse else None
+    mass_shape = (batch, q_heads, q_len, 1 + len(segments)) if return_mass else (0,)
+    mass = query.new_empty(mass_shape, dtype=torch.float32) if return_mass or return_lse else None
+    keep: list[Tensor] = []
+    numbers = native.attention_numbers(
+        query, key, value, segments, [False] * len(segments), attn_mask, is_causal, query_positions, lengths, window,
+        segment_window, sinks, out, lse, mass if return_mass else None, keep,
+    )  # fmt: skip
+    factors = (scale, softcap or 0.0)
+    _run(
+        "merged_attention", query, _cuda.attention_workspace(numbers),
+        lambda *where: _cuda.attention_launches(numbers, *factors, *where),
+        lambda *where: _cuda.merged_attention(numbers, *factors, *where),
+        [query, key, value, attn_mask, query_positions, lengths, sinks, out, lse, mass, *keep,
+         *(tensor for segment in segments for tensor in segment.tensors)],
+    )  # fmt: skip
+    return out, lse, mass
+
+
+def merged_attention_backward(backend: str, *call) -> list[Tensor]:
+    """Gradients, by the Triton backend."""
+    return kernels("triton").merged_attention_backward("triton", *call)

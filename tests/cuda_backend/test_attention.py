@@ -1,0 +1,51 @@
+"""`merged_attention` on the CUDA backend, its compiled PTX for sm_80 and sm_90 run by ptxsim through the operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Plan, SegmentPlan, build, reference_call
+from error_rule import assert_as_exact
+from simulated import ARCHS, Simulator, missing
+
+import c2c_kernels as c2c
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+def attend(call: dict, arch: int) -> tuple[tuple, Simulator]:
+    names = ("query", "key", "value", "segments")
+    options = {name: value for name, value in call.items() if name not in names}
+    with Simulator(arch).installed() as simulated:
+        results = c2c.merged_attention(
+            *(call[name] for name in names), **options, return_lse=True, return_mass=True, backend="cuda"
+        )
+    return results, simulated
+
+
+PLANS = {
+    "decode": Plan(BF16, 2, 2, 4, 1, 165, 64, 64, is_causal=True, strided=False, segments=[SegmentPlan(70)]),
+    "decode_128": Plan(F16, 1, 1, 7, 2, 300, 128, 128, is_causal=True, strided=False, lengths=True, segments=[
+        SegmentPlan(130, gate="full", lengths=True), SegmentPlan(0), SegmentPlan(33, quantised=True)]),
+    "decode_256": Plan(BF16, 1, 1, 3, 1, 150, 256, 200, softcap=5.0, sinks=True, segments=[
+        SegmentPlan(50, gate="head"), SegmentPlan(70, quantised=True, index=True)]),
+    "decode_masks": Plan(F16, 1, 2, 7, 2, 130, 40, 64, window=40, softcap=5.0, sinks=True, mask="bool_heads", segments=[
+        SegmentPlan(65, gate="full", positions="shuffled", visibility="causal"), SegmentPlan(17, index=True)]),
+    "decode_additive": Plan(BF16, 3, 1, 2, 5, 70, 72, 80, mask="additive", lengths=True, query_positions=True, segments=[
+        SegmentPlan(64, gate="token", positions="shared", quantised=True, lengths=True)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", PLANS)
+def test_attention(name, arch):
+    plan = PLANS[name]
+    call = build(plan, 5)
+    ours, simulated = attend(call, arch)
+    assert all("decode" in n or "combine" in n for n in simulated.names())
+    oracle = reference_call(call, torch.float64)
+    theirs = reference_call(call, plan.dtype, plan.dtype)
+    for which, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
+        assert_as_exact(which, mine, torchs, exact)
