@@ -140,7 +140,7 @@ def _run(operator: str, subject: Tensor, size: int, launches, run, tensors: list
     if taken is not None:
         capability, executor = taken
         present = (workspace, *(tensor for tensor in tensors if tensor is not None))
-        status = launches(workspace.data_ptr(), capability, lambda *launch: executor(Launch(*launch, present)))
+        status = launches(workspace.data_ptr(), capability, lambda *launch: executor(Launch._make((*launch, present))))
     else:
         with torch.cuda.device(device):
             status = run(workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream)

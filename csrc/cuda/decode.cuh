@@ -50,6 +50,9 @@ struct Tile {
   SoftmaxState state[2];                      // of rows lane / 4 and + 8; sums are those of this lane's columns
 };
 
+// Where a chunk of a row of queries lies: eight rows of one chunk, and two rows of four chunks, touch all banks.
+__device__ __forceinline__ int query_chunk(int row, int chunk) { return chunk ^ ((row & 1) << 2 | (row >> 1 & 3)); }
+
 // Queries of the block's rows into shared memory, rows of DIM numbers; zeros beyond the rows and their dim.
 template <int DIM>
 __device__ __forceinline__ void fetch_queries(const Attention &p, int batch, int kv_head, int first_row, char *shared) {
@@ -59,7 +62,7 @@ __device__ __forceinline__ void fetch_queries(const Attention &p, int batch, int
     const Row r = row_of(p, 0, batch, kv_head, first_row + row, 0);
     const char *start =
         static_cast<const char *>(p.query.data) + 2 * (batch * p.query.b + r.head * p.query.h + r.query * p.query.n);
-    char *to = shared + row * DIM * 2 + swizzled(row, chunk) * 16;
+    char *to = shared + row * DIM * 2 + query_chunk(row, chunk) * 16;
     if (p.query_vectorised)
       fetch_16_bytes<2>(to, start, chunk, p.head_dim, r.inside);
     else
@@ -78,7 +81,8 @@ __device__ __forceinline__ void load_queries(const char *shared, uint32_t (&quer
       const int row = lane / 4 + 8 * half;
 #pragma unroll
       for (int j = 0; j < DIM / 32; ++j) {
-        const uint4 x = *reinterpret_cast<const uint4 *>(shared + row * DIM * 2 + swizzled(row, 4 * j + lane % 4) * 16);
+        const uint4 x =
+            *reinterpret_cast<const uint4 *>(shared + row * DIM * 2 + query_chunk(row, 4 * j + lane % 4) * 16);
         query[2 * j][half] = x.x;
         query[2 * j][2 + half] = x.y;
         query[2 * j + 1][half] = x.z;
@@ -89,38 +93,62 @@ __device__ __forceinline__ void load_queries(const char *shared, uint32_t (&quer
     const int row = lane % 16;
 #pragma unroll
     for (int k = 0; k < DIM / 16; ++k)
-      ldmatrix_x4(query[k], shared_address(shared) + row * DIM * 2 + swizzled(row, 2 * k + lane / 16) * 16);
+      ldmatrix_x4(query[k], shared_address(shared) + row * DIM * 2 + query_chunk(row, 2 * k + lane / 16) * 16);
   }
 }
 
-// A team's chunk of keys and values: tokens first, first + 1, ... below `last`.
+// Fetches a team's chunks of keys and values. A thread always takes the same 16-byte piece of tokens TOKENS apart.
 template <int DIM, bool BYTES>
-__device__ __forceinline__ void fetch_tokens(const Attention &p, const Run &run, int batch, int kv_head, int first,
-                                             int last, char *stage) {
+struct Fetcher {
   using L = Layout<DIM, BYTES>;
-  constexpr int SIZE = BYTES ? 1 : 2, THREADS = Teams<DIM>::THREADS;
-  const char *key = static_cast<const char *>(run.key.data) + SIZE * (batch * run.key.b + kv_head * run.key.h);
-  const char *value = static_cast<const char *>(run.value.data) + SIZE * (batch * run.value.b + kv_head * run.value.h);
-  const auto fetch = [&](int at, auto fetch_chunk) {
-    const int token = at / L::DATA_CHUNKS, chunk = at % L::DATA_CHUNKS;
-    int stored = first + token < last ? first + token : -1;
-    if (stored >= 0) stored = stored_token(run, batch, stored);
-    const int64_t row = stored < 0 ? 0 : stored;
-    char *to = stage + token * L::ROW;
-    fetch_chunk(to + L::chunk_at(token, chunk, false) * 16, key + SIZE * row * run.key.n, chunk, p.head_dim,
-                stored >= 0);
-    fetch_chunk(to + CHUNK * L::ROW + L::chunk_at(token, chunk, true) * 16, value + SIZE * row * run.value.n, chunk,
-                p.value_dim, stored >= 0);
-  };
-  const int thread = threadIdx.x % THREADS;
-  if (run.vectorised) {
+  static constexpr int SIZE = BYTES ? 1 : 2, TOKENS = Teams<DIM>::THREADS / L::DATA_CHUNKS;
+  const char *key, *value;  // token 0 of the batch row and head
+  int token, chunk;         // of this thread
+
+  __device__ __forceinline__ Fetcher(const Run &run, int batch, int kv_head)
+      : key(static_cast<const char *>(run.key.data) + SIZE * (batch * run.key.b + kv_head * run.key.h)),
+        value(static_cast<const char *>(run.value.data) + SIZE * (batch * run.value.b + kv_head * run.value.h)),
+        token(threadIdx.x % Teams<DIM>::THREADS / L::DATA_CHUNKS),
+        chunk(threadIdx.x % Teams<DIM>::THREADS % L::DATA_CHUNKS) {}
+
+  // Tokens first, first + 1, ... below `last`; zeros for the rest of the chunk.
+  __device__ __forceinline__ void operator()(const Attention &p, const Run &run, int batch, int first, int last,
+                                             char *stage) const {
+    if (run.vectorised && !run.index.data) {
+      const char *from_key = key + SIZE * run.key.n * (first + token) + chunk * 16;
+      const char *from_value = value + SIZE * run.value.n * (first + token) + chunk * 16;
+      const bool in_key = chunk * (16 / SIZE) < p.head_dim, in_value = chunk * (16 / SIZE) < p.value_dim;
 #pragma unroll
-    for (int i = 0; i < CHUNK * L::DATA_CHUNKS / THREADS; ++i) fetch(i * THREADS + thread, fetch_16_bytes<SIZE>);
-  } else {
+      for (int i = 0; i < CHUNK / TOKENS; ++i) {
+        const int at = token + i * TOKENS;
+        const bool inside = first + at < last;
+        cp_async_16(shared_address(place(stage, at, false)), inside && in_key ? from_key : key, inside && in_key);
+        cp_async_16(shared_address(place(stage, at, true)), inside && in_value ? from_value : value,
+                    inside && in_value);
+        from_key += SIZE * TOKENS * run.key.n;
+        from_value += SIZE * TOKENS * run.value.n;
+      }
+      return;
+    }
 #pragma unroll 1
-    for (int i = 0; i < CHUNK * L::DATA_CHUNKS / THREADS; ++i) fetch(i * THREADS + thread, fetch_numbers<SIZE>);
+    for (int at = token; at < CHUNK; at += TOKENS) {
+      const int stored = first + at < last ? stored_token(run, batch, first + at) : -1;
+      const int64_t row = stored < 0 ? 0 : SIZE * static_cast<int64_t>(stored);
+      const auto fetch = [&](char *to, const char *from, int dim) {
+        if (run.vectorised)
+          fetch_16_bytes<SIZE>(to, from, chunk, dim, stored >= 0);
+        else
+          fetch_numbers<SIZE>(to, from, chunk, dim, stored >= 0);
+      };
+      fetch(place(stage, at, false), key + row * run.key.n, p.head_dim);
+      fetch(place(stage, at, true), value + row * run.value.n, p.value_dim);
+    }
   }
-}
+
+  __device__ __forceinline__ char *place(char *stage, int at, bool is_value) const {
+    return stage + (is_value ? CHUNK * L::ROW : 0) + at * L::ROW + L::chunk_at(at, chunk, is_value) * 16;
+  }
+};
 
 // Products of 16 rows and 16 tokens: fragment 0 is of tokens 0..7, 1 of 8..15.
 template <typename T, int DIM, bool BYTES>
@@ -214,10 +242,14 @@ __device__ __forceinline__ void take_chunk(const Attention &p, const Work &w, co
 #pragma unroll
     for (int i = 0; i < 8; ++i) scores[i / 4][i % 4] *= p.scale * LOG2E;
   } else {
+    // A lane asks about one token, so that neighbours' numbers are read at once, and tells those that have its column.
+    const Column mine = column_of(w.run, w.batch, w.kv_head, first + lane % CHUNK, w.last);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int token = first + 2 * (lane % 4) + i % 2 + i / 2 * 8;
-      const Column column = column_of(w.run, w.batch, w.kv_head, token, w.last);
+      const int within = 2 * (lane % 4) + i % 2 + i / 2 * 8, token = first + within;
+      const Column column{w.run.placed ? __shfl_sync(~0u, static_cast<long long>(mine.place), within) : token,
+                          __shfl_sync(~0u, mine.key_scale, within), __shfl_sync(~0u, mine.value_scale, within),
+                          token < w.last};
       value_scales[i] = column.value_scale;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -265,9 +297,9 @@ __device__ __forceinline__ void stream(const Attention &p, const Work &w, const 
   const int step = Team::COUNT * CHUNK;
   int token = w.split_first + (w.first - w.split_first) / step * step + Team::mine() * CHUNK;
   int ahead = token, stage_ahead = 0;
+  const Fetcher<DIM, BYTES> fetcher(w.run, w.batch, w.kv_head);
   const auto fetch = [&] {
-    if (ahead < w.last)
-      fetch_tokens<DIM, BYTES>(p, w.run, w.batch, w.kv_head, ahead, w.last, stages + stage_ahead * L::STAGE);
+    if (ahead < w.last) fetcher(p, w.run, w.batch, ahead, w.last, stages + stage_ahead * L::STAGE);
     cp_async_commit();
     ahead += step;
     stage_ahead = stage_ahead + 1 == L::STAGES ? 0 : stage_ahead + 1;

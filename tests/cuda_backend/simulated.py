@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 from gpu_simulator import CHECKS, simulator
 
+import c2c_kernels as c2c
 from c2c_kernels.backends import cuda
 
 backends = importlib.import_module("c2c_kernels.backends")  # the package's attribute of this name is a function
@@ -37,11 +39,20 @@ def missing() -> str:
     return ""
 
 
+def included(file: Path) -> set[Path]:
+    """A source and all that it includes of csrc."""
+    found = {file}
+    for name in re.findall(r'#include "([^"]+)"', file.read_text()):
+        for folder in (SOURCES, ROOT / "csrc" / "include"):
+            if (folder / name).exists():
+                found |= included(folder / name)
+    return found
+
+
 @functools.cache
 def ptx(source: str, arch: int) -> str:
-    """The PTX of csrc/cuda/`source` for compute capability `arch`, kept in build/ptx until a source changes."""
-    files = sorted((*SOURCES.glob("*"), *(ROOT / "csrc" / "include").glob("*")))
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    """The PTX of csrc/cuda/`source` for compute capability `arch`, kept in build/ptx until what it includes changes."""
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(included(SOURCES / source)))).hexdigest()[:16]
     kept = ROOT / "build" / "ptx" / f"{Path(source).stem}-{arch}-{digest}.ptx"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -104,3 +115,13 @@ class Simulator:
             backends._records = kept
             backends._choices.clear()
             backends._choices.update(choices)
+
+
+def attend(call: dict, arch: int, **options: Any) -> tuple[tuple, Simulator]:
+    """`merged_attention` with the arguments that `attention_cases.build` makes: out, lse and mass, and the launches."""
+    options = {name: value for name, value in call.items() if name not in ("query", "key", "value")} | options
+    with Simulator(arch).installed() as simulated:
+        results = c2c.merged_attention(
+            call["query"], call["key"], call["value"], **options, return_lse=True, return_mass=True, backend="cuda"
+        )
+    return results, simulated

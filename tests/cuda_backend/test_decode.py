@@ -6,23 +6,11 @@ import pytest
 import torch
 from attention_cases import Plan, SegmentPlan, build, reference_call
 from error_rule import assert_as_exact
-from simulated import ARCHS, Simulator, missing
-
-import c2c_kernels as c2c
+from simulated import ARCHS, attend, missing
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 BF16, F16 = torch.bfloat16, torch.float16
-
-
-def attend(call: dict, arch: int) -> tuple[tuple, Simulator]:
-    names = ("query", "key", "value", "segments")
-    options = {name: value for name, value in call.items() if name not in names}
-    with Simulator(arch).installed() as simulated:
-        results = c2c.merged_attention(
-            *(call[name] for name in names), **options, return_lse=True, return_mass=True, backend="cuda"
-        )
-    return results, simulated
 
 
 PLANS = {
@@ -33,8 +21,8 @@ PLANS = {
         SegmentPlan(50, gate="head"), SegmentPlan(70, quantised=True, index=True)]),
     "decode_masks": Plan(F16, 1, 2, 7, 2, 130, 40, 64, window=40, softcap=5.0, sinks=True, mask="bool_heads", segments=[
         SegmentPlan(65, gate="full", positions="shuffled", visibility="causal"), SegmentPlan(17, index=True)]),
-    "decode_additive": Plan(BF16, 3, 1, 2, 5, 70, 72, 80, mask="additive", lengths=True, query_positions=True, segments=[
-        SegmentPlan(64, gate="token", positions="shared", quantised=True, lengths=True)]),
+    "decode_additive": Plan(BF16, 3, 1, 2, 5, 70, 72, 80, mask="additive", lengths=True, query_positions=True,
+        segments=[SegmentPlan(64, gate="token", positions="shared", quantised=True, lengths=True)]),
 }  # fmt: skip
 
 
