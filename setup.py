@@ -118,11 +118,15 @@ class Nvcc:
             return list(pool.map(compiled, sources))
 
 
+def headers(folder):
+    return sorted([*glob(f"csrc/{folder}/*"), *glob("csrc/include/*"), *glob("python_bindings/*.h")])
+
+
 def extensions():
     cpu = Extension(
         "c2c_kernels._cpu",
         sources=["python_bindings/cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-        depends=sorted(glob("csrc/**/*.*", recursive=True) + glob("python_bindings/*.h")),
+        depends=headers("cpu"),
         include_dirs=["csrc/include"],
         extra_compile_args=[STANDARD, *COMMON, *optimisation()],
         extra_link_args=optimisation() if sanitizers() else [],
@@ -133,7 +137,7 @@ def extensions():
     cuda = Extension(
         "c2c_kernels._cuda",
         sources=["python_bindings/cuda.cpp", *sorted(glob("csrc/cuda/*.cpp"))],
-        depends=cpu.depends,
+        depends=headers("cuda"),
         include_dirs=["csrc/include"],
         define_macros=[("C2C_CUDA_ARCHS", f'"{",".join(cuda_archs())}"')],
         extra_compile_args=[STANDARD, *COMMON, *optimisation()],
