@@ -34,6 +34,22 @@ int attention_launches(const py::list &numbers, double scale, double softcap, ui
   return encode(c2c::attention_launches(p, reinterpret_cast<void *>(workspace), capability, tell, &function));
 }
 
+int64_t project_workspace(const py::list &numbers) {
+  const c2c_project_params p = read_projection(numbers);
+  return c2c_project_kv_workspace_cuda(&p);
+}
+
+int project_kv(const py::list &numbers, uintptr_t workspace, uintptr_t stream) {
+  const c2c_project_params p = read_projection(numbers);
+  py::gil_scoped_release release;
+  return encode(c2c_project_kv_cuda(&p, reinterpret_cast<void *>(workspace), reinterpret_cast<void *>(stream)));
+}
+
+int project_launches(const py::list &numbers, uintptr_t workspace, int capability, py::function function) {
+  const c2c_project_params p = read_projection(numbers);
+  return encode(c2c::project_launches(p, reinterpret_cast<void *>(workspace), capability, tell, &function));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -47,4 +63,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("attention_workspace", &attention_workspace);
   m.def("merged_attention", &merged_attention);
   m.def("attention_launches", &attention_launches);
+  m.def("project_workspace", &project_workspace);
+  m.def("project_kv", &project_kv);
+  m.def("project_launches", &project_launches);
 }

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..segment import SegmentTensors
+from ..segment import Rope, SegmentTensors
 from . import Backend, kernels, native, triton_record
 
 try:
@@ -126,7 +126,27 @@ def _attention_refusal(
     return ""
 
 
-_REFUSALS: dict[str, Callable[..., str]] = {"merged_attention": _attention_refusal}
+def _projection_refusal(segment: SegmentTensors, for_backward: bool) -> str:
+    if for_backward and not triton_record().available:
+        return f"gradients are triton's: {triton_record().reason}"
+    projectors = (segment.key_proj, segment.key_proj_in, segment.value_proj, segment.value_proj_in)
+    dtypes = {projector.dtype for projector in projectors if projector is not None}
+    if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
+        found = ", ".join(sorted(_dtype_name(dtype) for dtype in dtypes))
+        return f"takes projectors of one dtype, bfloat16 or float16; got {found}"
+    for name, raw, proj in (("key", segment.key, segment.key_proj), ("value", segment.value, segment.value_proj)):
+        if proj is not None and raw.dtype != proj.dtype and raw.dtype not in QUANTISED:
+            wanted = _dtype_name(proj.dtype)
+            return f"multiplies {name} of its projector's dtype, {wanted}, or quantised; got {_dtype_name(raw.dtype)}"
+        if raw.dtype == torch.float64:
+            return f"takes no {name} of float64"
+    return ""
+
+
+_REFUSALS: dict[str, Callable[..., str]] = {
+    "merged_attention": _attention_refusal,
+    "project_kv": _projection_refusal,
+}
 
 
 def _run(operator: str, subject: Tensor, size: int, launches, run, tensors: list[Tensor | None]) -> None:
@@ -184,3 +204,24 @@ def merged_attention(
 def merged_attention_backward(backend: str, *call) -> list[Tensor]:
     """Gradients, by the Triton backend."""
     return kernels("triton").merged_attention_backward("triton", *call)
+
+
+def project_kv(
+    backend: str, segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor, name: str = "segment"
+) -> None:
+    """Forward kernels, written to key_out and value_out."""
+    if reason := _projection_refusal(segment, False):
+        raise ValueError(f"project_kv on cuda {reason}")
+    keep: list[Tensor] = []
+    numbers = native.projection_numbers(segment, rope, key_out, value_out, keep)
+    tables = () if rope is None else (*(rope.remove or ()), *(rope.apply or ()))
+    _run(
+        "project_kv", segment.key, _cuda.project_workspace(numbers),
+        lambda *where: _cuda.project_launches(numbers, *where), lambda *where: _cuda.project_kv(numbers, *where),
+        [*segment.tensors, *tables, key_out, value_out, *keep],
+    )  # fmt: skip
+
+
+def project_kv_backward(backend: str, *call) -> list[Tensor | None]:
+    """Gradients, by the Triton backend."""
+    return kernels("triton").project_kv_backward("triton", *call)

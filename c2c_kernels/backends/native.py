@@ -367,7 +367,7 @@ def _segment_grads(
     return flat
 
 
-def _projection_numbers(
+def projection_numbers(
     segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor, keep: list[Tensor]
 ) -> list[int]:
     targets = []
@@ -403,7 +403,7 @@ def project_kv(
 ) -> None:
     """Forward kernel, written to key_out and value_out; errors call the segment `name`."""
     keep: list[Tensor] = []
-    status = _cpu.project_kv(_projection_numbers(segment, rope, key_out, value_out, keep))
+    status = _cpu.project_kv(projection_numbers(segment, rope, key_out, value_out, keep))
     if status:
         _raise(status, "project_kv", name)
 
@@ -411,7 +411,7 @@ def project_kv(
 def projection_parameters(segment: SegmentTensors, key_out: Tensor, value_out: Tensor) -> list[int] | None:
     """The kernel's parameters without rotation, for any tensors laid out alike; None where one is copied first."""
     keep: list[Tensor] = []
-    numbers = _projection_numbers(segment, None, key_out, value_out, keep)
+    numbers = projection_numbers(segment, None, key_out, value_out, keep)
     return None if keep else numbers
 
 

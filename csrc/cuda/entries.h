@@ -9,4 +9,6 @@ c2c_status attention_launches(const c2c_attention_params &p, void *workspace, in
                               void *context);
 int64_t attention_workspace(const c2c_attention_params &p);  // bytes; 0 where the call is refused
 
+c2c_status project_launches(const c2c_project_params &p, void *workspace, int capability, Executor run, void *context);
+
 }  // namespace c2c
