@@ -6,26 +6,16 @@ import pytest
 import torch
 from attention_cases import Plan, SegmentPlan, build, reference_call
 from error_rule import assert_as_exact
-from simulated import ARCHS, Simulator, missing
-
-import c2c_kernels as c2c
+from simulated import ARCHS, Simulator, attend, missing
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 BF16, F16 = torch.bfloat16, torch.float16
 
 
-def attend(call: dict, arch: int, **wanted) -> tuple[tuple, Simulator]:
-    names = ("query", "key", "value", "segments")
-    options = {name: value for name, value in call.items() if name not in names}
-    with Simulator(arch).installed() as simulated:
-        results = c2c.merged_attention(*(call[name] for name in names), **options, **wanted, backend="cuda")
-    return results, simulated
-
-
 def check(plan: Plan, seed: int, arch: int) -> Simulator:
     call = build(plan, seed)
-    ours, simulated = attend(call, arch, return_lse=True, return_mass=True)
+    ours, simulated = attend(call, arch)
     oracle = reference_call(call, torch.float64)
     theirs = reference_call(call, plan.dtype, plan.dtype)
     for which, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
