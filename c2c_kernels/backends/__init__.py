@@ -155,7 +155,7 @@ def _cuda_refusal(operator: str, name: str | None, device: torch.device, dtype: 
     record = next((record for record in backends() if record.name == "cuda"), None)
     if record is None or name not in (None, "cuda") or record.refusal(device, dtype, name is not None):
         return ""
-    return kernels("cuda").refusal(operator, *call)
+    return kernels("cuda").refusal(operator, name is not None, *call)
 
 
 def _say_once(operator: str, name: str, device: torch.device, dtype: torch.dtype, refusals: list[str]) -> None:

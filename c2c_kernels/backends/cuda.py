@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..segment import Rope, SegmentTensors
-from . import Backend, kernels, native, triton_record
+from . import Backend, cost, kernels, native, triton_record
 
 try:
     from .. import _cuda
@@ -84,10 +84,13 @@ def _in_receiver_space(segment: SegmentTensors) -> bool:
     return all(part is None for part in parts)
 
 
-def _segment_refusal(segment: SegmentTensors, number: int, query: Tensor) -> str:
+def _segment_refusal(segment: SegmentTensors, number: int, query: Tensor, strategy: str) -> str:
     name = f"segments[{number}]"
     if not _in_receiver_space(segment):
-        return f"takes segments in receiver space; {name} has a projector or a bias"
+        if strategy == "absorb" and segment.key_proj is not None and segment.value_proj is not None:
+            return f'absorbs no projector, which {name} has: use strategy "auto" or "materialize"'
+        reason = _projection_refusal(segment, False)
+        return f"{reason} in {name}" if reason else ""
     found = (segment.key.dtype, segment.value.dtype)
     if any(dtype != query.dtype for dtype in found) and not all(dtype in QUANTISED for dtype in found):
         return (
@@ -97,9 +100,30 @@ def _segment_refusal(segment: SegmentTensors, number: int, query: Tensor) -> str
     return ""
 
 
-def refusal(operator: str, *call) -> str:
+def _absorbing_pays(segment: SegmentTensors, query: Tensor, value_dim: int) -> bool:
+    """Whether a backend that absorbs the segment's projectors is the faster one, by the cost model."""
+    if segment.key_proj is None or segment.value_proj is None or not segment.length:
+        return False
+    _, q_heads, q_len, head_dim = query.shape
+    return cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, cost.GPU).strategy == "absorb"
+
+
+def _materialized(segment: SegmentTensors, query: Tensor, name: str) -> SegmentTensors:
+    """The segment in receiver space, projected by the kernel, in the dtype of the queries."""
+
+    def target(raw: Tensor, proj: Tensor | None) -> Tensor:
+        heads, dim = (raw.shape[1], raw.shape[3]) if proj is None else (proj.shape[0], proj.shape[1])
+        return query.new_empty((raw.shape[0], heads, segment.length, dim))
+
+    key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
+    project_kv("cuda", segment, None, key, value, name)
+    return native.plain(segment, key, value)
+
+
+def refusal(operator: str, named: bool, *call) -> str:
     """Why this backend does not take a call of an operator; "" where it does. `call` as its `_refusal` function has it.
 
+    `named`: it was asked for by name, so that being slower than another is no reason.
     Asked with tensors of a device at hand, so that looking for the driver starts nothing that was not running.
     """
     if _cuda is None:
@@ -107,7 +131,14 @@ def refusal(operator: str, *call) -> str:
     if not torch.compiler.is_compiling() and _taken_over.get() is None and (reason := _cuda.unavailable()):
         return reason
     function = _REFUSALS.get(operator)
-    return f"has no kernel for {operator}" if function is None else function(*call)
+    reason = f"has no kernel for {operator}" if function is None else function(*call)
+    if reason or named or operator != "merged_attention" or not triton_record().available:
+        return reason
+    query, value, segments, strategy, for_backward = call
+    for number, segment in enumerate(segments):
+        if strategy == "auto" and not for_backward and _absorbing_pays(segment, query, value.shape[3]):
+            return f"absorbs no projector, and absorbing that of segments[{number}] is faster"
+    return ""
 
 
 def _attention_refusal(
@@ -121,7 +152,7 @@ def _attention_refusal(
     if len(segments) > _MOST_SEGMENTS:
         return f"supports up to {_MOST_SEGMENTS} segments; got {len(segments)}"
     for number, segment in enumerate(segments):
-        if reason := _segment_refusal(segment, number, query):
+        if reason := _segment_refusal(segment, number, query, strategy):
             return reason
     return ""
 
@@ -181,6 +212,10 @@ def merged_attention(
     if reason := _attention_refusal(query, value, segments, strategy, False):
         raise ValueError(f"merged_attention on cuda {reason}")
     batch, q_heads, q_len, _ = query.shape
+    segments = [
+        segment if _in_receiver_space(segment) else _materialized(segment, query, f"segments[{number}]")
+        for number, segment in enumerate(segments)
+    ]
     out = query.new_empty((batch, q_heads, q_len, value.shape[3]), dtype=out_dtype or query.dtype)
     lse = query.new_empty((batch, q_heads, q_len), dtype=torch.float32) if return_lse else None
     mass_shape = (batch, q_heads, q_len, 1 + len(segments)) if return_mass else (0,)

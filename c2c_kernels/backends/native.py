@@ -169,10 +169,11 @@ def _materialized(backend: str, segment: SegmentTensors, name: str) -> SegmentTe
 
     key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
     project_kv(backend, segment, None, key, value, name)
-    return _plain(segment, key, value)
+    return plain(segment, key, value)
 
 
-def _plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensors:
+def plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensors:
+    """The segment with these keys and values in receiver space."""
     kept = {name: getattr(segment, name) for name in ("gate", "lengths", "positions", "causal")}
     return SegmentTensors._make((*(None,) * len(SLOTS), False))._replace(key=key, value=value, **kept)
 

@@ -11,7 +11,7 @@
 #include "kernels.h"
 
 #define DECODE_KERNEL(name, T, DIM) \
-  extern "C" __global__ void __launch_bounds__(c2c::DECODE_WARPS * 32) \
+  extern "C" __global__ void __launch_bounds__(c2c::decode_warps(DIM) * 32) \
       c2c_decode_##name##_##DIM(const __grid_constant__ c2c::Decode d) { \
     c2c::decode_split<T, DIM>(d); \
   }
@@ -98,7 +98,7 @@ c2c_status_code launch_decode(const Attention &p, void *workspace, int, Executor
       const Launch split{v.kernel,
                          v.name,
                          static_cast<uint32_t>(blocks),
-                         DECODE_WARPS * 32,
+                         static_cast<uint32_t>(decode_warps(v.dim) * 32),
                          static_cast<uint32_t>(decode_shared(v.dim)),
                          &d,
                          sizeof d};

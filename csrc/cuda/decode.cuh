@@ -15,7 +15,7 @@ constexpr int CHUNK = 16;  // tokens that a team takes at once: the K of its sec
 // Warps of a team and teams of a block.
 template <int DIM>
 struct Teams {
-  static constexpr int WARPS = DIM > 128 ? 2 : 1, COUNT = DECODE_WARPS / WARPS, THREADS = WARPS * WARP;
+  static constexpr int WARPS = DIM > 128 ? 2 : 1, COUNT = decode_warps(DIM) / WARPS, THREADS = WARPS * WARP;
   static __device__ __forceinline__ int mine() { return threadIdx.x / THREADS; }
   static __device__ __forceinline__ int part() { return threadIdx.x / WARP % WARPS; }  // of the value dims
   static __device__ __forceinline__ void sync() {
@@ -352,7 +352,7 @@ __device__ __forceinline__ void write_split(const Decode &d, int64_t base_row, i
   }
   __syncthreads();
   const int rows = p.q_len * p.group - first_row;
-  for (int row = warp; row < ROWS && row < rows; row += DECODE_WARPS) {
+  for (int row = warp; row < ROWS && row < rows; row += Team::COUNT * Team::WARPS) {
     SoftmaxState state;
     for (int t = 0; t < Team::COUNT; ++t) state.merge({states[(t * ROWS + row) * 2], states[(t * ROWS + row) * 2 + 1]});
     const int64_t at = (base_row + row) * d.splits + split;

@@ -16,11 +16,12 @@ struct Decode {
   int32_t split_tokens[MAX_RUNS];
 };
 
-constexpr int DECODE_WARPS = 4;
+// Warps of a block for head dims up to `dim`.
+constexpr int decode_warps(int dim) { return dim > 64 && dim <= 128 ? 2 : 4; }
 
-// Bytes of shared memory for keys and values in flight: 3 stages of 16-bit numbers or more, and no more than the 99 KiB
-// that sm_86, sm_89 and sm_120 have.
-constexpr int decode_shared(int dim) { return dim > 64 ? 96 * 1024 : 64 * 1024; }
+// Bytes of shared memory for keys and values in flight: 3 or 4 stages of 16-bit numbers. So little that 96 to 144
+// KiB are in flight on a multiprocessor of sm_80, and a block fits in the 99 KiB of sm_86, sm_89 and sm_120.
+constexpr int decode_shared(int dim) { return (dim > 128 ? 96 : dim > 64 ? 48 : 64) * 1024; }
 
 constexpr int COMBINE_THREADS = 128;
 
