@@ -1,120 +1,63 @@
-"""Kernels of csrc/cuda, compiled to PTX once per architecture and run by ptxsim on CPU tensors."""
+"""How this folder's tests run the CUDA backend: simulated, on CPU tensors (bench/cuda_simulator.py).
+
+With C2C_CUDA_DEVICE=cuda the same tests run on that device: tensors are copied there, results and outputs back.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
-import importlib
 import os
-import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
-from gpu_simulator import CHECKS, simulator
+import cuda_simulator
+import torch
+from cuda_simulator import Ran, chosen
+from triton_device import here, there
 
 import c2c_kernels as c2c
 from c2c_kernels.backends import cuda
 
-backends = importlib.import_module("c2c_kernels.backends")  # the package's attribute of this name is a function
-
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "csrc" / "cuda"
-ARCHS = (80, 90)
-FILES = {"decode": "decode.cu", "combine": "decode.cu", "prefill": "prefill.cu", "project": "project.cu"}
+DEVICE = os.environ.get("C2C_CUDA_DEVICE", "")
+ARCHS = (80,) if DEVICE else cuda_simulator.ARCHS  # of the simulator; a device runs what it runs
 
 
 def missing() -> str:
-    """Why kernels cannot be simulated here; "" where they can."""
-    if simulator() is None:
-        return "shared/ptxsim is not in or beside the checkout"
-    if shutil.which("nvcc") is None:
-        return "nvcc is not installed"
-    if cuda._cuda is None:
-        return cuda._why_not
-    return ""
+    """Why the kernels cannot run here; "" where they can."""
+    if not DEVICE or cuda._cuda is None:
+        return cuda_simulator.missing()
+    return "" if torch.cuda.is_available() else "torch finds no GPU"
 
 
-def included(file: Path) -> set[Path]:
-    """A source and all that it includes of csrc."""
-    found = {file}
-    for name in re.findall(r'#include "([^"]+)"', file.read_text()):
-        for folder in (SOURCES, ROOT / "csrc" / "include"):
-            if (folder / name).exists():
-                found |= included(folder / name)
-    return found
-
-
-@functools.cache
-def ptx(source: str, arch: int) -> str:
-    """The PTX of csrc/cuda/`source` for compute capability `arch`, kept in build/ptx until what it includes changes."""
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(included(SOURCES / source)))).hexdigest()[:16]
-    kept = ROOT / "build" / "ptx" / f"{Path(source).stem}-{arch}-{digest}.ptx"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        target = f"sm_{arch}a" if arch == 90 else f"sm_{arch}"
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            made = os.path.join(folder, "made.ptx")
-            include = str(ROOT / "csrc" / "include")
-            subprocess.run(
-                ["nvcc", "-ptx", "-std=c++17", f"-arch={target}", "-I", include, "-o", made, str(SOURCES / source)],
-                check=True,
-            )
-            os.replace(made, kept)
-    return kept.read_text()
-
-
-@functools.cache
-def module(source: str, arch: int) -> Any:
-    """The ptxsim module of csrc/cuda/`source`. `launch(name, grid, block, [params], dynamic_shared, ranges=tensors)`
-    takes the struct of parameters as bytes or as a ctypes structure; `ranges` are the tensors that it points to."""
-    return simulator().Module(ptx(source, arch), **CHECKS)
-
-
-class Ran(NamedTuple):
-    """A launch and the simulator's counters (a `ptxsim.Result`)."""
-
-    launch: cuda.Launch
-    counters: Any
-
-
-class Simulator:
-    """Runs what the `cuda` backend launches from PTX for compute capability `arch`; keeps it in `ran`."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-        self.ran: list[Ran] = []
-
-    def __call__(self, launch: cuda.Launch) -> None:
-        family = launch.kernel.removeprefix("c2c_").partition("_")[0]
-        counters = module(FILES[family], self.arch).launch(
-            launch.kernel, launch.grid, launch.block, [launch.params], dynamic_shared=launch.shared,
-            ranges=launch.tensors,
-        )  # fmt: skip
-        self.ran.append(Ran(launch, counters))
-
-    def names(self) -> list[str]:
-        """The kernels launched, in order."""
-        return [ran.launch.kernel for ran in self.ran]
+class Simulator(cuda_simulator.Simulator):
+    """The simulator, or the device in its place; launches are then told, not simulated."""
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[Simulator]:
-        """Operators on CPU tensors choose the `cuda` backend, and every launch of the block comes here."""
-        kept, choices = backends.backends(), dict(backends._choices)
-        ours = backends.Backend("cuda", True, "", ("cpu",), ("bfloat16", "float16"), "simulated")
-        backends._records = (ours, *(record for record in kept if record.name != "cuda"))
-        backends._choices.clear()
-        try:
-            with cuda.executed_by(self.arch, self):
-                yield self
-        finally:
-            backends._records = kept
-            backends._choices.clear()
-            backends._choices.update(choices)
+        with chosen(self.on_device()) if DEVICE else super().installed():
+            yield self
+
+    def on_device(self) -> Any:
+        """The backend's functions on copies of their tensors on the device."""
+
+        def tell(launch: cuda.Launch) -> None:
+            self.ran.append(Ran(launch, None))
+
+        def merged_attention(*call: Any) -> Any:
+            with cuda.executed_by(self.arch, tell):
+                cuda.merged_attention(*call)
+            return here(cuda.merged_attention(*there(call, torch.device(DEVICE))))
+
+        def project_kv(*call: Any) -> None:
+            with cuda.executed_by(self.arch, tell):
+                cuda.project_kv(*call)
+            copies = there(call, torch.device(DEVICE))
+            cuda.project_kv(*copies)
+            for out, copy in zip(call[3:5], copies[3:5], strict=True):
+                out.copy_(copy)
+
+        return SimpleNamespace(merged_attention=merged_attention, project_kv=project_kv, refusal=cuda.refusal)
 
 
 def attend(call: dict, arch: int, **options: Any) -> tuple[tuple, Simulator]:
