@@ -23,6 +23,7 @@ backends = importlib.import_module("c2c_kernels.backends")  # the package's attr
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
+ARCHS = (80, 90)
 FILES = {"decode": "decode.cu", "combine": "decode.cu", "prefill": "prefill.cu", "project": "project.cu"}
 
 
