@@ -1,25 +1,30 @@
-"""Builds c2c_kernels._cpu out of csrc/cpu and python_bindings/cpu.cpp; all other packaging is in pyproject.toml.
+"""Builds c2c_kernels._cpu and, where nvcc is found, c2c_kernels._cuda; all other packaging is in pyproject.toml.
 
 Environment variables:
-    C2C_CUDA=auto|0|1   the CUDA extension. This version has none: auto and 0 build the CPU kernels, 1 is an error
+    C2C_CUDA=auto|0|1   the CUDA extension: where nvcc works (the default), never, or an error where it does not
+    C2C_CUDA_ARCHS=A,B  compute capabilities to compile for (default: 80,86,89,90,100,120); PTX of the first is added
+    NVCC=PATH           the CUDA compiler (default: nvcc on PATH, or in $CUDA_HOME/bin)
     C2C_SANITIZE=A,B    -fsanitize=A,B with -O1 and debug information, in a build folder of its own
     MAX_JOBS=N          files compiled at once (default: one per core)
     CXX, CXXFLAGS, LDFLAGS as for any C++ extension
 Kernels choose their instruction sets inside their own files, so every file is compiled with the same flags.
 """
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 STANDARD = "-std=c++17"
+CUDA_ARCHS = "80,86,89,90,100,120"
 COMMON = [
     "-fPIC",
     "-fvisibility=hidden",
@@ -42,12 +47,104 @@ def fail(message):
     raise SystemExit(f"c2c-kernels: {message}")
 
 
-def check_cuda_choice():
+def cuda_choice():
     choice = os.environ.get("C2C_CUDA", "auto")
-    if choice == "1":
-        fail("C2C_CUDA=1 asks for the CUDA extension, which is not part of this version; use C2C_CUDA=auto or 0")
-    if choice not in ("auto", "0"):
+    if choice not in ("auto", "0", "1"):
         fail(f"C2C_CUDA={choice!r} is not supported; use auto, 0 or 1")
+    return choice
+
+
+def cuda_archs():
+    archs = re.split(r"[,; ]+", os.environ.get("C2C_CUDA_ARCHS", "").strip() or CUDA_ARCHS)
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}", arch) or int(arch) < 80:
+            fail(f"C2C_CUDA_ARCHS={','.join(archs)!r} is not a list of compute capabilities from 80 on, such as 80,90")
+    return archs
+
+
+class Nvcc:
+    """The CUDA compiler. Objects are kept in build/cuda, named by what they are made of."""
+
+    def __init__(self):
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        beside = os.path.join(home, "bin", "nvcc") if home else None
+        self.path = os.environ.get("NVCC") or shutil.which("nvcc") or (shutil.which(beside) if beside else None)
+        self.include_dirs, self.library_dirs = [], []
+
+    def refusal(self):
+        """None where it compiles, else one line saying why not. Finds out where the CUDA runtime is."""
+        if not self.path:
+            return "nvcc is not on PATH"
+        with tempfile.TemporaryDirectory() as folder:
+            source = os.path.join(folder, "probe.cu")
+            with open(source, "w") as file:
+                file.write("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
+            command = [self.path, STANDARD, source, "-c", "-o", os.path.join(folder, "probe.o")]
+            try:
+                result = subprocess.run(command, capture_output=True, text=True)
+                told = subprocess.run([*command, "-dryrun"], capture_output=True, text=True).stderr
+            except OSError as error:
+                return f"{self.path}: {error}"
+        if result.returncode:
+            lines = (result.stdout + result.stderr).splitlines()
+            return ([line for line in lines if "error" in line] or lines or [f"{self.path} failed"])[0]
+        for name, option, found in (("INCLUDES", "-I", self.include_dirs), ("LIBRARIES", "-L", self.library_dirs)):
+            for line in re.findall(rf"#\$ {name}=(.*)", told):
+                found += re.findall(rf'{option}([^" ]+)', line)
+        return None
+
+    def objects(self, sources, archs):
+        """Compiles the sources, as many at once as there are jobs, and returns the objects."""
+        codes = ",".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[0]}"])
+        flags = [STANDARD, "-O3", "-Icsrc/include", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags += ["-gencode", f"arch=compute_{archs[0]},code=[{codes}]", "-Xfatbin", "-compress-all"]
+        digest = hashlib.sha256(" ".join([self.path, *flags]).encode())
+        for path in sorted([*glob("csrc/cuda/*"), *glob("csrc/include/*")]):
+            with open(path, "rb") as file:
+                digest.update(file.read())
+        folder = os.path.join("build", "cuda", digest.hexdigest()[:16])
+        os.makedirs(folder, exist_ok=True)
+
+        def compiled(source):
+            made = os.path.join(folder, os.path.basename(source) + ".o")
+            if not os.path.exists(made):
+                command = [self.path, *flags, "-c", source, "-o", made + ".part"]
+                print(" ".join(command), flush=True)
+                subprocess.run(command, check=True)
+                os.replace(made + ".part", made)
+            return made
+
+        with ThreadPoolExecutor(jobs()) as pool:
+            return list(pool.map(compiled, sources))
+
+
+def headers(folder):
+    return sorted([*glob(f"csrc/{folder}/*"), *glob("csrc/include/*"), *glob("python_bindings/*.h")])
+
+
+def extensions():
+    cpu = Extension(
+        "c2c_kernels._cpu",
+        sources=["python_bindings/cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        depends=headers("cpu"),
+        include_dirs=["csrc/include"],
+        extra_compile_args=[STANDARD, *COMMON, *optimisation()],
+        extra_link_args=optimisation() if sanitizers() else [],
+        language="c++",
+    )
+    if cuda_choice() == "0" or sanitizers():
+        return [cpu]
+    cuda = Extension(
+        "c2c_kernels._cuda",
+        sources=["python_bindings/cuda.cpp", *sorted(glob("csrc/cuda/*.cpp"))],
+        depends=headers("cuda"),
+        include_dirs=["csrc/include"],
+        define_macros=[("C2C_CUDA_ARCHS", f'"{",".join(cuda_archs())}"')],
+        extra_compile_args=[STANDARD, *COMMON, *optimisation()],
+        libraries=["cudart_static", "pthread", "dl", "rt"],
+        language="c++",
+    )
+    return [cpu, cuda]
 
 
 def sanitizers():
@@ -88,12 +185,33 @@ class BuildExt(build_ext):
         if reason:
             fail(f"needs a C++17 compiler (such as Debian's g++; CXX names another): {reason}")
         openmp = self.openmp_flags()
-        for extension in self.extensions:
+        for extension in list(self.extensions):
             extension.include_dirs.append(pybind11.get_include())
-            extension.extra_compile_args += openmp["compile"]
-            extension.extra_link_args += openmp["link"]
+            if extension.name.endswith("_cuda"):
+                self.prepare_cuda(extension)
+            else:
+                extension.extra_compile_args += openmp["compile"]
+                extension.extra_link_args += openmp["link"]
         ParallelCompile(default=jobs()).install()
         super().build_extensions()
+
+    def prepare_cuda(self, extension):
+        """Compiles what nvcc compiles; without one the extension is left out, unless C2C_CUDA=1 asks for it."""
+        nvcc = Nvcc()
+        reason = nvcc.refusal()
+        if not reason:
+            extension.extra_objects = nvcc.objects(sorted(glob("csrc/cuda/*.cu")), cuda_archs())
+            extension.include_dirs += nvcc.include_dirs
+            extension.library_dirs += nvcc.library_dirs
+            return
+        if cuda_choice() == "1":
+            fail(f"C2C_CUDA=1 asks for the CUDA extension: {reason}")
+        print(f"c2c-kernels: built without CUDA kernels: {reason}", file=sys.stderr)
+        self.extensions.remove(extension)
+
+    def get_outputs(self):
+        """The files that exist: an extension that was left out is no output."""
+        return [path for path in super().get_outputs() if os.path.exists(path)]
 
     def refusal(self, code, flags):
         """None where the compiler builds a shared library from this code, else one line saying why not."""
@@ -127,19 +245,8 @@ class BuildExt(build_ext):
         return {"compile": flags, "link": [] if mac else flags}
 
 
-check_cuda_choice()
 setup(
-    ext_modules=[
-        Extension(
-            "c2c_kernels._cpu",
-            sources=["python_bindings/cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-            depends=sorted(glob("csrc/**/*.*", recursive=True)),
-            include_dirs=["csrc/include"],
-            extra_compile_args=[STANDARD, *COMMON, *optimisation()],
-            extra_link_args=optimisation() if sanitizers() else [],
-            language="c++",
-        )
-    ],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
     options={"build": {"build_base": "build/sanitize"}} if sanitizers() else {},
 )

@@ -5,7 +5,7 @@
 #
 # Needs Python (PYTHON names another than python3) with torch built for CUDA, triton, pytest and hypothesis; no network,
 # and nothing is installed: the package is built in place. With pytest-xdist the tests take a third of the time; without
-# pybind11 and a C++ compiler the CPU kernels are not built, which nothing here needs. Exit status 2: there is no GPU, or a
+# nvcc the CUDA kernels are not built, and Triton's are tested and timed alone. Exit status 2: there is no GPU, or a
 # package is missing, and nothing was done; 1: a test failed, a result was wrong, or time ran out.
 #
 # It has not been run on hardware yet. What it is made of is tested on the CPU: tests/bench/test_gpu*.py.
@@ -43,17 +43,20 @@ within() { # SECONDS COMMAND...: stopped at the deadline too
 }
 
 echo "::: build"
-if ! command -v nvcc >/dev/null; then echo "gpu_check: no nvcc on PATH (this version has no CUDA extension)"; fi
+if ! command -v nvcc >/dev/null; then echo "gpu_check: no nvcc on PATH: the CUDA kernels are not built; going on"; fi
+arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 if "$python" -c 'import pybind11, setuptools' 2>/dev/null; then
-    within 150 "$python" setup.py -q build_ext --inplace || echo "gpu_check: the CPU kernels are not built; going on"
+    C2C_CUDA_ARCHS=${C2C_CUDA_ARCHS:-$arch} within 150 "$python" setup.py -q build_ext --inplace ||
+        echo "gpu_check: the compiled kernels are not built; going on"
 else
-    echo "gpu_check: no pybind11 or setuptools: the CPU kernels are not built; going on"
+    echo "gpu_check: no pybind11 or setuptools: the compiled kernels are not built; going on"
 fi
 
 echo "::: test"
 spread=()
 if "$python" -c 'import xdist' 2>/dev/null; then spread=(-n 3); fi
-within 270 "$python" -m pytest -q -m gpu "${spread[@]}" --junitxml "$work/tests.xml" tests/triton_backend || status=1
+within 270 "$python" -m pytest -q -m gpu "${spread[@]}" --junitxml "$work/tests.xml" tests/triton_backend tests/cuda_backend ||
+    status=1
 
 echo "::: bench"
 within 200 "$python" -m c2c_kernels.cli bench --device cuda --quick --json "$work/bench.json" || status=1

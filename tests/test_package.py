@@ -122,18 +122,14 @@ class TestImport:
 
 class TestBuildSwitches:
     @pytest.mark.parametrize("choice", ["auto", "0"])
-    def test_cuda_choice_that_this_version_has(self, choice):
+    def test_cuda_choice_that_needs_no_nvcc(self, choice):
         result = setup_py("--version", C2C_CUDA=choice)
         assert result.stdout.split()[-1:] == [c2c_kernels.__version__], result.stderr
 
     @pytest.mark.parametrize(
         ("variable", "value", "message"),
         [
-            (
-                "C2C_CUDA",
-                "1",
-                "the CUDA extension, which is not part of this version; use C2C_CUDA=auto or 0",
-            ),
+            ("C2C_CUDA_ARCHS", "70,80", "C2C_CUDA_ARCHS='70,80' is not a list of compute capabilities from 80 on"),
             ("C2C_CUDA", "yes", "C2C_CUDA='yes' is not supported; use auto, 0 or 1"),
             ("C2C_SANITIZE", "-O3", "C2C_SANITIZE='-O3' is not a list such as address,undefined"),
         ],
@@ -141,7 +137,14 @@ class TestBuildSwitches:
     def test_bad_value_is_one_clear_line(self, variable, value, message):
         result = setup_py("--version", **{variable: value})
         assert result.returncode != 0
-        assert re.fullmatch(rf"c2c-kernels: .*{re.escape(message)}\n", result.stderr)
+        assert re.fullmatch(rf"c2c-kernels: .*{re.escape(message)}.*\n", result.stderr)
+
+    def test_cuda_asked_for_without_nvcc_is_one_clear_line(self, tmp_path):
+        folders = ["--build-temp", tmp_path, "--build-lib", tmp_path]
+        result = setup_py("build_ext", *folders, C2C_CUDA="1", NVCC=tmp_path / "nvcc")
+        assert result.returncode != 0
+        assert result.stderr.splitlines()[-1].startswith("c2c-kernels: C2C_CUDA=1 asks for the CUDA extension: ")
+        assert "Traceback" not in result.stderr
 
     def test_missing_compiler_is_one_clear_line(self, tmp_path):
         folders = ["--build-temp", tmp_path, "--build-lib", tmp_path]
@@ -200,6 +203,16 @@ class TestKernelsAlone:
         if sys.platform == "linux":
             needed = run(["ldd", build / "merged_attention"], build).stdout
             assert not re.search("torch|python", needed)
+
+    def test_cpp_example_runs(self, build):
+        """A sharer's cache becomes a slice of a receiver's, by its kernels alone."""
+        folder = ROOT / "examples" / "cpp"
+        made = run(["make", "-C", folder, f"BUILD={build}", "CC=cc", "CXX=c++", build / "convert_cache"], build)
+        assert made.returncode == 0, made.stderr
+        result = run([build / "convert_cache"], build)
+        line = r"\w+: 77 tokens converted, largest error \d\.\de-\d+ of the largest number, rest untouched\n"
+        assert re.fullmatch(line, result.stdout), result.stdout
+        assert result.returncode == 0
 
     @pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="reads x86 instructions")
     def test_instruction_sets_share_no_inline_function(self, build):

@@ -30,7 +30,6 @@ class Backend:
         by_name: torch device types that it runs on only where it is asked for by name.
         verified: how its kernels were verified, for which architectures, where that was not on the hardware.
         least_capability: NVIDIA's compute capability that it needs, the number before the point.
-        lacks: operators that it does not have.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Backend:
     by_name: tuple[str, ...] = ()
     verified: str = ""
     least_capability: int = 0
-    lacks: tuple[str, ...] = ()
 
     def refusal(self, device: torch.device, dtype: torch.dtype, named: bool = True) -> str:
         """Why this backend cannot take tensors of this device and dtype, asked for by name or not; "" where it can."""
@@ -78,12 +76,10 @@ def backends() -> tuple[Backend, ...]:
     """The records of all backends, fastest first."""
     global _records
     if _records is None:
-        from . import native
+        from . import cuda, native
 
-        not_built = "not part of this version"
-        low = ("bfloat16", "float16", "float32")
         _records = (
-            Backend("cuda", False, not_built, ("cuda",), low),
+            cuda.cuda_record(),
             triton_record(),
             native.cpu_record(),
             _REFERENCE,
@@ -113,21 +109,28 @@ def triton_record() -> Backend:
 def kernels(name: str) -> ModuleType:
     """The module whose functions run the operators on the backend `name`; that of triton is imported here."""
     if name not in _modules:
-        _modules[name] = importlib.import_module(".triton" if name == "triton" else ".native", __name__)
+        _modules[name] = importlib.import_module(f".{name}" if name in ("cuda", "triton") else ".native", __name__)
     return _modules[name]
 
 
 def choose(
-    operator: str, name: str | None, device: torch.device, dtype: torch.dtype, native_refusal: str = ""
+    operator: str,
+    name: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    native_refusal: str = "",
+    call: tuple = (),
 ) -> Backend:
     """The backend for a call: the one asked for by argument or environment, else the fastest that can run it.
 
-    `native_refusal` says why backends other than the reference cannot serve this call ("" where they can).
+    `native_refusal` says why backends other than the reference cannot serve this call ("" where they can). `call` is
+    what the `cuda` backend is asked about: the others run every call, or raise where they cannot.
     Raises ValueError for an unknown name, or for a named backend that cannot run the call.
     """
     if name is None:
         name = os.environ.get(ENVIRONMENT_VARIABLE) or None
-    request = (operator, name, device.type, dtype)
+    reasons = {"reference": "", "cuda": native_refusal or _cuda_refusal(operator, name, device, dtype, call)}
+    request = (operator, name, device.type, dtype, reasons["cuda"])
     remembered = not native_refusal and not torch.compiler.is_compiling()
     if remembered and request in _choices:
         return _choices[request]
@@ -135,11 +138,7 @@ def choose(
     for record in backends():
         if name is not None and record.name != name:
             continue
-        refusal = record.refusal(device, dtype, name is not None)
-        if not refusal and operator in record.lacks:
-            refusal = f"has no {operator} in this version"
-        if not refusal and record.name != "reference":
-            refusal = native_refusal
+        refusal = record.refusal(device, dtype, name is not None) or reasons.get(record.name, native_refusal)
         if not refusal:
             if remembered:
                 _choices[request] = record
@@ -149,6 +148,14 @@ def choose(
     if name is not None and not refusals:
         raise ValueError(f"backend must be one of {', '.join(r.name for r in backends())}; got {name!r}")
     raise ValueError(f"{operator} cannot run on the backend asked for. {'; '.join(refusals)}")
+
+
+def _cuda_refusal(operator: str, name: str | None, device: torch.device, dtype: torch.dtype, call: tuple) -> str:
+    """Why the `cuda` backend does not take this call, where it takes tensors of this device and dtype."""
+    record = next((record for record in backends() if record.name == "cuda"), None)
+    if record is None or name not in (None, "cuda") or record.refusal(device, dtype, name is not None):
+        return ""
+    return kernels("cuda").refusal(operator, name is not None, *call)
 
 
 def _say_once(operator: str, name: str, device: torch.device, dtype: torch.dtype, refusals: list[str]) -> None:

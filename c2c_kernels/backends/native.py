@@ -37,6 +37,11 @@ def cpu_record() -> Backend:
     return Backend("cpu", _cpu is not None, _why_not, ("cpu",), dtypes, isa)
 
 
+def status_text(code: int) -> str:
+    """A status of csrc/include/c2c.h as words."""
+    return _cpu.status_text(code) if _cpu is not None else f"status {code}"
+
+
 def _segment_numbers(
     segment: SegmentTensors, batch: int, q_heads: int, keep: list[Tensor], materialize: bool = False
 ) -> list[int]:
@@ -89,10 +94,11 @@ def _materialized(backend: str, segment: SegmentTensors, name: str) -> SegmentTe
 
     key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
     project_kv(backend, segment, None, key, value, name)
-    return _plain(segment, key, value)
+    return plain(segment, key, value)
 
 
-def _plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensors:
+def plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensors:
+    """The segment with these keys and values in receiver space."""
     kept = {name: getattr(segment, name) for name in ("gate", "lengths", "positions", "causal")}
     return SegmentTensors._make((*(None,) * len(SLOTS), False))._replace(key=key, value=value, **kept)
 
@@ -120,7 +126,7 @@ def _materializes(segment: SegmentTensors, strategy: str, query: Tensor, value_d
     return found.strategy == "materialize"
 
 
-def _attention_numbers(
+def attention_numbers(
     query, key, value, segments, materialize, attn_mask, is_causal, query_positions, lengths, window, segment_window,
     sinks, out, lse, mass, keep: list[Tensor],
 ) -> list[int]:  # fmt: skip
@@ -148,7 +154,7 @@ def plain_parameters(query, key, value, is_causal, window) -> list[int] | None:
     """The kernel's parameters for own tokens alone, of any tensors laid out alike; None where one is copied first."""
     keep: list[Tensor] = []
     out = query.new_empty((*query.shape[:3], value.shape[3]))
-    numbers = _attention_numbers(
+    numbers = attention_numbers(
         query, key, value, [], [], None, is_causal, None, None, window, None, None, out, None, None, keep
     )
     return None if keep else numbers
@@ -177,7 +183,7 @@ def merged_attention(
     mass_shape = (batch, q_heads, q_len, 1 + len(segments)) if return_mass else (0,)
     mass = query.new_empty(mass_shape, dtype=torch.float32) if return_mass or return_lse else None
     keep: list[Tensor] = []
-    numbers = _attention_numbers(
+    numbers = attention_numbers(
         query, key, value, segments, materialize, attn_mask, is_causal, query_positions, lengths, window,
         segment_window, sinks, out, lse, mass if return_mass else None, keep,
     )  # fmt: skip
@@ -216,7 +222,7 @@ def merged_attention_backward(
             segment_window, softcap, sinks, strategy, False, True, torch.float32,
         )  # fmt: skip
     keep: list[Tensor] = []
-    numbers = _attention_numbers(
+    numbers = attention_numbers(
         query, key, value, direct, [False] * len(direct), attn_mask, is_causal, query_positions, lengths, window,
         segment_window, sinks, exact, lse, None, keep,
     )  # fmt: skip
@@ -291,7 +297,7 @@ def _segment_grads(
     return flat
 
 
-def _projection_numbers(
+def projection_numbers(
     segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor, keep: list[Tensor]
 ) -> list[int]:
     targets = []
@@ -327,7 +333,7 @@ def project_kv(
 ) -> None:
     """Forward kernel, written to key_out and value_out; errors call the segment `name`."""
     keep: list[Tensor] = []
-    status = _cpu.project_kv(_projection_numbers(segment, rope, key_out, value_out, keep))
+    status = _cpu.project_kv(projection_numbers(segment, rope, key_out, value_out, keep))
     if status:
         raise_status(status, "project_kv", name)
 
@@ -335,7 +341,7 @@ def project_kv(
 def projection_parameters(segment: SegmentTensors, key_out: Tensor, value_out: Tensor) -> list[int] | None:
     """The kernel's parameters without rotation, for any tensors laid out alike; None where one is copied first."""
     keep: list[Tensor] = []
-    numbers = _projection_numbers(segment, None, key_out, value_out, keep)
+    numbers = projection_numbers(segment, None, key_out, value_out, keep)
     return None if keep else numbers
 
 

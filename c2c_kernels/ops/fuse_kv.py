@@ -1,6 +1,6 @@
 """`fuse_kv`: the paper's fuser rewrites the receiver's cache of one layer from its own and the sharer's tokens.
 
-A backend's module implements, where its record does not say that it lacks "fuse_kv":
+A backend's module that has the operator (`cuda` has not) implements
 
     fuse_kv(backend, receiver_key, receiver_value, sharer_key, sharer_value, weights, index, residual, gates,
             key_out, value_out) -> None

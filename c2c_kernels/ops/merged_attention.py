@@ -121,14 +121,15 @@ def merged_attention(
     refusal = ""
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         refusal = "has no gradient for attn_mask"
-    record = choose("merged_attention", backend, query.device, query.dtype, refusal)
+    everything: list[Tensor | None] = [query, key, value, sinks]
+    for segment in packed:
+        everything += [tensor for tensor in segment.tensors if tensor is not None]
+    call = (query, value, packed, strategy, wants_grad(everything))
+    record = choose("merged_attention", backend, query.device, query.dtype, refusal, call)
     arguments = (attn_mask, is_causal, query_positions, lengths, scale, window, segment_window, softcap, sinks)
     if record.name == "reference":
         out, lse, mass = _reference(query, key, value, packed, *arguments)
     else:
-        everything: list[Tensor | None] = [query, key, value, sinks]
-        for segment in packed:
-            everything += [tensor for tensor in segment.tensors if tensor is not None]
         if needs_dispatcher(everything):
             tensors, layout = pack(packed)
             out, lse, mass, _ = torch.ops.c2c.merged_attention(

@@ -66,7 +66,9 @@ def project_kv(
     dtype = _result_dtype(packed)
     tables, removes = _rope_tables(rope)
     refusal = "has no gradient for rope tables" if wants_grad(tables) else ""
-    record = choose("project_kv", backend, packed.key.device, dtype if out is None else out[0].dtype, refusal)
+    call_on_cuda = (packed, wants_grad(packed.tensors))
+    target = dtype if out is None else out[0].dtype
+    record = choose("project_kv", backend, packed.key.device, target, refusal, call_on_cuda)
     if out is not None and wants_grad((*packed.tensors, *tables, *out)):
         raise ValueError("out= is written in place without autograd, but out or a tensor of the segment requires grad")
     if record.name == "reference":

@@ -92,6 +92,8 @@ extern "C" const char *c2c_status_text(c2c_status_code code) {
     case C2C_BAD_DTYPE: return "a tensor is stored as something that the operator does not read";
     case C2C_BAD_SHAPE: return "a size is negative or too large, or heads do not divide";
     case C2C_NO_MEMORY: return "no memory for scratch";
+    case C2C_UNSUPPORTED: return "more than the kernels of this device take";
+    case C2C_CUDA_ERROR: return "an error of the CUDA runtime";
   }
   return "unknown status";
 }

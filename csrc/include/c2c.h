@@ -37,7 +37,9 @@ typedef enum {
   C2C_BAD_INDEX = 4,            // an index outside the segment
   C2C_BAD_DTYPE = 5,            // a tensor stored as something that the operator does not read
   C2C_BAD_SHAPE = 6,            // a size that is negative, or heads that do not divide
-  C2C_NO_MEMORY = 7
+  C2C_NO_MEMORY = 7,
+  C2C_UNSUPPORTED = 8,  // more than the kernels of this device take; nothing is wrong with the call
+  C2C_CUDA_ERROR = 9    // of the CUDA runtime: c2c_cuda_error()
 } c2c_status_code;
 
 // What went wrong and, where it is in a segment, in which one. Nothing has been written when code != C2C_OK.
@@ -193,6 +195,20 @@ C2C_API c2c_status c2c_project_kv_cpu(const c2c_project_params *params);
 C2C_API c2c_status c2c_merge_states_cpu(const c2c_merge_params *params);
 C2C_API c2c_status c2c_quantize_cpu(const c2c_quantize_params *params);
 C2C_API c2c_status c2c_fuse_kv_cpu(const c2c_fuse_params *params);
+
+// On an NVIDIA GPU, in libraries that were built with CUDA. Tensors are on the device, `stream` is a cudaStream_t of
+// the current device; work is put into it and not waited for, and may be captured into a graph. fp16 and bf16 queries;
+// the values of lengths, gates and indices are not checked: lengths are cut to the tensor, an index outside of it reads
+// zeros, a gate that is not above 0 closes its token. Segments are in receiver space: c2c_project_kv_cuda brings them
+// there. `workspace`: as many bytes on the device as the function before says, in use until the work is done.
+C2C_API int64_t c2c_merged_attention_workspace_cuda(const c2c_attention_params *params);
+C2C_API c2c_status c2c_merged_attention_cuda(const c2c_attention_params *params, void *workspace, void *stream);
+C2C_API int64_t c2c_project_kv_workspace_cuda(const c2c_project_params *params);
+C2C_API c2c_status c2c_project_kv_cuda(const c2c_project_params *params, void *workspace, void *stream);
+// "" where kernels can run here, else why not: no driver, no device, a compute capability below 8.0.
+C2C_API const char *c2c_cuda_unavailable(void);
+// The last error of the CUDA runtime in this thread and the kernel that met it, as words.
+C2C_API const char *c2c_cuda_error(void);
 
 // The instruction set in use: "avx512_bf16", "avx512", "avx2", "baseline" or "neon". Chosen by cpuid on first use.
 C2C_API const char *c2c_cpu_isa(void);

@@ -40,8 +40,12 @@ def assert_same_bits(ours, wanted) -> None:
         assert torch.equal(one, other)
 
 
-def test_cuda_tensors_go_to_triton():
-    assert choose("merged_attention", None, torch.device("cuda"), torch.bfloat16).name == "triton"
+def test_cuda_tensors_go_to_triton_where_cuda_does_not_take_them():
+    cuda = next(record for record in c2c.backends() if record.name == "cuda")
+    for dtype in (torch.bfloat16, torch.float32):
+        name = "triton" if cuda.refusal(torch.device("cuda"), dtype) else "cuda"
+        call = (torch.empty(1, 1, 1, 64, dtype=dtype), torch.empty(1, 1, 1, 64, dtype=dtype), [], "auto", False)
+        assert choose("merged_attention", None, torch.device("cuda"), dtype, "", call).name == name
 
 
 @pytest.mark.parametrize("name", CALLS)

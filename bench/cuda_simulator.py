@@ -1,0 +1,135 @@
+"""Kernels of csrc/cuda, compiled to PTX once per architecture and run by ptxsim on CPU tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpu_simulator import CHECKS, simulator
+
+from c2c_kernels.backends import cuda
+
+backends = importlib.import_module("c2c_kernels.backends")  # the package's attribute of this name is a function
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
+ARCHS = (80, 90)
+FILES = {"decode": "decode.cu", "combine": "decode.cu", "prefill": "prefill.cu", "project": "project.cu"}
+
+
+def file_of(kernel: str) -> str:
+    """The source of a kernel."""
+    return FILES[kernel.removeprefix("c2c_").partition("_")[0]]
+
+
+def missing() -> str:
+    """Why kernels cannot be simulated here; "" where they can."""
+    if cuda._cuda is None:
+        return cuda._why_not
+    if simulator() is None:
+        return "shared/ptxsim is not in or beside the checkout"
+    if shutil.which("nvcc") is None:
+        return "nvcc is not installed"
+    return ""
+
+
+def included(file: Path) -> set[Path]:
+    """A source and all that it includes of csrc."""
+    found = {file}
+    for name in re.findall(r'#include "([^"]+)"', file.read_text()):
+        for folder in (SOURCES, ROOT / "csrc" / "include"):
+            if (folder / name).exists():
+                found |= included(folder / name)
+    return found
+
+
+@functools.cache
+def ptx(source: str, arch: int) -> Path:
+    """A file with the PTX of csrc/cuda/`source` for compute capability `arch`, kept in build/ptx.
+
+    It is made anew when something that the source includes has changed.
+    """
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(included(SOURCES / source)))).hexdigest()[:16]
+    kept = ROOT / "build" / "ptx" / f"{Path(source).stem}-{arch}-{digest}.ptx"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        target = f"sm_{arch}a" if arch == 90 else f"sm_{arch}"
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            made = os.path.join(folder, "made.ptx")
+            include = str(ROOT / "csrc" / "include")
+            subprocess.run(
+                ["nvcc", "-ptx", "-std=c++17", f"-arch={target}", "-I", include, "-o", made, str(SOURCES / source)],
+                check=True,
+            )
+            os.replace(made, kept)
+    return kept
+
+
+@functools.cache
+def module(source: str, arch: int) -> Any:
+    """The ptxsim module of csrc/cuda/`source`. `launch(name, grid, block, [params], dynamic_shared, ranges=tensors)`
+    takes the struct of parameters as bytes or as a ctypes structure; `ranges` are the tensors that it points to."""
+    return simulator().Module(ptx(source, arch).read_text())
+
+
+class Ran(NamedTuple):
+    """A launch and the simulator's counters (a `ptxsim.Result`)."""
+
+    launch: cuda.Launch
+    counters: Any
+
+
+class Simulator:
+    """Runs what the `cuda` backend launches from PTX for compute capability `arch`; keeps it in `ran`.
+
+    `checks`: options of ptxsim's launches beside CHECKS.
+    """
+
+    def __init__(self, arch: int, **checks: Any) -> None:
+        self.arch = arch
+        self.checks = {**CHECKS, **checks}
+        self.ran: list[Ran] = []
+
+    def __call__(self, launch: cuda.Launch) -> None:
+        counters = module(file_of(launch.kernel), self.arch).launch(
+            launch.kernel, launch.grid, launch.block, [launch.params], dynamic_shared=launch.shared,
+            ranges=launch.tensors, **self.checks,
+        )  # fmt: skip
+        self.ran.append(Ran(launch, counters))
+
+    def names(self) -> list[str]:
+        """The kernels launched, in order."""
+        return [ran.launch.kernel for ran in self.ran]
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[Simulator]:
+        """Operators on CPU tensors choose the `cuda` backend, and every launch of the block comes here."""
+        with chosen(), cuda.executed_by(self.arch, self):
+            yield self
+
+
+@contextlib.contextmanager
+def chosen(module: Any = cuda) -> Iterator[None]:
+    """Operators on CPU tensors choose the `cuda` backend, whose functions are those of `module`."""
+    kept, choices, modules = backends.backends(), dict(backends._choices), dict(backends._modules)
+    ours = backends.Backend("cuda", True, "", ("cpu",), ("bfloat16", "float16"), "simulated")
+    backends._records = (ours, *(record for record in kept if record.name != "cuda"))
+    backends._choices.clear()
+    backends._modules["cuda"] = module
+    try:
+        yield
+    finally:
+        backends._records = kept
+        for dictionary, was in ((backends._choices, choices), (backends._modules, modules)):
+            dictionary.clear()
+            dictionary.update(was)

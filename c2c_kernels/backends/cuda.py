@@ -1,0 +1,262 @@
+"""The CUDA backend: hands pointers, strides and sizes to the kernels of `csrc/cuda`, with the same names as `native`.
+
+What it does not take says `refusal`, which the choice of a backend asks. Gradients are computed by the Triton backend.
+The values of `lengths`, gates and indices are not looked at by the host, which would have to wait for them: lengths are
+cut to the tensor, an index outside of it reads zeros, a gate that is not above 0 closes its token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..segment import Rope, SegmentTensors
+from . import Backend, cost, kernels, native, triton_record
+
+try:
+    from .. import _cuda
+except ImportError as error:
+    _cuda, _why_not = None, f"the compiled extension c2c_kernels._cuda cannot be imported: {error}"
+else:
+    _why_not = ""
+
+DTYPES = (torch.bfloat16, torch.float16)
+QUANTISED = (torch.int8, torch.float8_e4m3fn)
+_VERIFIED = "the PTX for sm_80 and sm_90 run in a simulator; not run on hardware"
+_UNSUPPORTED, _CUDA_ERROR = 8, 9
+_LARGEST_DIM, _MOST_SEGMENTS = (0, 0) if _cuda is None else (_cuda.largest_dim, _cuda.most_segments)
+
+
+class Launch(NamedTuple):
+    """One kernel launch, before it happens: the kernel's name in PTX and its one parameter, a struct.
+
+    `tensors` are those that the struct points into.
+    """
+
+    kernel: str
+    grid: int
+    block: int
+    shared: int
+    params: bytes
+    tensors: tuple[Tensor, ...]
+
+
+Executor = Callable[[Launch], None]
+_taken_over: ContextVar[tuple[int, Executor] | None] = ContextVar("c2c_cuda_executor", default=None)
+
+
+@contextlib.contextmanager
+def executed_by(capability: int, executor: Executor) -> Iterator[None]:
+    """Hands every launch of the block to `executor`, as for a device of this compute capability (80 for 8.0)."""
+    token = _taken_over.set((capability, executor))
+    try:
+        yield
+    finally:
+        _taken_over.reset(token)
+
+
+def cuda_record() -> Backend:
+    """The record of the `cuda` backend."""
+
+    def record(reason: str, isa: str = "") -> Backend:
+        names = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return Backend("cuda", not reason, reason, ("cuda",), names, isa, (), _VERIFIED, 8)
+
+    if _cuda is None:
+        return record(_why_not)
+    if torch.version.hip or not torch.cuda.is_available():
+        return record("torch finds no NVIDIA GPU")
+    return record("", "sm_" + _cuda.archs.replace(",", ", sm_"))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _in_receiver_space(segment: SegmentTensors) -> bool:
+    """Whether attention can read the segment as it is stored: scales, index and float8 included."""
+    parts = (segment.key_proj, segment.value_proj, segment.key_bias, segment.value_bias)
+    return all(part is None for part in parts)
+
+
+def _segment_refusal(segment: SegmentTensors, number: int, query: Tensor, strategy: str) -> str:
+    name = f"segments[{number}]"
+    if not _in_receiver_space(segment):
+        if strategy == "absorb" and segment.key_proj is not None and segment.value_proj is not None:
+            return f'absorbs no projector, which {name} has: use strategy "auto" or "materialize"'
+        reason = _projection_refusal(segment, False)
+        return f"{reason} in {name}" if reason else ""
+    found = (segment.key.dtype, segment.value.dtype)
+    if any(dtype != query.dtype for dtype in found) and not all(dtype in QUANTISED for dtype in found):
+        return (
+            f"takes segments of the query's dtype, or of int8 or float8_e4m3fn in key and value; {name} has "
+            f"{_dtype_name(found[0])} and {_dtype_name(found[1])}, query {_dtype_name(query.dtype)}"
+        )
+    return ""
+
+
+def _absorbing_pays(segment: SegmentTensors, query: Tensor, value_dim: int) -> bool:
+    """Whether a backend that absorbs the segment's projectors is the faster one, by the cost model."""
+    if segment.key_proj is None or segment.value_proj is None or not segment.length:
+        return False
+    _, q_heads, q_len, head_dim = query.shape
+    return cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, cost.GPU).strategy == "absorb"
+
+
+def _materialized(segment: SegmentTensors, query: Tensor, name: str) -> SegmentTensors:
+    """The segment in receiver space, projected by the kernel, in the dtype of the queries."""
+
+    def target(raw: Tensor, proj: Tensor | None) -> Tensor:
+        heads, dim = (raw.shape[1], raw.shape[3]) if proj is None else (proj.shape[0], proj.shape[1])
+        return query.new_empty((raw.shape[0], heads, segment.length, dim))
+
+    key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
+    project_kv("cuda", segment, None, key, value, name)
+    return native.plain(segment, key, value)
+
+
+def refusal(operator: str, named: bool, *call) -> str:
+    """Why this backend does not take a call of an operator; "" where it does. `call` as its `_refusal` function has it.
+
+    `named`: it was asked for by name, so that being slower than another is no reason.
+    Asked with tensors of a device at hand, so that looking for the driver starts nothing that was not running.
+    """
+    if _cuda is None:
+        return _why_not
+    if not torch.compiler.is_compiling() and _taken_over.get() is None and (reason := _cuda.unavailable()):
+        return reason
+    function = _REFUSALS.get(operator)
+    reason = f"has no kernel for {operator}" if function is None else function(*call)
+    if reason or named or operator != "merged_attention" or not triton_record().available:
+        return reason
+    query, value, segments, strategy, for_backward = call
+    for number, segment in enumerate(segments):
+        if strategy == "auto" and not for_backward and _absorbing_pays(segment, query, value.shape[3]):
+            return f"absorbs no projector, and absorbing that of segments[{number}] is faster"
+    return ""
+
+
+def _attention_refusal(
+    query: Tensor, value: Tensor, segments: list[SegmentTensors], strategy: str, for_backward: bool
+) -> str:
+    if for_backward and not triton_record().available:
+        return f"gradients are triton's: {triton_record().reason}"
+    for name, dim in (("head_dim", query.shape[3]), ("value_dim", value.shape[3])):
+        if dim > _LARGEST_DIM:
+            return f"supports {name} up to {_LARGEST_DIM}; got {dim}"
+    if len(segments) > _MOST_SEGMENTS:
+        return f"supports up to {_MOST_SEGMENTS} segments; got {len(segments)}"
+    for number, segment in enumerate(segments):
+        if reason := _segment_refusal(segment, number, query, strategy):
+            return reason
+    return ""
+
+
+def _projection_refusal(segment: SegmentTensors, for_backward: bool) -> str:
+    if for_backward and not triton_record().available:
+        return f"gradients are triton's: {triton_record().reason}"
+    projectors = (segment.key_proj, segment.key_proj_in, segment.value_proj, segment.value_proj_in)
+    dtypes = {projector.dtype for projector in projectors if projector is not None}
+    if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
+        found = ", ".join(sorted(_dtype_name(dtype) for dtype in dtypes))
+        return f"takes projectors of one dtype, bfloat16 or float16; got {found}"
+    for name, raw, proj in (("key", segment.key, segment.key_proj), ("value", segment.value, segment.value_proj)):
+        if proj is not None and raw.dtype != proj.dtype and raw.dtype not in QUANTISED:
+            wanted = _dtype_name(proj.dtype)
+            return f"multiplies {name} of its projector's dtype, {wanted}, or quantised; got {_dtype_name(raw.dtype)}"
+        if raw.dtype == torch.float64:
+            return f"takes no {name} of float64"
+    return ""
+
+
+_REFUSALS: dict[str, Callable[..., str]] = {
+    "merged_attention": _attention_refusal,
+    "project_kv": _projection_refusal,
+}
+
+
+def _run(operator: str, subject: Tensor, size: int, launches, run, tensors: list[Tensor | None]) -> None:
+    """Workspace, device guard and current stream for one operator; its status as an exception that names `subject`.
+
+    `launches(workspace, capability, function)` tells what `run(workspace, stream)` does. `tensors`: what it works on.
+    """
+    device = subject.device
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    taken = _taken_over.get()
+    if taken is not None:
+        capability, executor = taken
+        present = (workspace, *(tensor for tensor in tensors if tensor is not None))
+        status = launches(workspace.data_ptr(), capability, lambda *launch: executor(Launch._make((*launch, present))))
+    else:
+        with torch.cuda.device(device):
+            status = run(workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+    code = status & 0xFF
+    if code == _CUDA_ERROR:
+        raise RuntimeError(f"{operator} on cuda: {_cuda.error()}; tensor {tuple(subject.shape)} on {device}")
+    if code:
+        reason = _cuda.error() if code == _UNSUPPORTED else ""
+        what = reason or native.status_text(code)
+        raise ValueError(f"{operator} on cuda: {what}; tensor {tuple(subject.shape)} on {device}")
+
+
+def merged_attention(
+    backend: str, query, key, value, segments, attn_mask, is_causal, query_positions, lengths, scale, window,
+    segment_window, softcap, sinks, strategy, return_mass, return_lse, out_dtype=None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Forward kernels; lse and mass are computed where asked for (an empty mass otherwise)."""
+    if reason := _attention_refusal(query, value, segments, strategy, False):
+        raise ValueError(f"merged_attention on cuda {reason}")
+    batch, q_heads, q_len, _ = query.shape
+    segments = [
+        segment if _in_receiver_space(segment) else _materialized(segment, query, f"segments[{number}]")
+        for number, segment in enumerate(segments)
+    ]
+    out = query.new_empty((batch, q_heads, q_len, value.shape[3]), dtype=out_dtype or query.dtype)
+    lse = query.new_empty((batch, q_heads, q_len), dtype=torch.float32) if return_lse else None
+    mass_shape = (batch, q_heads, q_len, 1 + len(segments)) if return_mass else (0,)
+    mass = query.new_empty(mass_shape, dtype=torch.float32) if return_mass or return_lse else None
+    keep: list[Tensor] = []
+    numbers = native.attention_numbers(
+        query, key, value, segments, [False] * len(segments), attn_mask, is_causal, query_positions, lengths, window,
+        segment_window, sinks, out, lse, mass if return_mass else None, keep,
+    )  # fmt: skip
+    factors = (scale, softcap or 0.0)
+    _run(
+        "merged_attention", query, _cuda.attention_workspace(numbers),
+        lambda *where: _cuda.attention_launches(numbers, *factors, *where),
+        lambda *where: _cuda.merged_attention(numbers, *factors, *where),
+        [query, key, value, attn_mask, query_positions, lengths, sinks, out, lse, mass, *keep,
+         *(tensor for segment in segments for tensor in segment.tensors)],
+    )  # fmt: skip
+    return out, lse, mass
+
+
+def merged_attention_backward(backend: str, *call) -> list[Tensor]:
+    """Gradients, by the Triton backend."""
+    return kernels("triton").merged_attention_backward("triton", *call)
+
+
+def project_kv(
+    backend: str, segment: SegmentTensors, rope: Rope | None, key_out: Tensor, value_out: Tensor, name: str = "segment"
+) -> None:
+    """Forward kernels, written to key_out and value_out."""
+    if reason := _projection_refusal(segment, False):
+        raise ValueError(f"project_kv on cuda {reason}")
+    keep: list[Tensor] = []
+    numbers = native.projection_numbers(segment, rope, key_out, value_out, keep)
+    tables = () if rope is None else (*(rope.remove or ()), *(rope.apply or ()))
+    _run(
+        "project_kv", segment.key, _cuda.project_workspace(numbers),
+        lambda *where: _cuda.project_launches(numbers, *where), lambda *where: _cuda.project_kv(numbers, *where),
+        [*segment.tensors, *tables, key_out, value_out, *keep],
+    )  # fmt: skip
+
+
+def project_kv_backward(backend: str, *call) -> list[Tensor | None]:
+    """Gradients, by the Triton backend."""
+    return kernels("triton").project_kv_backward("triton", *call)

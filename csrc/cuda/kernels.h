@@ -1,0 +1,23 @@
+// What the entries of the C ABI call: each works out launches on the host and hands them to `run` in order.
+// `capability`: the device's compute capability, 80 for 8.0. Nothing here waits for the device.
+#pragma once
+
+#include "launch.h"
+#include "params.h"
+
+namespace c2c {
+
+constexpr int LARGEST_DIM = 256;  // head dims of attention
+
+// Rows (queries x heads of a KV head) up to which tokens are split over blocks.
+bool decodes(const Attention &p);
+int64_t decode_workspace(const Attention &p);  // bytes, on the device
+c2c_status_code launch_decode(const Attention &p, void *workspace, int capability, Executor run, void *context);
+
+c2c_status_code launch_prefill(const Attention &p, int capability, Executor run, void *context);
+
+int64_t project_workspace(const c2c_project_params &p);
+c2c_status_code launch_project(const c2c_project_params &p, void *workspace, int capability, Executor run,
+                               void *context);
+
+}  // namespace c2c

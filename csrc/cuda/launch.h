@@ -1,0 +1,28 @@
+// A kernel launch as data: run by the CUDA runtime, or handed to whoever wants to look at it or to simulate it.
+#pragma once
+
+#include <stdint.h>
+
+#include "c2c.h"
+
+namespace c2c {
+
+struct Launch {
+  const void *kernel;  // the host's handle, as cudaLaunchKernel takes it
+  const char *name;    // of the kernel in PTX; kernels are extern "C"
+  uint32_t grid, block;
+  uint32_t shared;     // dynamic shared memory, bytes
+  const void *params;  // the kernel's only parameter, a struct by value
+  int64_t params_size;
+};
+
+// Runs a launch. `context` is passed through.
+using Executor = c2c_status_code (*)(const Launch &launch, void *context);
+
+// The executor that launches on a stream, which is the context.
+c2c_status_code run_on_stream(const Launch &launch, void *stream);
+
+// The compute capability of the current device, 80 for 8.0. C2C_UNSUPPORTED below that; c2c_cuda_error() says what.
+c2c_status_code current_capability(int &capability);
+
+}  // namespace c2c

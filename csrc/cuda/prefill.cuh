@@ -1,0 +1,451 @@
+// merged_attention for many queries: one pass over the own cache and every segment, all of them in receiver space.
+//
+// A block of 8 warps takes WARPS * M rows of one KV head (row = query * group + head in the group) and walks over tiles
+// of N tokens, run after run. Keys and values come in two stages of cp.async; queries stay in shared memory. A warp
+// skips tiles that none of its rows sees. Scores live in registers only.
+//
+// The running maximum lags behind: exponentials of a tile are formed with the maximum of the tiles before, their sums
+// come from the tensor cores (a product with ones), and only where a sum exceeds MAX_TILE_SUM are the tile's maximum
+// taken and the accumulators rescaled. A row decides by its own scores alone, so a run that is empty or closed changes
+// no bit of it.
+#pragma once
+
+#include "prefill_scores.cuh"
+#include "stored_rows.cuh"
+
+namespace c2c {
+
+constexpr float MAX_TILE_SUM = 1024.0f;
+
+// A lane's rows are the warp's first + lane / 4 + 8 r.
+template <int DIM>
+struct PrefillState {
+  using Tile = PrefillTile<DIM>;
+  float out[Tile::MT][Tile::DT][4] = {};
+  float minus_max[Tile::MT][2];   // +inf while nothing has been seen: then exponentials are inf or NaN
+  float sum[Tile::MT][2] = {};    // of the weights as they are multiplied, rounded to 16 bits
+  float exact[Tile::MT][2] = {};  // of unrounded weights, for lse and mass: this lane's part of this run's
+
+  __device__ __forceinline__ PrefillState() {
+#pragma unroll
+    for (int r = 0; r < Tile::LANE_ROWS; ++r) minus_max[r / 2][r % 2] = INF;
+  }
+};
+
+// Rows of keys or values on their way into stages: thread t copies chunk t % CHUNKS of rows t / CHUNKS + PASS_ROWS i.
+template <typename T, int DIM>
+struct TokenCopy {
+  using Tile = PrefillTile<DIM>;
+  const T *from;  // this thread's chunk, PASS_ROWS further with every pass
+
+  __device__ __forceinline__ TokenCopy(const Strided &rows, const PrefillPlace &place, int first) {
+    const int chunk = thread() % Tile::CHUNKS, row = thread() / Tile::CHUNKS;
+    from = static_cast<const T *>(rows.data) + place.batch * rows.b + place.kv_head * rows.h + (first + row) * rows.n +
+           chunk * 8;
+  }
+
+  // The next tile, `left` tokens of which, counted from this thread's first row, are there; zeros for others. `step`:
+  // of a pass.
+  __device__ __forceinline__ void next(uint32_t shared, int left, int64_t step) {
+#pragma unroll
+    for (int i = 0; i < Tile::N; i += Tile::PASS_ROWS, from += step)
+      cp_async_16(shared + i * Tile::TOKEN_ROW, from, i < left);
+  }
+};
+
+// The tile of tokens from `first` on of a run whose rows cannot be copied as they are.
+template <typename T, int DIM>
+__device__ __forceinline__ void convert_tile(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
+                                             uint32_t to, int first) {
+  using Tile = PrefillTile<DIM>;
+  const Run &source = p.run[run.number];
+  const int at = thread() % Tile::CHUNKS * 8, row = thread() / Tile::CHUNKS;
+#pragma unroll 1
+  for (int i = 0; i < 2 * Tile::N; i += Tile::PASS_ROWS) {
+    const bool is_key = i < Tile::N;
+    const Strided &rows = is_key ? source.key : source.value, &scales = is_key ? source.key_scale : source.value_scale;
+    const int token = first + row + i - (is_key ? 0 : Tile::N);
+    const int stored = token < run.end ? stored_token(source, place.batch, token) : -1;
+    const float scale =
+        scale_of(scales, is_key ? source.key_scale_type : source.value_scale_type, place.batch, place.kv_head, stored);
+    float x[8] = {};
+    if (stored >= 0)
+      load_eight(x, rows.data, place.batch * rows.b + place.kv_head * rows.h + stored * rows.n,
+                 is_key ? source.key_type : source.value_type, at, is_key ? p.head_dim : p.value_dim,
+                 source.vectorised);
+    uint32_t words[4];
+    pack_eight<T>(words, x, scale);
+    store_shared_16(to + i * Tile::TOKEN_ROW, words);
+  }
+}
+
+template <typename T, int DIM>
+__device__ __forceinline__ void copy_queries(const Attention &p, const PrefillPlace &place, uint32_t shared) {
+  using Tile = PrefillTile<DIM>;
+  const int chunk = thread() % Tile::CHUNKS;
+  const T *query = static_cast<const T *>(p.query.data) + place.batch * p.query.b + chunk * 8;
+#pragma unroll 1
+  for (int i = thread() / Tile::CHUNKS; i < Tile::ROWS; i += Tile::PASS_ROWS) {
+    const bool inside = place.block_row + i < place.rows;
+    const int row = inside ? place.block_row + i : 0;
+    const T *from = query + place.head(p, row) * p.query.h + row / p.group * p.query.n;
+    const int count = inside ? p.head_dim - chunk * 8 : 0;
+    const uint32_t to = shared + i * Tile::QUERY_ROW + swizzled(i, chunk) * 16;
+    if (p.query_vectorised) {
+      cp_async_16(to, count > 0 ? from : query, count > 0);
+    } else {
+      float x[8];
+      uint32_t words[4];
+      load_eight(x, from, 0, p.dtype, 0, count, false);
+      pack_eight<T>(words, x, 1.0f);
+      store_shared_16(to, words);
+    }
+  }
+}
+
+// scores = q k^T for the warp's M rows and the tile's N tokens. `queries`, `keys`: of the first step, for this lane;
+// another step's chunk of queries is swizzled to where its number differs.
+template <typename T, int DIM>
+__device__ __forceinline__ void multiply_keys(PrefillScores<DIM> &scores, uint32_t queries, uint32_t keys) {
+  using Tile = PrefillTile<DIM>;
+#pragma unroll
+  for (int k = 0; k < DIM / 16; ++k) {
+    uint32_t q[Tile::MT][4];
+#pragma unroll
+    for (int m = 0; m < Tile::MT; ++m) ldmatrix_x4(q[m], (queries ^ k * 32) + m * 16 * Tile::QUERY_ROW);
+#pragma unroll
+    for (int n = 0; n < Tile::NT; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, keys + n * 8 * Tile::TOKEN_ROW + k * 32);
+#pragma unroll
+      for (int m = 0; m < Tile::MT; ++m) {
+        mma_16816<T>(scores.z[m][n], q[m], b[0], b[1]);
+        mma_16816<T>(scores.z[m][n + 1], q[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Weights 2^(z factor - max) of 16 rows as operands of the next product, and this lane's sums of them before rounding.
+template <typename T, int DIM, bool EXACT>
+__device__ __forceinline__ void exponentiate(uint32_t (&weights)[PrefillTile<DIM>::NT / 2][4], float (&exact)[2],
+                                             const float (&z)[PrefillTile<DIM>::NT][4], float factor,
+                                             const float (&minus_max)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    exact[half] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < PrefillTile<DIM>::NT; ++n) {
+      const float first = exp2_approx(fmaf(z[n][2 * half], factor, minus_max[half]));
+      const float second = exp2_approx(fmaf(z[n][2 * half + 1], factor, minus_max[half]));
+      weights[n / 2][n % 2 * 2 + half] = pack<T>(first, second);
+      if (EXACT) exact[half] += first + second;
+    }
+  }
+}
+
+// The same, with the sums of what was rounded in all lanes of a row.
+template <typename T, int DIM>
+__device__ __forceinline__ void weigh(uint32_t (&weights)[PrefillTile<DIM>::NT / 2][4], float (&sums)[2],
+                                      float (&exact)[2], const float (&z)[PrefillTile<DIM>::NT][4], float factor,
+                                      const float (&minus_max)[2], bool exact_wanted) {
+  if (exact_wanted)
+    exponentiate<T, DIM, true>(weights, exact, z, factor, minus_max);
+  else
+    exponentiate<T, DIM, false>(weights, exact, z, factor, minus_max);
+  const uint32_t ones = pack<T>(1.0f, 1.0f);
+  float total[4] = {};
+#pragma unroll
+  for (int k = 0; k < PrefillTile<DIM>::NT / 2; ++k) mma_16816<T>(total, weights[k], ones, ones);
+  sums[0] = total[0];
+  sums[1] = total[2];
+}
+
+// Takes the tile's maximum into rows whose sums are too large or not numbers. `used`: what to subtract from scores.
+template <int DIM>
+__device__ __forceinline__ void raise_maximum(PrefillState<DIM> &state, int m, float (&used)[2], const float (&sums)[2],
+                                              const float (&z)[PrefillTile<DIM>::NT][4], float factor) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float highest = -INF;
+#pragma unroll
+    for (int n = 0; n < PrefillTile<DIM>::NT; ++n) highest = fmaxf(highest, fmaxf(z[n][2 * half], z[n][2 * half + 1]));
+    highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 1));
+    highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 2));
+    float &minus_max = state.minus_max[m][half];
+    const float before = minus_max;
+    if (!(sums[half] <= MAX_TILE_SUM)) minus_max = fminf(before, -highest * factor);
+    used[half] = minus_max == INF ? 0.0f : minus_max;
+    const float kept = exp2_approx(used[half] - before);  // 1 where the maximum stays, 0 where there was none
+    state.sum[m][half] *= kept;
+    state.exact[m][half] *= kept;
+#pragma unroll
+    for (int d = 0; d < PrefillTile<DIM>::DT; ++d) {
+      state.out[m][d][2 * half] *= kept;
+      state.out[m][d][2 * half + 1] *= kept;
+    }
+  }
+}
+
+// One tile of tokens: scores, weights and the product with values.
+template <typename T, int DIM>
+__device__ __forceinline__ void attend_tile(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
+                                            PrefillState<DIM> &state, uint32_t queries, uint32_t stage, int first,
+                                            bool plain) {
+  using Tile = PrefillTile<DIM>;
+  const int lane = thread() % WARP;
+  PrefillScores<DIM> scores;
+  multiply_keys<T, DIM>(scores, queries, stage + ((lane & 7) + lane / 16 * 8) * Tile::TOKEN_ROW + (lane / 8 & 1) * 16);
+  if (!plain) finish_scores(p, run, place, scores, first);
+
+  const bool exact_wanted = run.exact;
+  uint32_t weights[Tile::MT][Tile::NT / 2][4];
+#pragma unroll
+  for (int m = 0; m < Tile::MT; ++m) {
+    float sums[2], exact[2];
+    weigh<T, DIM>(weights[m], sums, exact, scores.z[m], run.factor, state.minus_max[m], exact_wanted);
+    if (__any_sync(0xffffffff, !(sums[0] <= MAX_TILE_SUM) || !(sums[1] <= MAX_TILE_SUM))) {
+      float used[2];
+      raise_maximum(state, m, used, sums, scores.z[m], run.factor);
+      weigh<T, DIM>(weights[m], sums, exact, scores.z[m], run.factor, used, exact_wanted);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      state.sum[m][half] += sums[half];
+      if (exact_wanted) state.exact[m][half] += exact[half];
+    }
+  }
+
+  const uint32_t values = stage + (Tile::N + (lane & 15)) * Tile::TOKEN_ROW + lane / 16 * 16;
+#pragma unroll
+  for (int k = 0; k < Tile::NT / 2; ++k)
+#pragma unroll
+    for (int d = 0; d < Tile::DT; d += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, values + k * 16 * Tile::TOKEN_ROW + d * 16);
+#pragma unroll
+      for (int m = 0; m < Tile::MT; ++m) {
+        mma_16816<T>(state.out[m][d], weights[m][k], b[0], b[1]);
+        mma_16816<T>(state.out[m][d + 1], weights[m][k], b[2], b[3]);
+      }
+    }
+}
+
+// Where a row's number of a float32 output is.
+__device__ __forceinline__ float *written(const Strided &tensor, const Attention &p, const PrefillPlace &place,
+                                          int row) {
+  return static_cast<float *>(const_cast<void *>(tensor.data)) + place.batch * tensor.b +
+         place.head(p, row) * tensor.h + row / p.group * tensor.n;
+}
+
+// log2 (2^a + 2^b); adding -inf changes nothing, bit for bit.
+__device__ __forceinline__ float add_logs(float a, float b) {
+  const float high = fmaxf(a, b), low = fminf(a, b);
+  return low == -INF ? high : high + log2f(1.0f + exp2f(low - high));
+}
+
+// The row that a lane looks after: row r of its four lanes where lane % 4 = r; -1 where there is none.
+template <int DIM>
+__device__ __forceinline__ int row_taken(const PrefillPlace &place) {
+  const int r = thread() % 4, row = place.warp_row<DIM>() + thread() % WARP / 4 + 8 * r;
+  return r < PrefillTile<DIM>::LANE_ROWS && row < place.rows ? row : -1;
+}
+
+// A run is done: the logarithm of its exact sums goes where mass will be, and into that of all runs where lse will be.
+template <int DIM>
+__device__ __forceinline__ void finish_run(const Attention &p, int number, const PrefillPlace &place,
+                                           PrefillState<DIM> &state) {
+  float log = -INF;
+#pragma unroll
+  for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r) {
+    float sum = state.exact[r / 2][r % 2];
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    state.exact[r / 2][r % 2] = 0.0f;
+    if (thread() % 4 == r && sum != 0.0f) log = log2_approx(sum) - state.minus_max[r / 2][r % 2];
+  }
+  const int row = row_taken<DIM>(place);
+  if (row < 0) return;
+  if (p.mass.data) written(p.mass, p, place, row)[number] = log;
+  if (p.lse.data) {
+    float *const lse = written(p.lse, p, place, row);
+    *lse = number ? add_logs(*lse, log) : log;
+  }
+}
+
+// lse in natural logarithms, and every run's share of it; a sink is part of it.
+__device__ __forceinline__ void finish_logs(const Attention &p, const PrefillPlace &place, int row) {
+  float *const lse = p.lse.data ? written(p.lse, p, place, row) : nullptr;
+  float *const mass = p.mass.data ? written(p.mass, p, place, row) : nullptr;
+  float total = p.sinks ? load_float(p.sinks, place.head(p, row) * p.sinks_stride, p.sinks_type) * LOG2E : -INF;
+  if (lse) {
+    total = add_logs(*lse, total);
+    *lse = total * LN2;
+  }
+#pragma unroll 1
+  for (int run = 0; !lse && run < p.runs; ++run) total = add_logs(total, mass[run]);
+#pragma unroll 1
+  for (int run = 0; mass && run < p.runs; ++run) mass[run] = total == -INF ? 0.0f : exp2f(mass[run] - total);
+}
+
+// Lets the sink in and divides.
+template <int DIM>
+__device__ __forceinline__ void finish_rows(const Attention &p, const PrefillPlace &place, PrefillState<DIM> &state) {
+  using Tile = PrefillTile<DIM>;
+#pragma unroll
+  for (int r = 0; r < Tile::LANE_ROWS; ++r) {
+    float sum = state.sum[r / 2][r % 2], kept = 1.0f;
+    if (p.sinks) {
+      const int head = place.head(p, place.lane_row<DIM>(r));
+      const float sink = load_float(p.sinks, head * p.sinks_stride, p.sinks_type) * LOG2E;
+      const float top = fmaxf(-state.minus_max[r / 2][r % 2], sink);
+      if (top > -INF) {
+        kept = exp2_approx(-state.minus_max[r / 2][r % 2] - top);
+        sum = sum * kept + exp2_approx(sink - top);
+      }
+    }
+    const float factor = sum == 0.0f ? 0.0f : kept / sum;
+#pragma unroll
+    for (int d = 0; d < Tile::DT; ++d) {
+      state.out[r / 2][d][r % 2 * 2] *= factor;
+      state.out[r / 2][d][r % 2 * 2 + 1] *= factor;
+    }
+  }
+  const int row = row_taken<DIM>(place);
+  if ((p.lse.data || p.mass.data) && row >= 0) finish_logs(p, place, row);
+}
+
+// Copies the tile of tokens from `first` on.
+template <typename T, int DIM>
+__device__ __forceinline__ void copy_tile(const Attention &p, const PrefillRun &run, TokenCopy<T, DIM> &keys,
+                                          TokenCopy<T, DIM> &values, const PrefillPlace &place, uint32_t to,
+                                          int first) {
+  using Tile = PrefillTile<DIM>;
+  const int left = run.end - first - thread() / Tile::CHUNKS, chunk = thread() % Tile::CHUNKS;
+  if (run.vectorised) {
+    keys.next(to, chunk * 8 < p.head_dim ? left : 0, run.key_step);
+    values.next(to + Tile::STAGE / 2, chunk * 8 < p.value_dim ? left : 0, run.value_step);
+    cp_async_commit();
+  } else {
+    convert_tile<T, DIM>(p, run, place, to, first);
+  }
+}
+
+// All tiles of one run.
+template <typename T, int DIM>
+__device__ __forceinline__ void attend_run(const Attention &p, int number, PrefillNotes &notes,
+                                           PrefillState<DIM> &state, uint32_t shared) {
+  using Tile = PrefillTile<DIM>;
+  const PrefillPlace &place = notes.place;
+  PrefillRun &run = notes.run;
+  __syncthreads();  // everyone is done with the run before
+  run.set<Tile>(p, number, place);
+  __syncthreads();
+  const int lane = thread() % WARP;
+  TokenCopy<T, DIM> keys(p.run[number].key, place, run.first), values(p.run[number].value, place, run.first);
+  const uint32_t queries =
+      shared + (thread() / WARP * Tile::M + lane % 16) * Tile::QUERY_ROW + swizzled(lane, lane / 16) * 16;
+  uint32_t work = shared + Tile::ROWS * Tile::QUERY_ROW + Tile::STAGE;  // the stage worked on
+  uint32_t to = work - Tile::STAGE + thread() / Tile::CHUNKS * Tile::TOKEN_ROW + thread() % Tile::CHUNKS * 16;
+  int flip = Tile::STAGE;
+  // Tile `next` is on its way while the one before, which in the first round is none that a row sees, is worked on.
+#pragma unroll 1
+  for (int next = run.first; next < run.stop; next += Tile::N) {
+    cp_async_wait<0>();
+    __syncthreads();
+    if (next < run.stop - Tile::N) copy_tile(p, run, keys, values, place, to, next);
+    const Sight sight = run.sight[thread() / WARP];
+    const int tile = next - Tile::N;
+    if (tile < sight.any_to && next > sight.any_from)
+      attend_tile<T, DIM>(p, run, place, state, queries, work, tile,
+                          tile >= sight.plain_from && next <= sight.plain_to);
+    to += flip;
+    work -= flip;
+    flip = -flip;
+  }
+  if (run.exact) finish_run(p, run.number, place, state);
+}
+
+// Rows of out in another dtype than the query's.
+template <int DIM>
+__device__ __forceinline__ void store_numbers(const Attention &p, const PrefillPlace &place,
+                                              const PrefillState<DIM> &state) {
+#pragma unroll
+  for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r) {
+    const int row = place.lane_row<DIM>(r), dim = thread() % 4 * 2;
+    if (place.warp_row<DIM>() + thread() % WARP / 4 + 8 * r >= place.rows) continue;
+    const int64_t at = place.batch * p.out.b + place.head(p, row) * p.out.h + row / p.group * p.out.n + dim;
+#pragma unroll
+    for (int d = 0; d < PrefillTile<DIM>::DT; ++d)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        if (8 * d + dim + j < p.value_dim)
+          store_float(const_cast<void *>(p.out.data), at + 8 * d + j, p.out_type, state.out[r / 2][d][r % 2 * 2 + j]);
+  }
+}
+
+// Rows of out, by way of the warp's own queries' shared memory: written 16 bytes at a time where they can be.
+template <typename T, int DIM>
+__device__ __forceinline__ void store_rows(const Attention &p, const PrefillPlace &place,
+                                           const PrefillState<DIM> &state, unsigned char *rows) {
+  using Tile = PrefillTile<DIM>;
+  const int lane = thread() % WARP;
+  if (p.out_type != p.dtype) return store_numbers(p, place, state);
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < Tile::LANE_ROWS; ++r)
+#pragma unroll
+    for (int d = 0; d < Tile::DT; ++d) {
+      const int row = lane / 4 + 8 * r;
+      const float (&x)[4] = state.out[r / 2][d];
+      *reinterpret_cast<uint32_t *>(rows + row * Tile::QUERY_ROW + swizzled(row, d) * 16 + lane % 4 * 4) =
+          pack<T>(x[r % 2 * 2], x[r % 2 * 2 + 1]);
+    }
+  __syncwarp();
+  T *const out = static_cast<T *>(const_cast<void *>(p.out.data)) + place.batch * p.out.b;
+  const bool vectorised = !((reinterpret_cast<uintptr_t>(out) | 2 * (p.out.h | p.out.n)) & 15) && p.value_dim % 8 == 0;
+#pragma unroll 1
+  for (int i = lane; i < Tile::M * Tile::CHUNKS; i += WARP) {
+    const int number = i / Tile::CHUNKS, chunk = i % Tile::CHUNKS, row = place.warp_row<DIM>() + number;
+    if (row >= place.rows || chunk * 8 >= p.value_dim) continue;
+    T *const to = out + place.head(p, row) * p.out.h + row / p.group * p.out.n + chunk * 8;
+    const unsigned char *const from = rows + number * Tile::QUERY_ROW + swizzled(number, chunk) * 16;
+    if (vectorised)
+      *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
+    else
+#pragma unroll 1
+      for (int d = 0; d < 8 && chunk * 8 + d < p.value_dim; ++d) to[d] = reinterpret_cast<const T *>(from)[d];
+  }
+}
+
+template <typename T, int DIM>
+__device__ __forceinline__ void prefill(const Attention &p) {
+  using Tile = PrefillTile<DIM>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  PrefillNotes &notes = *reinterpret_cast<PrefillNotes *>(shared + Tile::ROWS * Tile::QUERY_ROW + 2 * Tile::STAGE);
+  PrefillPlace &place = notes.place;
+  if (thread() == 0) {
+    const int rows = p.q_len * p.group, tiles = (rows + Tile::ROWS - 1) / Tile::ROWS, pairs = p.kv_heads * p.batch;
+    const int pair = static_cast<int>(blockIdx.x) % pairs;
+    place.batch = pair / p.kv_heads;
+    place.kv_head = pair % p.kv_heads;
+    place.own_end = valid_tokens(p.run[0], place.batch);
+    place.rows = rows;
+    place.block_row = (tiles - 1 - static_cast<int>(blockIdx.x) / pairs) * Tile::ROWS;  // most tokens to see first
+  }
+  for (int i = thread() * 16; i < 2 * Tile::STAGE; i += Tile::THREADS * 16)
+    *reinterpret_cast<uint4 *>(shared + Tile::ROWS * Tile::QUERY_ROW + i) = uint4{0, 0, 0, 0};
+  __syncthreads();
+  copy_queries<T, DIM>(p, place, shared_address(shared));
+  cp_async_commit();
+  PrefillState<DIM> state;
+#pragma unroll 1
+  for (int number = 0; number < p.runs; number = notes.run.number + 1)
+    attend_run<T, DIM>(p, number, notes, state, shared_address(shared));
+  cp_async_wait<0>();
+  __syncthreads();
+  finish_rows(p, place, state);
+  store_rows<T, DIM>(p, place, state, shared + thread() / WARP * Tile::M * Tile::QUERY_ROW);
+}
+
+}  // namespace c2c

@@ -1,0 +1,277 @@
+// What becomes of a tile's scores in prefill: scale, softcap, gates, masks, and which tokens a row sees.
+#pragma once
+
+#include "common.cuh"
+
+namespace c2c {
+
+// Rows of keys and values are padded by one chunk of 16 bytes, so that all addresses of ldmatrix in a tile are one
+// register and constants, and eight rows touch all banks. Queries are swizzled: with them a block stays below 99 KiB.
+template <int DIM>
+struct PrefillTile {
+  static constexpr int WARPS = 8;
+  static constexpr int M = DIM > 128 ? 16 : 32;                  // rows of a warp
+  static constexpr int N = DIM > 128 ? 16 : DIM > 64 ? 32 : 64;  // tokens of a tile
+  static constexpr int ROWS = WARPS * M;
+  static constexpr int THREADS = WARPS * WARP;
+  static constexpr int CHUNKS = DIM / 8;                             // 16-byte chunks of a row
+  static constexpr int PASS_ROWS = THREADS / CHUNKS;                 // rows that the block copies at a time
+  static constexpr int QUERY_ROW = DIM * 2;                          // bytes
+  static constexpr int TOKEN_ROW = DIM * 2 + 16;                     // bytes
+  static constexpr int STAGE = 2 * N * TOKEN_ROW;                    // keys, then values
+  static constexpr int SHARED = ROWS * QUERY_ROW + 2 * STAGE + 256;  // 256: PrefillNotes
+  static constexpr int MT = M / 16, NT = N / 8, DT = DIM / 8;        // fragments
+  static constexpr int LANE_ROWS = 2 * MT;                           // rows that a lane holds numbers of
+  static_assert(N % PASS_ROWS == 0 && SHARED <= 99 * 1024, "a tile is copied in whole passes and fits everywhere");
+};
+
+// threadIdx.x, read anew: numbers derived from it are cheaper to form again than to keep in registers.
+__device__ __forceinline__ int thread() {
+  int number;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+  return number;
+}
+
+// Where a block is; in shared memory, for registers are scarce.
+struct PrefillPlace {
+  int batch, kv_head, own_end;
+  int rows;       // of the KV head: queries * group
+  int block_row;  // first of the block
+
+  template <int DIM>
+  __device__ __forceinline__ int warp_row() const {
+    return block_row + thread() / WARP * PrefillTile<DIM>::M;
+  }
+  // The row of the lane's r-th scores, the last one where there is none.
+  template <int DIM>
+  __device__ __forceinline__ int lane_row(int r) const {
+    return min(warp_row<DIM>() + thread() % WARP / 4 + 8 * r, rows - 1);
+  }
+  __device__ __forceinline__ int head(const Attention &p, int row) const { return kv_head * p.group + row % p.group; }
+};
+
+// Fragments of the scores: z[m][n][i] belongs to row 16 m + lane / 4 + (i > 1) * 8, token 8 n + lane % 4 * 2 + i % 2.
+template <int DIM>
+struct PrefillScores {
+  float z[PrefillTile<DIM>::MT][PrefillTile<DIM>::NT][4] = {};
+};
+
+// Tokens that some rows of a span see, and those that all see as they are multiplied.
+struct alignas(16) Sight {
+  int any_from, any_to, plain_from, plain_to;
+};
+
+__device__ __forceinline__ int clamped(int64_t token, int end) {
+  return static_cast<int>(token < 0 ? 0 : token > end ? end : token);
+}
+
+// Own tokens from `from` up to `to` that a row sees before masks.
+__device__ __forceinline__ void own_sight(const Attention &p, const PrefillPlace &place, int row, int &from, int &to) {
+  const int64_t at = place.own_end - p.q_len + row / p.group;
+  from = p.window ? clamped(at - p.window + 1, place.own_end) : 0;
+  to = p.is_causal ? clamped(at + 1, place.own_end) : place.own_end;
+}
+
+__device__ __forceinline__ Sight sight_of(const Attention &p, int number, const PrefillPlace &place, int end, int first,
+                                          int count) {
+  if (first >= place.rows) return {0, 0, 0, 0};
+  if (number) return {0, end, 0, end};
+  Sight sight;
+  const int last = first + count < place.rows ? first + count - 1 : place.rows - 1;
+  own_sight(p, place, first, sight.any_from, sight.plain_to);
+  own_sight(p, place, last, sight.plain_from, sight.any_to);
+  return sight;
+}
+
+// What warps have to know of a run; in shared memory too.
+struct PrefillRun {
+  Sight sight[8];                // of each warp
+  int64_t key_step, value_step;  // of a pass of copies
+  int number, end;
+  int first, stop;  // tiles of the block; stop is one tile further, or equal to first where there are none
+  float factor;     // of scores in the exponent of 2
+  bool special;     // finish_scores turns scores into logits of base 2; factor is 1 then
+  bool compares;    // positions hide tokens
+  bool vectorised;  // rows are copied as they are, 16 bytes at a time
+  bool exact;       // sums of unrounded weights are wanted
+
+  // A barrier later all of it is there.
+  template <typename Tile>
+  __device__ __forceinline__ void set(const Attention &p, int run, const PrefillPlace &place) {
+    const Run &source = p.run[run];
+    const int tokens = valid_tokens(source, place.batch), warp = thread() / WARP;
+    const bool hides = run && source.placed && (source.causal || p.segment_window);
+    const bool changes = p.softcap != 0.0f || source.gate.data || hides || (!run && p.mask.data) || !(p.scale > 0.0f);
+    if (thread() % WARP == 0) {
+      sight[warp] = sight_of(p, run, place, tokens, place.block_row + warp * Tile::M, Tile::M);
+      if (changes) sight[warp].plain_to = 0;
+    }
+    if (thread()) return;
+    const Sight block = sight_of(p, run, place, tokens, place.block_row, Tile::ROWS);
+    key_step = source.key.n * Tile::PASS_ROWS;
+    value_step = source.value.n * Tile::PASS_ROWS;
+    number = run;
+    end = tokens;
+    first = block.any_from / Tile::N * Tile::N;
+    stop = first < block.any_to ? block.any_to + Tile::N : first;
+    factor = changes ? 1.0f : p.scale * LOG2E;
+    special = changes;
+    compares = hides;
+    vectorised = source.vectorised && source.key_type == p.dtype && !source.index.data && !source.key_scale.data &&
+                 !source.value_scale.data;
+    exact = p.lse.data || p.mass.data;
+  }
+};
+
+struct PrefillNotes {
+  PrefillPlace place;
+  PrefillRun run;
+};
+
+// f(score, r, token) for every score of a lane, whose first token is given: of its row r and of a token.
+template <int DIM, typename F>
+__device__ __forceinline__ void each_score(PrefillScores<DIM> &scores, int first, F f) {
+  using Tile = PrefillTile<DIM>;
+#pragma unroll
+  for (int n = 0; n < Tile::NT; ++n) {
+    const int token = first + 8 * n;
+    if (n == 4) __syncwarp();  // loads do not move across it: all of them in flight would spill
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int r = 0; r < Tile::LANE_ROWS; ++r) f(scores.z[r / 2][n][r % 2 * 2 + j], r, token + j);
+  }
+}
+
+// Scores in base 2: softcap * tanh(z / softcap), absolutely as exact as z: tanh x = 1 - 2 / (1 + e^2x).
+template <int DIM>
+__device__ __forceinline__ void scale_scores(const Attention &p, PrefillScores<DIM> &scores) {
+  if (p.softcap == 0.0f) {
+    const float scale = p.scale * LOG2E;
+    each_score(scores, 0, [&](float &z, int, int) { z *= scale; });
+  } else {
+    const float inner = 2.0f * LOG2E * p.scale / p.softcap, outer = p.softcap * LOG2E;
+    each_score(scores, 0,
+               [&](float &z, int, int) { z = outer - __fdividef(2.0f * outer, 1.0f + exp2_approx(z * inner)); });
+  }
+}
+
+// f with a pointer to the type that a tensor of floats has.
+template <typename F>
+__device__ __forceinline__ void with_floats(const void *data, int type, F f) {
+  if (type == C2C_F32)
+    f(static_cast<const float *>(data));
+  else if (type == C2C_BF16)
+    f(static_cast<const __nv_bfloat16 *>(data));
+  else
+    f(static_cast<const __half *>(data));
+}
+
+// Adds log2 of the gates. A lane's rows are 8 apart: of one head where the group divides 8. Tokens beyond the end are
+// hidden later; what is loaded for them is the last one's.
+template <int DIM>
+__device__ __forceinline__ void gate_scores(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
+                                            PrefillScores<DIM> &scores, int token) {
+  const Run &source = p.run[run.number];
+  const Strided &gates = source.gate;
+  const int end = run.end;
+  const bool same = gates.h == 0 || 8 % p.group == 0;
+  with_floats(gates.data, source.gate_type, [&](const auto *data) {
+    data += place.batch * gates.b;
+    if (same) {
+      data += place.head(p, place.template lane_row<DIM>(0)) * gates.h;
+      float gate = 0.0f;
+      each_score(scores, token, [&](float &z, int r, int at) {
+        if (r == 0) gate = log2_approx(static_cast<float>(data[min(at, end - 1) * gates.n]));
+        z += gate;
+      });
+    } else {
+      int64_t heads[PrefillTile<DIM>::LANE_ROWS];
+#pragma unroll
+      for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r)
+        heads[r] = place.head(p, place.template lane_row<DIM>(r)) * gates.h;
+      each_score(scores, token, [&](float &z, int r, int at) {
+        z += log2_approx(static_cast<float>(data[heads[r] + min(at, end - 1) * gates.n]));
+      });
+    }
+  });
+}
+
+// Own tokens under the attention mask.
+template <int DIM>
+__device__ __forceinline__ void mask_scores(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
+                                            PrefillScores<DIM> &scores, int token) {
+  const int end = run.end;
+  int64_t rows[PrefillTile<DIM>::LANE_ROWS];
+#pragma unroll
+  for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r) {
+    const int row = place.template lane_row<DIM>(r);
+    rows[r] = place.batch * p.mask.b + place.head(p, row) * p.mask.h + row / p.group * p.mask.n;
+  }
+  if (p.mask_type == C2C_BOOL)
+    each_score(scores, token, [&](float &z, int r, int at) {
+      const int64_t number = rows[r] + min(at, end - 1) * p.mask_token;
+      z = static_cast<const uint8_t *>(p.mask.data)[number] ? z : -INF;
+    });
+  else
+    with_floats(p.mask.data, p.mask_type, [&](const auto *data) {
+      each_score(scores, token, [&](float &z, int r, int at) {
+        z += static_cast<float>(data[rows[r] + min(at, end - 1) * p.mask_token]) * LOG2E;
+      });
+    });
+}
+
+// Hides a segment's tokens by their positions.
+template <int DIM>
+__device__ __forceinline__ void hide_by_position(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
+                                                 PrefillScores<DIM> &scores, int token) {
+  const Run &source = p.run[run.number];
+  const int end = run.end;
+  int64_t rows[PrefillTile<DIM>::LANE_ROWS], position = 0;
+#pragma unroll
+  for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r) {
+    const int query = place.template lane_row<DIM>(r) / p.group;
+    rows[r] = place.own_end - p.q_len + query;
+    if (p.query_positions.data)
+      rows[r] = load_integer(p.query_positions.data, place.batch * p.query_positions.b + query * p.query_positions.n,
+                             p.query_positions_type);
+  }
+  const int64_t first = place.batch * source.positions.b;
+  each_score(scores, token, [&](float &z, int r, int at) {
+    if (r == 0)
+      position =
+          load_integer(source.positions.data, first + min(at, end - 1) * source.positions.n, source.positions_type);
+    if (!in_sight(source, rows[r], position, source.causal, p.segment_window)) z = -INF;
+  });
+}
+
+// Hides tokens that a row does not see by their index: beyond the end, causally, outside of the window.
+template <int DIM>
+__device__ __forceinline__ void hide_edges(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
+                                           PrefillScores<DIM> &scores, int token) {
+  int from[PrefillTile<DIM>::LANE_ROWS], to[PrefillTile<DIM>::LANE_ROWS];
+#pragma unroll
+  for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r) {
+    from[r] = 0, to[r] = run.end;
+    if (run.number == 0) own_sight(p, place, place.template lane_row<DIM>(r), from[r], to[r]);
+  }
+  each_score(scores, token, [&](float &z, int r, int at) {
+    if (at < from[r] || at >= to[r]) z = -INF;
+  });
+}
+
+// Everything between products and exponentials that a tile of tokens from `first` on needs.
+template <int DIM>
+__device__ __forceinline__ void finish_scores(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
+                                              PrefillScores<DIM> &scores, int first) {
+  const int token = first + thread() % 4 * 2;
+  if (run.special) {
+    scale_scores(p, scores);
+    if (p.run[run.number].gate.data) gate_scores(p, run, place, scores, token);
+    if (run.number == 0 && p.mask.data) mask_scores(p, run, place, scores, token);
+    if (run.compares) hide_by_position(p, run, place, scores, token);
+  }
+  hide_edges(p, run, place, scores, token);
+}
+
+}  // namespace c2c

@@ -1,0 +1,241 @@
+// project_kv: a product of tokens and projector, tiles of M tokens by N columns, K numbers of the sharer's width at a
+// time in two stages; before it tokens are gathered, scaled and un-rotated, after it come bias and rotation, and
+// results go straight to where the cache wants them. 8 warps of 32 x 64.
+#pragma once
+
+#include "project_rows.cuh"
+
+namespace c2c {
+
+// Rows are padded by 16 bytes: eight of them, read by ldmatrix, touch all banks.
+struct ProjectTile {
+  static constexpr int M = 128, N = 128, K = 64, THREADS = 256;
+  static constexpr int CHUNKS = K / 8, PASS_ROWS = THREADS / CHUNKS, PASSES = M / PASS_ROWS;
+  static constexpr int ROW = K * 2 + 16;       // bytes
+  static constexpr int STAGE = (M + N) * ROW;  // tokens, then weights
+  static constexpr int SHARED = 2 * STAGE;     // then, in the same place, the products in float32:
+  static constexpr int PRODUCT_ROW = N + 8;    // numbers; 8 so that rows that are written together differ
+  static_assert(M * PRODUCT_ROW * 4 <= SHARED && M == N, "products fit; passes are alike");
+};
+
+struct ProjectPlace {
+  int batch, token, end, group;  // first token of the tile, valid tokens, first group of 8 columns
+};
+
+// Tokens and weights on their way into stages: thread t copies chunk t % CHUNKS of rows t / CHUNKS + PASS_ROWS i.
+template <typename T>
+struct ProjectCopy {
+  using Tile = ProjectTile;
+  int stored[Tile::PASSES];       // this thread's tokens; -1: zeros
+  int64_t weights[Tile::PASSES];  // where its rows of weights begin; -1: zeros
+  int head, dim;                  // of its chunk in a token
+  int k;                          // of its chunk
+
+  __device__ __forceinline__ ProjectCopy(const ProjectHalf &half, const ProjectPlace &place)
+      : k(threadIdx.x % Tile::CHUNKS * 8) {
+    const int row = threadIdx.x / Tile::CHUNKS;
+#pragma unroll
+    for (int i = 0; i < Tile::PASSES; ++i) {
+      stored[i] = stored_token(half, place.batch, place.token + row + i * Tile::PASS_ROWS, place.end);
+      const int column = row + i * Tile::PASS_ROWS;
+      const Columns c = columns_of(half, place.group + column / 8);
+      weights[i] = column % 8 < c.count ? c.head * half.weights.h + (c.dim + column % 8) * half.weights.n : -1;
+    }
+    head = k / half.dim;
+    dim = k % half.dim;
+  }
+
+  // The next K numbers of every row, into a stage; `to`: of this thread's first row.
+  __device__ __forceinline__ void next(const ProjectHalf &half, int batch, int width, uint32_t to) {
+    const T *const from = static_cast<const T *>(half.weights.data) + k;
+    const T *const raw = static_cast<const T *>(half.raw.data) + batch * half.raw.b + head * half.raw.h + dim;
+    const bool inside = k < width;
+    if (half.raw_copied) {
+#pragma unroll
+      for (int i = 0; i < Tile::PASSES; ++i)
+        cp_async_16(to + i * Tile::PASS_ROWS * Tile::ROW, raw + max(stored[i], 0) * half.raw.n,
+                    inside && stored[i] >= 0);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < Tile::PASSES; ++i)
+        convert(half, batch, width,
+                i == 0   ? stored[0]
+                : i == 1 ? stored[1]
+                : i == 2 ? stored[2]
+                         : stored[3],
+                to + i * Tile::PASS_ROWS * Tile::ROW);
+    }
+    to += Tile::M * Tile::ROW;
+    if (half.weights_vectorised) {
+#pragma unroll
+      for (int i = 0; i < Tile::PASSES; ++i)
+        cp_async_16(to + i * Tile::PASS_ROWS * Tile::ROW, from + max(weights[i], int64_t{0}),
+                    inside && weights[i] >= 0);
+    } else {
+#pragma unroll
+      for (int i = 0; i < Tile::PASSES; ++i) {
+        float x[8] = {};
+        uint32_t words[4];
+        if (weights[i] >= 0) load_eight(x, half.weights.data, weights[i], half.weights_type, k, width, false);
+        pack_eight<T>(words, x, 1.0f);
+        store_shared_16(to + i * Tile::PASS_ROWS * Tile::ROW, words);
+      }
+    }
+    k += Tile::K;
+    dim += Tile::K;
+#pragma unroll 1
+    while (dim >= half.dim) dim -= half.dim, ++head;
+  }
+
+  // Eight numbers of a token that are not stored as they are multiplied.
+  __device__ __forceinline__ void convert(const ProjectHalf &half, int batch, int width, int token, uint32_t to) const {
+    uint32_t words[4] = {};
+    if (token >= 0 && k < width) {
+      float x[8] = {};
+      if (in_eights(half)) {
+        raw_eight(x, half, batch, head, token, dim);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          if (k + i < width) x[i] = raw_number(half, batch, (k + i) / half.dim, token, (k + i) % half.dim);
+      }
+      pack_eight<T>(words, x, 1.0f);
+    }
+    store_shared_16(to, words);
+  }
+};
+
+// products += tokens weights^T over a stage, for the warp's 32 tokens and 64 columns.
+template <typename T>
+__device__ __forceinline__ void multiply_stage(float (&products)[2][8][4], uint32_t tokens, uint32_t weights) {
+  using Tile = ProjectTile;
+#pragma unroll
+  for (int k = 0; k < Tile::K / 16; ++k) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], tokens + m * 16 * Tile::ROW + k * 32);
+#pragma unroll
+    for (int n = 0; n < 8; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, weights + n * 8 * Tile::ROW + k * 32);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        mma_16816<T>(products[m][n], a[m], b[0], b[1]);
+        mma_16816<T>(products[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Where 16-byte chunk `chunk` of a row of products lies: moved within 64 bytes so that threads that read 64 bytes each
+// touch all banks.
+__device__ __forceinline__ int product_chunk(int chunk) { return chunk ^ (chunk >> 3 & 3); }
+
+__device__ __forceinline__ void stage_products(float *shared, const float (&products)[2][8][4]) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int row = warp % 4 * 32 + lane / 4, chunk = warp / 4 * 16 + lane % 4 / 2;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        *reinterpret_cast<float2 *>(shared + (row + m * 16 + j * 8) * ProjectTile::PRODUCT_ROW +
+                                    product_chunk(chunk + 2 * n) * 4 + lane % 2 * 2) =
+            make_float2(products[m][n][2 * j], products[m][n][2 * j + 1]);
+}
+
+__device__ __forceinline__ void finish_tile(const Projection &p, const ProjectHalf &half, const ProjectPlace &place,
+                                            const float *shared) {
+  using Tile = ProjectTile;
+  constexpr int UNITS = Tile::N / 16;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Tile::M * UNITS; i += Tile::THREADS) {
+    const int row = i / UNITS, unit = i % UNITS, token = place.token + row;
+    if (token >= p.len) break;
+    const Columns c[2] = {columns_of(half, place.group + 2 * unit), columns_of(half, place.group + 2 * unit + 1)};
+    float y[2][8];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float4 four =
+          *reinterpret_cast<const float4 *>(shared + row * Tile::PRODUCT_ROW + product_chunk(4 * unit + k) * 4);
+      float *const to = y[k / 2] + k % 2 * 4;
+      to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+    }
+    finish_columns(half, place.batch, token, token < place.end, c, y);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void project(const Projection &p) {
+  using Tile = ProjectTile;
+  extern __shared__ __align__(1024) char shared[];
+  const bool is_value = static_cast<int>(blockIdx.x) >= p.blocks[0];
+  const ProjectHalf &half = p.half[is_value];
+  int block = blockIdx.x - (is_value ? p.blocks[0] : 0);
+  ProjectPlace place;
+  place.group = block % half.column_tiles * (Tile::N / 8);
+  block /= half.column_tiles;
+  place.token = block % p.token_tiles * Tile::M;
+  place.batch = block / p.token_tiles;
+  place.end = valid_tokens(p, place.batch);
+  const int width = half.heads * half.dim, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int steps = place.token < place.end ? (width + Tile::K - 1) / Tile::K : 0;
+  ProjectCopy<T> copy(half, place);
+  float products[2][8][4] = {};
+  const uint32_t stages = shared_address(shared);
+  uint32_t to = stages + threadIdx.x / Tile::CHUNKS * Tile::ROW + threadIdx.x % Tile::CHUNKS * 16;
+  uint32_t tokens = stages + Tile::STAGE + (warp % 4 * 32 + lane % 16) * Tile::ROW + lane / 16 * 16;
+  uint32_t weights =
+      stages + Tile::STAGE + (Tile::M + warp / 4 * 64 + (lane & 7) + lane / 16 * 8) * Tile::ROW + (lane / 8 & 1) * 16;
+  int flip = Tile::STAGE;
+  // Step `next` is on its way while the one before is multiplied.
+#pragma unroll 1
+  for (int next = 0; next <= steps && steps; ++next) {
+    cp_async_wait<0>();
+    __syncthreads();
+    if (next < steps) {
+      copy.next(half, place.batch, width, to);
+      cp_async_commit();
+    }
+    if (next) multiply_stage<T>(products, tokens, weights);
+    to += flip;
+    tokens -= flip;
+    weights -= flip;
+    flip = -flip;
+  }
+  __syncthreads();
+  stage_products(reinterpret_cast<float *>(shared), products);
+  __syncthreads();
+  finish_tile(p, half, place, reinterpret_cast<const float *>(shared));
+}
+
+// Halves without a projector: a thread takes two groups of columns of one token.
+__device__ __forceinline__ void copy_tokens(const Projection &p) {
+  const bool is_value = static_cast<int>(blockIdx.x) >= p.blocks[0];
+  const ProjectHalf &half = p.half[is_value];
+  const int units = half.kv_heads * (half.head_columns / 16);
+  const int64_t number =
+      int64_t{static_cast<int>(blockIdx.x) - (is_value ? p.blocks[0] : 0)} * blockDim.x + threadIdx.x;
+  const int unit = static_cast<int>(number % units);
+  const int64_t row = number / units;
+  if (row >= int64_t{p.batch} * p.len) return;
+  const int batch = static_cast<int>(row / p.len), token = static_cast<int>(row % p.len);
+  const int stored = stored_token(half, batch, token, valid_tokens(p, batch));
+  const Columns c[2] = {columns_of(half, 2 * unit), columns_of(half, 2 * unit + 1)};
+  float y[2][8] = {};
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (stored < 0 || !c[j].count) continue;
+    if (in_eights(half) && c[j].dim % 8 == 0 && c[j].count == 8) {
+      raw_eight(y[j], half, batch, c[j].head, stored, c[j].dim);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (i < c[j].count) y[j][i] = raw_number(half, batch, c[j].head, stored, c[j].dim + i);
+    }
+  }
+  finish_columns(half, batch, token, token < valid_tokens(p, batch), c, y);
+}
+
+}  // namespace c2c

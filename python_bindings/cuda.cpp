@@ -1,0 +1,69 @@
+// c2c_kernels._cuda: lists of integers in, a status out. See reader.h. Importing it asks for no driver and no device.
+#include "../csrc/cuda/entries.h"
+#include "reader.h"
+
+namespace {
+
+using namespace c2c_bindings;
+
+int64_t attention_workspace(const py::list &numbers) {
+  std::vector<c2c_segment> segments;
+  const c2c_attention_params p = read_attention(numbers, 1.0, 0.0, segments);
+  return c2c_merged_attention_workspace_cuda(&p);
+}
+
+int merged_attention(const py::list &numbers, double scale, double softcap, uintptr_t workspace, uintptr_t stream) {
+  std::vector<c2c_segment> segments;
+  const c2c_attention_params p = read_attention(numbers, scale, softcap, segments);
+  py::gil_scoped_release release;
+  return encode(c2c_merged_attention_cuda(&p, reinterpret_cast<void *>(workspace), reinterpret_cast<void *>(stream)));
+}
+
+// An executor that hands every launch to a Python function: name, grid, block, shared memory, parameters as bytes.
+c2c_status_code tell(const c2c::Launch &launch, void *function) {
+  (*static_cast<const py::function *>(function))(
+      launch.name, launch.grid, launch.block, launch.shared,
+      py::bytes(static_cast<const char *>(launch.params), static_cast<size_t>(launch.params_size)));
+  return C2C_OK;
+}
+
+int attention_launches(const py::list &numbers, double scale, double softcap, uintptr_t workspace, int capability,
+                       py::function function) {
+  std::vector<c2c_segment> segments;
+  const c2c_attention_params p = read_attention(numbers, scale, softcap, segments);
+  return encode(c2c::attention_launches(p, reinterpret_cast<void *>(workspace), capability, tell, &function));
+}
+
+int64_t project_workspace(const py::list &numbers) {
+  const c2c_project_params p = read_projection(numbers);
+  return c2c_project_kv_workspace_cuda(&p);
+}
+
+int project_kv(const py::list &numbers, uintptr_t workspace, uintptr_t stream) {
+  const c2c_project_params p = read_projection(numbers);
+  py::gil_scoped_release release;
+  return encode(c2c_project_kv_cuda(&p, reinterpret_cast<void *>(workspace), reinterpret_cast<void *>(stream)));
+}
+
+int project_launches(const py::list &numbers, uintptr_t workspace, int capability, py::function function) {
+  const c2c_project_params p = read_projection(numbers);
+  return encode(c2c::project_launches(p, reinterpret_cast<void *>(workspace), capability, tell, &function));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of c2c-kernels. Private: use c2c_kernels.";
+  m.attr("abi_version") = C2C_ABI_VERSION;
+  m.attr("archs") = C2C_CUDA_ARCHS;
+  m.attr("largest_dim") = c2c::LARGEST_DIM;
+  m.attr("most_segments") = c2c::MAX_RUNS - 1;
+  m.def("unavailable", &c2c_cuda_unavailable);
+  m.def("error", &c2c_cuda_error);
+  m.def("attention_workspace", &attention_workspace);
+  m.def("merged_attention", &merged_attention);
+  m.def("attention_launches", &attention_launches);
+  m.def("project_workspace", &project_workspace);
+  m.def("project_kv", &project_kv);
+  m.def("project_launches", &project_launches);
+}

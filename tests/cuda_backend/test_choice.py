@@ -1,0 +1,117 @@
+"""When the CUDA backend is chosen, what it refuses and what it leaves to others."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+import torch
+from attention_cases import Plan, SegmentPlan, build
+from cuda_simulator import chosen
+
+import c2c_kernels as c2c
+from c2c_kernels.backends import cuda
+
+BF16 = torch.bfloat16
+built = pytest.mark.skipif(cuda._cuda is None, reason=cuda._why_not or "there is no extension")
+
+
+def record() -> object:
+    return next(each for each in c2c.backends() if each.name == "cuda")
+
+
+def call(dtype=BF16, **fields) -> dict:
+    plan = Plan(dtype, 1, 1, 2, fields.pop("q_len", 1), 20, fields.pop("dim", 16), 16, **fields)
+    made = build(plan, 3)
+    return {name: value for name, value in made.items() if name != "strategy"}
+
+
+def attend(**arguments):
+    """On CPU tensors that pass for a device's; what takes the launches is not reached by a refused call."""
+    with chosen(), cuda.executed_by(80, lambda launch: None):
+        return c2c.merged_attention(**arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_reason_is_told():
+    assert not record().available
+    assert record().reason
+    with pytest.raises(ValueError, match=f"cuda: {record().reason[:20]}"):
+        c2c.merged_attention(*(torch.randn(1, 1, n, 16).to(BF16) for n in (1, 5, 5)), backend="cuda")
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_extension_says_why_it_cannot_run():
+    assert "driver" in cuda._cuda.unavailable() or "device" in cuda._cuda.unavailable()
+    assert "c2c_kernels._cuda" in sys.modules
+
+
+@built
+def test_the_choice_is_logged(caplog):
+    with caplog.at_level(logging.DEBUG, "c2c_kernels"):
+        c2c.backends.__globals__["_said"].clear()
+        attend(**call())
+        attend(**call(torch.float32))
+    lines = [line for line in caplog.messages if "merged_attention" in line]
+    assert "runs on cuda for torch.bfloat16" in lines[0]
+    assert "cuda: supports bfloat16, float16; got float32" in lines[1]
+
+
+@built
+@pytest.mark.parametrize(
+    ("fields", "strategy", "message"),
+    [
+        ({"dim": 264}, "auto", "supports head_dim up to 256; got 264"),
+        ({"segments": [SegmentPlan(0)] * 17}, "auto", "supports up to 16 segments; got 17"),
+        ({"segments": [SegmentPlan(9, projector="dense")]}, "absorb", r"absorbs no projector, which segments\[0\] has"),
+        ({"dtype": torch.float32}, "auto", "supports bfloat16, float16; got float32"),
+    ],
+)
+def test_what_is_refused_by_name_is_left_to_others_without(fields, strategy, message):
+    arguments = call(**fields)
+    with pytest.raises(ValueError, match=message):
+        attend(**arguments, strategy=strategy, backend="cuda")
+    attend(**arguments, strategy=strategy)
+
+
+@built
+def test_segments_of_another_dtype():
+    arguments = call(segments=[SegmentPlan(9)])
+    segment = arguments["segments"][0]
+    segment.key, segment.value = segment.key.half(), segment.value.half()
+    with pytest.raises(ValueError, match=r"segments\[0\] has float16 and float16, query bfloat16"):
+        attend(**arguments, backend="cuda")
+
+
+@built
+@pytest.mark.parametrize("operator", ["merge_states", "quantize_kv"])
+def test_operators_without_a_kernel(operator):
+    out = torch.randn(1, 2, 3, 16).to(BF16)
+    arguments = ([out], [torch.randn(1, 2, 3)]) if operator == "merge_states" else (out, out)
+    with chosen(), pytest.raises(ValueError, match=f"cuda: .*has no kernel for {operator}|driver|device"):
+        getattr(c2c, operator)(*arguments, backend="cuda")
+
+
+@built
+def test_an_error_names_the_operator_and_the_shape():
+    """A status that `refusal` does not foresee: more rows than 32 bits count."""
+    wide = torch.randn(1, 1, 1, 16).to(BF16)
+    query = wide.expand(1, 2**20, 2**12, 16)
+    with pytest.raises(ValueError, match=r"merged_attention on cuda: .*tensor \(1, 1048576, 4096, 16\) on cpu"):
+        native_run(query, wide)
+
+
+def native_run(query, cache):
+    """The launch alone: the output of this call would not fit in memory."""
+    from c2c_kernels.backends import native
+
+    numbers = native.attention_numbers(
+        query, cache, cache, [], [], None, False, None, None, None, None, None, query, None, None, []
+    )
+    with cuda.executed_by(80, lambda launch: None):
+        cuda._run(
+            "merged_attention", query, cuda._cuda.attention_workspace(numbers),
+            lambda *where: cuda._cuda.attention_launches(numbers, 1.0, 0.0, *where), None, [query, cache],
+        )  # fmt: skip

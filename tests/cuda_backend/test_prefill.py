@@ -1,0 +1,46 @@
+"""`merged_attention` for many queries on the CUDA backend: PTX for sm_80 and sm_90 run by ptxsim."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Plan, SegmentPlan, build, reference_call
+from error_rule import assert_as_exact
+from simulated import ARCHS, Simulator, attend, missing
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+def check(plan: Plan, seed: int, arch: int) -> Simulator:
+    call = build(plan, seed)
+    ours, simulated = attend(call, arch)
+    oracle = reference_call(call, torch.float64)
+    theirs = reference_call(call, plan.dtype, plan.dtype)
+    for which, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
+        assert_as_exact(which, mine, torchs, exact)
+    return simulated
+
+
+PLANS = {
+    "plain_64": Plan(BF16, 1, 1, 2, 150, 170, 64, 64, is_causal=True, strided=False, segments=[SegmentPlan(70)]),
+    "plain_128": Plan(F16, 1, 1, 1, 70, 90, 128, 128, is_causal=True, strided=False, segments=[SegmentPlan(33)]),
+    "plain_256": Plan(BF16, 1, 1, 1, 70, 50, 256, 256, is_causal=True, strided=False, segments=[SegmentPlan(33)]),
+    "gates": Plan(BF16, 2, 1, 2, 45, 70, 64, 64, is_causal=True, lengths=True, strided=False, segments=[
+        SegmentPlan(70, gate="full", lengths=True), SegmentPlan(0), SegmentPlan(64, gate="zero")]),
+    "heads_of_three": Plan(F16, 1, 2, 3, 40, 65, 128, 128, strided=False, segments=[
+        SegmentPlan(40, gate="head"), SegmentPlan(17, gate="some_zero")]),
+    "masks": Plan(F16, 1, 1, 3, 45, 130, 72, 40, is_causal=True, window=30, softcap=5.0, sinks=True,
+        query_positions=True, mask="bool", segments=[
+        SegmentPlan(65, gate="token", positions="shared", visibility="causal"), SegmentPlan(19, quantised=True)]),
+    "additive": Plan(BF16, 1, 2, 2, 30, 70, 40, 64, mask="additive", lengths=True, sinks=True, segments=[
+        SegmentPlan(50, index=True), SegmentPlan(20, positions="shuffled", quantised=True, index=True, lengths=True)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", PLANS)
+def test_attention(name, arch):
+    simulated = check(PLANS[name], 5, arch)
+    assert [kernel.startswith("c2c_prefill_") for kernel in simulated.names()] == [True]
