@@ -175,9 +175,7 @@ class TestFuseCache:
         made[2].value_gate_logit.data.fill_(0.1)
         assert made.gate_report()[1] == (2, 3, False, True)
 
-    @pytest.mark.parametrize(
-        "backend", [r.name for r in c2c.backends() if r.name in ("reference", "cpu") and "fuse_kv" not in r.lacks]
-    )
+    @pytest.mark.parametrize("backend", [r.name for r in c2c.backends() if r.name in ("reference", "cpu")])
     @pytest.mark.parametrize(
         ("change", "match"),
         [

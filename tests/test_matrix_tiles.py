@@ -54,7 +54,9 @@ def attention_call():
 def everything(tensors, segments) -> list[torch.Tensor]:
     results = []
     for strategy in ("absorb", "materialize"):
-        out = c2c.merged_attention(*tensors, segments, is_causal=True, strategy=strategy, return_lse=True, backend="cpu")
+        out = c2c.merged_attention(
+            *tensors, segments, is_causal=True, strategy=strategy, return_lse=True, backend="cpu"
+        )
         results += out
     leaves = [t.detach().requires_grad_() for t in tensors]
     out = c2c.merged_attention(*leaves, segments[:1], is_causal=True, backend="cpu")
