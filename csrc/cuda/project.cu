@@ -9,12 +9,12 @@
 #include "arguments.h"
 #include "kernels.h"
 
-extern "C" __global__ void __launch_bounds__(c2c::ProjectTile::THREADS, 2)
+extern "C" __global__ void __launch_bounds__(c2c::ProjectTile::THREADS, 1)
     c2c_project_f16(const __grid_constant__ c2c::Projection p) {
   c2c::project<__half>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(c2c::ProjectTile::THREADS, 2)
+extern "C" __global__ void __launch_bounds__(c2c::ProjectTile::THREADS, 1)
     c2c_project_bf16(const __grid_constant__ c2c::Projection p) {
   c2c::project<__nv_bfloat16>(p);
 }
