@@ -44,8 +44,8 @@ within() { # SECONDS COMMAND...: stopped at the deadline too
 
 echo "::: build"
 if ! command -v nvcc >/dev/null; then echo "gpu_check: no nvcc on PATH: the CUDA kernels are not built; going on"; fi
-arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 if "$python" -c 'import pybind11, setuptools' 2>/dev/null; then
+    arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
     C2C_CUDA_ARCHS=${C2C_CUDA_ARCHS:-$arch} within 150 "$python" setup.py -q build_ext --inplace ||
         echo "gpu_check: the compiled kernels are not built; going on"
 else

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import static_cases
 import torch
 from cuda_simulator import ARCHS, Ran, Simulator, file_of, missing, ptx
-from static_limits import HELD, Limit, not_reached, problems
+from static_limits import HELD, NOT_REACHED, Limit, not_reached, problems
 from static_records import Figures, Kernel
 
 from c2c_kernels.bench.table import Table, as_markdown
@@ -36,11 +36,9 @@ UNCHECKED = {"race": False, "uninit": "off", "global_race": False}  # the tests 
 CASES = (
     "decode Qwen3-0.6B bfloat16 own=4096",
     "decode SmolLM2-135M bfloat16 own=1000",
-    "decode-materialised Qwen3-0.6B bfloat16 own=512 shared=8192",
     "decode-materialised Qwen3-0.6B bfloat16 own=512 shared=8192 int8",
     "decode-materialised Qwen3-0.6B bfloat16 own=512 shared=8192 e4m3",
     "prefill Qwen3-0.6B bfloat16 q_len=512 own=512",
-    "prefill-materialised SmolLM2-135M bfloat16 q_len=512 own=512 shared=1024",
     "project Qwen3-0.6B < Llama-3.2-1B bfloat16 shared=512",
 )
 LIMITS = [
@@ -52,6 +50,7 @@ LIMITS = [
     Limit("bytes_over_least", 1.05, "decode*"),
     Limit("launches", 2, "decode*"),
     Limit("launches", 1, "prefill*"),
+    Limit("spills", 92, "project*", archs=(90,), standing=NOT_REACHED),
     Limit("resident_warps", 6, "decode*", standing=HELD),  # what hides latency is 96 KiB and more of copies in flight
 ]
 

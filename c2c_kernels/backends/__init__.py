@@ -129,12 +129,16 @@ def choose(
     """
     if name is None:
         name = os.environ.get(ENVIRONMENT_VARIABLE) or None
-    reasons = {"reference": "", "cuda": native_refusal or _cuda_refusal(operator, name, device, dtype, call)}
-    request = (operator, name, device.type, dtype, reasons["cuda"])
+    fastest = backends()[0]
+    cuda_refusal = ""
+    if fastest.name == "cuda" and fastest.available and device.type in fastest.devices:
+        cuda_refusal = _cuda_refusal(operator, name, fastest, device, dtype, call)
+    request = (operator, name, device.type, dtype, cuda_refusal)
     remembered = not native_refusal and not torch.compiler.is_compiling()
     if remembered and request in _choices:
         return _choices[request]
     refusals: list[str] = []
+    reasons = {"reference": "", "cuda": native_refusal or cuda_refusal}
     for record in backends():
         if name is not None and record.name != name:
             continue
@@ -150,10 +154,11 @@ def choose(
     raise ValueError(f"{operator} cannot run on the backend asked for. {'; '.join(refusals)}")
 
 
-def _cuda_refusal(operator: str, name: str | None, device: torch.device, dtype: torch.dtype, call: tuple) -> str:
+def _cuda_refusal(
+    operator: str, name: str | None, record: Backend, device: torch.device, dtype: torch.dtype, call: tuple
+) -> str:
     """Why the `cuda` backend does not take this call, where it takes tensors of this device and dtype."""
-    record = next((record for record in backends() if record.name == "cuda"), None)
-    if record is None or name not in (None, "cuda") or record.refusal(device, dtype, name is not None):
+    if name not in (None, "cuda") or record.refusal(device, dtype, name is not None):
         return ""
     return kernels("cuda").refusal(operator, name is not None, *call)
 

@@ -8,7 +8,7 @@ cut to the tensor, an index outside of it reads zeros, a gate that is not above 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -100,6 +100,11 @@ def _segment_refusal(segment: SegmentTensors, number: int, query: Tensor, strate
     return ""
 
 
+def _recorded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records a call with these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _absorbing_pays(segment: SegmentTensors, query: Tensor, value_dim: int) -> bool:
     """Whether a backend that absorbs the segment's projectors is the faster one, by the cost model."""
     if segment.key_proj is None or segment.value_proj is None or not segment.length:
@@ -134,17 +139,17 @@ def refusal(operator: str, named: bool, *call) -> str:
     reason = f"has no kernel for {operator}" if function is None else function(*call)
     if reason or named or operator != "merged_attention" or not triton_record().available:
         return reason
-    query, value, segments, strategy, for_backward = call
+    query, value, segments, strategy, everything = call
     for number, segment in enumerate(segments):
-        if strategy == "auto" and not for_backward and _absorbing_pays(segment, query, value.shape[3]):
+        if strategy == "auto" and not _recorded(everything) and _absorbing_pays(segment, query, value.shape[3]):
             return f"absorbs no projector, and absorbing that of segments[{number}] is faster"
     return ""
 
 
 def _attention_refusal(
-    query: Tensor, value: Tensor, segments: list[SegmentTensors], strategy: str, for_backward: bool
+    query: Tensor, value: Tensor, segments: list[SegmentTensors], strategy: str, everything: Sequence[Tensor | None]
 ) -> str:
-    if for_backward and not triton_record().available:
+    if _recorded(everything) and not triton_record().available:
         return f"gradients are triton's: {triton_record().reason}"
     for name, dim in (("head_dim", query.shape[3]), ("value_dim", value.shape[3])):
         if dim > _LARGEST_DIM:
@@ -209,7 +214,7 @@ def merged_attention(
     segment_window, softcap, sinks, strategy, return_mass, return_lse, out_dtype=None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Forward kernels; lse and mass are computed where asked for (an empty mass otherwise)."""
-    if reason := _attention_refusal(query, value, segments, strategy, False):
+    if reason := _attention_refusal(query, value, segments, strategy, ()):
         raise ValueError(f"merged_attention on cuda {reason}")
     batch, q_heads, q_len, _ = query.shape
     segments = [

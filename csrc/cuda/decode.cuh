@@ -333,33 +333,39 @@ __device__ __forceinline__ void write_split(const Decode &d, int64_t base_row, i
   constexpr int PITCH = DIM + 8;  // rows 8 banks apart: 4 rows of 4 lanes' 8 bytes a pass
   const Attention &p = d.attention;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  float *const sums = shared, *const states = shared + Team::COUNT * ROWS * PITCH;
+  float *const sums = shared, *const maxima = shared + Team::COUNT * ROWS * PITCH;
+  float *const counts = maxima + Team::COUNT * ROWS;
   __syncthreads();  // the stages are read
+  float2 both[2];   // max and sum of rows lane / 4 and + 8
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = Team::mine() * ROWS + lane / 4 + 8 * half;
     float sum = tile.state[half].sum;
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    if (lane % 4 == 0 && Team::part() == 0) {
-      states[row * 2] = tile.state[half].max;
-      states[row * 2 + 1] = sum;
-    }
+    both[half] = make_float2(tile.state[half].max, sum);
+    const int row = Team::mine() * ROWS + lane / 4 + 8 * half;
     float *to = sums + row * PITCH + Team::part() * (DIM / Team::WARPS) + 2 * (lane % 4);
 #pragma unroll
     for (int j = 0; j < DIM / 8 / Team::WARPS; ++j)
-      *reinterpret_cast<float2 *>(to + 8 * j) = make_float2(tile.sum[j][2 * half], tile.sum[j][2 * half + 1]);
+      store_shared_pair(shared_address(to + 8 * j), tile.sum[j][2 * half], tile.sum[j][2 * half + 1]);
+  }
+  // Lane r < 16 stores row r's, so that neighbours write side by side.
+  const int holder = lane % 8 * 4;
+  for (float2 &each : both) each = make_float2(__shfl_sync(~0u, each.x, holder), __shfl_sync(~0u, each.y, holder));
+  if (lane < ROWS && Team::part() == 0) {
+    maxima[Team::mine() * ROWS + lane] = lane < 8 ? both[0].x : both[1].x;
+    counts[Team::mine() * ROWS + lane] = lane < 8 ? both[0].y : both[1].y;
   }
   __syncthreads();
   const int rows = p.q_len * p.group - first_row;
   for (int row = warp; row < ROWS && row < rows; row += Team::COUNT * Team::WARPS) {
     SoftmaxState state;
-    for (int t = 0; t < Team::COUNT; ++t) state.merge({states[(t * ROWS + row) * 2], states[(t * ROWS + row) * 2 + 1]});
+    for (int t = 0; t < Team::COUNT; ++t) state.merge({maxima[t * ROWS + row], counts[t * ROWS + row]});
     const int64_t at = (base_row + row) * d.splits + split;
     if (lane == 0) d.states[at] = make_float2(state.max, state.sum);
     if (state.sum == 0.0f) continue;
     float factors[Team::COUNT];
-    for (int t = 0; t < Team::COUNT; ++t) factors[t] = state.weight(states[(t * ROWS + row) * 2]);
+    for (int t = 0; t < Team::COUNT; ++t) factors[t] = state.weight(maxima[t * ROWS + row]);
     for (int dim = lane; dim < p.value_dim; dim += WARP) {
       // Of bytes, product 4 j + i holds dims 32 j + 4 n + i in its columns n.
       const int place = bytes ? dim / 32 * 32 + dim % 4 * 8 + dim % 32 / 4 : dim;

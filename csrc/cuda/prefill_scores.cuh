@@ -27,9 +27,19 @@ struct PrefillTile {
 
 // threadIdx.x, read anew: numbers derived from it are cheaper to form again than to keep in registers.
 __device__ __forceinline__ int thread() {
-  int number;
+  uint32_t number;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
-  return number;
+  return static_cast<int>(number);
+}
+
+// threadIdx.x modulo and divided by N, as unsigned numbers are.
+template <int N>
+__device__ __forceinline__ int thread_in() {
+  return static_cast<int>(static_cast<uint32_t>(thread()) % N);
+}
+template <int N>
+__device__ __forceinline__ int thread_by() {
+  return static_cast<int>(static_cast<uint32_t>(thread()) / N);
 }
 
 // Where a block is; in shared memory, for registers are scarce.
@@ -40,12 +50,12 @@ struct PrefillPlace {
 
   template <int DIM>
   __device__ __forceinline__ int warp_row() const {
-    return block_row + thread() / WARP * PrefillTile<DIM>::M;
+    return block_row + thread_by<WARP>() * PrefillTile<DIM>::M;
   }
   // The row of the lane's r-th scores, the last one where there is none.
   template <int DIM>
   __device__ __forceinline__ int lane_row(int r) const {
-    return min(warp_row<DIM>() + thread() % WARP / 4 + 8 * r, rows - 1);
+    return min(warp_row<DIM>() + thread_in<WARP>() / 4 + 8 * r, rows - 1);
   }
   __device__ __forceinline__ int head(const Attention &p, int row) const { return kv_head * p.group + row % p.group; }
 };
@@ -99,10 +109,10 @@ struct PrefillRun {
   template <typename Tile>
   __device__ __forceinline__ void set(const Attention &p, int run, const PrefillPlace &place) {
     const Run &source = p.run[run];
-    const int tokens = valid_tokens(source, place.batch), warp = thread() / WARP;
+    const int tokens = valid_tokens(source, place.batch), warp = thread_by<WARP>();
     const bool hides = run && source.placed && (source.causal || p.segment_window);
     const bool changes = p.softcap != 0.0f || source.gate.data || hides || (!run && p.mask.data) || !(p.scale > 0.0f);
-    if (thread() % WARP == 0) {
+    if (thread_in<WARP>() == 0) {
       sight[warp] = sight_of(p, run, place, tokens, place.block_row + warp * Tile::M, Tile::M);
       if (changes) sight[warp].plain_to = 0;
     }

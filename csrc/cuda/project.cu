@@ -9,12 +9,12 @@
 #include "arguments.h"
 #include "kernels.h"
 
-extern "C" __global__ void __launch_bounds__(c2c::ProjectTile::THREADS, 2)
+extern "C" __global__ void __launch_bounds__(c2c::ProjectTile::THREADS, 1)
     c2c_project_f16(const __grid_constant__ c2c::Projection p) {
   c2c::project<__half>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(c2c::ProjectTile::THREADS, 2)
+extern "C" __global__ void __launch_bounds__(c2c::ProjectTile::THREADS, 1)
     c2c_project_bf16(const __grid_constant__ c2c::Projection p) {
   c2c::project<__nv_bfloat16>(p);
 }
@@ -75,10 +75,11 @@ void lay_out(ProjectHalf &half) {
   half.column_tiles = static_cast<int32_t>((columns + ProjectTile::N - 1) / ProjectTile::N);
 }
 
-void set_weights(ProjectHalf &half, const c2c_tensor &weights, int64_t width) {
-  half.weights = strided(weights, -1, 0, 1);
+// Rows of `width` numbers of 16 bits, `head` and `row` numbers apart.
+void set_weights(ProjectHalf &half, const c2c_tensor &weights, int64_t head, int64_t row, int64_t width) {
+  half.weights = {weights.data, 0, head, row};
   half.weights_type = static_cast<int8_t>(weights.dtype);
-  half.weights_vectorised = vectorised(weights, width);
+  half.weights_vectorised = (reinterpret_cast<int64_t>(weights.data) | 2 * (head | row | width)) % 16 == 0;
 }
 
 // A half as it is stored, up to its results.
@@ -112,7 +113,8 @@ ProjectHalf half_of(const c2c_project_params &p, const Source &s) {
   half.out_type = static_cast<int8_t>(s.out.dtype);
   half.raw_vectorised = vectorised(s.raw, s.dim);
   half.out_vectorised = vectorised(s.out, s.out_dim);
-  if (s.proj.data) set_weights(half, s.proj, segment.heads * s.dim);
+  if (s.proj.data)
+    set_weights(half, s.proj, s.proj.stride[0], s.proj.stride[1], s.proj_in.data ? s.rank : segment.heads * s.dim);
   half.raw_copied = half.raw_vectorised && half.raw_type == half.weights_type && !s.scale.data && !half.remove_cos.data;
   lay_out(half);
   return half;
@@ -122,9 +124,7 @@ ProjectHalf half_of(const c2c_project_params &p, const Source &s) {
 ProjectHalf inner_of(const c2c_project_params &p, const Source &s, void *out) {
   ProjectHalf half = half_of(p, s);
   const int64_t row = round_up(s.rank, 8);
-  set_weights(half, s.proj_in, p.segment.heads * s.dim);
-  half.weights.n = s.proj_in.stride[0];
-  half.weights.h = 0;
+  set_weights(half, s.proj_in, 0, s.proj_in.stride[0], p.segment.heads * s.dim);
   half.bias = half.apply_cos = half.apply_sin = Strided{};
   half.apply_dim = 0;
   half.out = {out, p.segment.len * row, 0, row};
@@ -147,7 +147,6 @@ ProjectHalf outer_of(const c2c_project_params &p, const Source &s, const Project
   half.remove_dim = 0;
   half.raw_type = inner.out_type;
   half.raw_vectorised = half.raw_copied = inner.out_vectorised;
-  half.weights_vectorised = vectorised(s.proj, s.rank);
   return half;
 }
 

@@ -67,7 +67,8 @@ __device__ __forceinline__ bool in_eights(const ProjectHalf &half) {
 }
 
 // Columns of tiles are grouped by eights so that whoever holds two neighbouring groups, from an even one on, holds the
-// pairs that a rotation turns: of a head first groups 0, half, 8, half + 8 .. of the rotary dims, then the others.
+// pairs that a rotation turns: of a head first groups 0, half, 8, half + 8 .. of the rotary dims, then the others in
+// the same way: threads side by side then write side by side.
 struct Columns {
   int head, dim;  // of the first
   int count;      // that exist, 0 .. 8
@@ -83,7 +84,8 @@ __device__ __forceinline__ Columns columns_of(const ProjectHalf &half, int group
     c.dim = group / 2 * 8 + group % 2 * middle;
     c.count = middle - group / 2 * 8;
   } else {
-    c.dim = half.apply_dim + (group - 2 * pairs) * 8;
+    group -= 2 * pairs;
+    c.dim = half.apply_dim + (group / 2 + group % 2 * (per_head / 2 - pairs)) * 8;
     c.count = half.out_dim - c.dim;
   }
   c.count = c.head >= half.kv_heads || c.count < 0 ? 0 : c.count > 8 ? 8 : c.count;

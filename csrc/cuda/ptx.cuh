@@ -91,6 +91,11 @@ __device__ __forceinline__ void store_shared_16(uint32_t shared, const uint32_t 
                : "memory");
 }
 
+// In one store: the compiler would make two of some.
+__device__ __forceinline__ void store_shared_pair(uint32_t shared, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(first), "f"(second) : "memory");
+}
+
 // Two numbers rounded to 16 bits, the first in the lower half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second);

@@ -8,6 +8,8 @@ from attention_cases import Plan, SegmentPlan, build, reference_call
 from error_rule import assert_as_exact
 from simulated import ARCHS, Simulator, attend, missing
 
+import c2c_kernels as c2c
+
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -44,3 +46,28 @@ PLANS = {
 def test_attention(name, arch):
     simulated = check(PLANS[name], 5, arch)
     assert [kernel.startswith("c2c_prefill_") for kernel in simulated.names()] == [True]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_e4m3_is_widened_exactly(aligned):
+    """A segment of float8_e4m3fn gives the bits of the same numbers in bfloat16."""
+    dim = 64 if aligned else 60
+    query, key, value = (torch.randn(1, heads, 40, dim).to(BF16) for heads in (4, 2, 2))
+    codes = [torch.randn(1, 2, 70, dim).to(torch.float8_e4m3fn) for _ in range(2)]
+    scale = torch.ones(1, 2, 1)
+    call = {"query": query, "key": key, "value": value, "is_causal": True}
+    stored = {**call, "segments": [c2c.SharerSegment(*codes, key_scale=scale, value_scale=scale)]}
+    widened = {**call, "segments": [c2c.SharerSegment(*(x.to(BF16) for x in codes))]}
+    for mine, theirs in zip(attend(stored, 80)[0], attend(widened, 80)[0], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_rising_scores_raise_the_maximum():
+    """Scores that grow with every token, far beyond what float16 holds as weights of the first tile's maximum."""
+    plan = Plan(F16, 1, 1, 1, 40, 300, 64, 64)
+    call = build(plan, 1)
+    call["key"] = (call["key"].float() * torch.linspace(0, 12, 300)[:, None]).to(F16)
+    ours, _ = attend(call, 80)
+    oracle, theirs = reference_call(call, torch.float64), reference_call(call, F16, F16)
+    for which, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
+        assert_as_exact(which, mine, torchs, exact)

@@ -44,7 +44,7 @@ def test_cuda_tensors_go_to_triton_where_cuda_does_not_take_them():
     cuda = next(record for record in c2c.backends() if record.name == "cuda")
     for dtype in (torch.bfloat16, torch.float32):
         name = "triton" if cuda.refusal(torch.device("cuda"), dtype) else "cuda"
-        call = (torch.empty(1, 1, 1, 64, dtype=dtype), torch.empty(1, 1, 1, 64, dtype=dtype), [], "auto", False)
+        call = (torch.empty(1, 1, 1, 64, dtype=dtype), torch.empty(1, 1, 1, 64, dtype=dtype), [], "auto", ())
         assert choose("merged_attention", None, torch.device("cuda"), dtype, "", call).name == name
 
 

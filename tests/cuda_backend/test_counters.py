@@ -1,0 +1,62 @@
+"""What prefill and project_kv do, counted by the simulator: products, shared memory, sectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from simulated import Simulator, missing
+
+import c2c_kernels as c2c
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+DTYPE = torch.bfloat16
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).to(DTYPE)
+
+
+def check_memory(counters) -> None:
+    """Requests of shared memory without conflicts, written sectors full, nothing spilled."""
+    done, ideal = (
+        sum(counters[f"shared_{kind}_wavefronts{end}"] for kind in ("load", "store")) for end in ("", "_ideal")
+    )
+    assert ideal >= 0.95 * done
+    assert counters["global_store_bytes"] == 32 * counters["global_store_sectors"]
+    assert counters["local_bytes"] == 0
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_causal_prefill(dim):
+    """Within 10% of the products that the causal triangle needs."""
+    length = 2048
+    with Simulator(80).installed() as simulated:
+        c2c.merged_attention(
+            numbers(1, 1, length, dim), numbers(1, 1, length, dim), numbers(1, 1, length, dim), is_causal=True,
+            backend="cuda",
+        )  # fmt: skip
+    (ran,) = simulated.ran
+    assert ran.counters["mma_flops"] <= 1.1 * 4 * dim * length * (length + 1) / 2
+    check_memory(ran.counters)
+
+
+def test_window_skips_tokens_before_it():
+    length, window, dim = 2048, 100, 64
+    with Simulator(80).installed() as simulated:
+        c2c.merged_attention(
+            *(numbers(1, 1, length, dim) for _ in range(3)), is_causal=True, window=window, backend="cuda"
+        )
+    (ran,) = simulated.ran
+    assert ran.counters["mma_flops"] <= 2.5 * 4 * dim * length * window  # tiles of 32 rows and 64 tokens
+
+
+def test_projection():
+    """No product of tokens that are not there, keys and values read once per tile."""
+    raw, proj = numbers(1, 8, 256, 64), numbers(2, 128, 512)
+    with Simulator(80).installed() as simulated:
+        c2c.project_kv(c2c.SharerSegment(raw, raw, proj, proj, lengths=torch.tensor([128])), backend="cuda")
+    (ran,) = simulated.ran
+    assert ran.counters["mma_flops"] == 2 * 2 * 128 * 256 * 512
+    assert ran.counters["cp_async_bytes"] == 2 * 2 * (128 + 128) * 512 * 2
+    check_memory(ran.counters)
