@@ -5,7 +5,7 @@ Weights keep their dtype. Nothing is unpickled. Needs the package safetensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import tensor_file
-from .fuser_layers import FuserShape
+from .fuser_layers import FuserShape, check_temperature
+from .layer_maps import check_layers
 from .projectors import Identity
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ def save(fuser: C2CFuser, path: str | Path, *, storage: torch.dtype | None = Non
         fuser: what is written.
         path: of the file.
         storage: torch.float32, bfloat16 or float16; None: as the weights are.
+
+    Raises:
+        ValueError: for what `load` would refuse: weights that are infinite or NaN (as `storage`), float64 or of
+            several dtypes, a temperature of 0. Nothing is written then.
+        FileNotFoundError: where there is no folder for the file.
     """
     if storage is not None and storage not in STORED:
         raise ValueError(f"storage must be one of {', '.join(map(str, STORED))} or None; got {storage!r}")
@@ -43,6 +49,10 @@ def save(fuser: C2CFuser, path: str | Path, *, storage: torch.dtype | None = Non
         name: tensor.detach().to("cpu", storage or tensor.dtype).contiguous()
         for name, tensor in fuser.state_dict().items()
     }
+    stored = "" if storage is None else f" as {storage}"
+    wanted = _wanted(fuser.shape, fuser.layer_map)
+    check_tensors(f"the fuser cannot be written{stored}", tensors, wanted, ValueError)
+    check_temperature("gate_temperature", fuser.gate_temperature)
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -75,22 +85,30 @@ def load(path: str | Path) -> C2CFuser:
     path = Path(path)
     header, tensors = tensor_file.read(path, "fuser", (FORMAT, VERSION), FuserFileError)
     try:
-        fuser = C2CFuser(
-            FuserShape(**header["shape"]),
-            dict(header["layer_map"]),
-            receiver_layers=header["receiver_layers"],
-            sharer_layers=header["sharer_layers"],
-            dropout=header["dropout"],
-            annealing=Annealing(**header["annealing"]),
-            sharer=Identity(**header["sharer"]),
-            receiver=Identity(**header["receiver"]),
-            facts=header["facts"],
-        )
-        fuser.gate_temperature = float(header["gate_temperature"])
+        shape, layer_map = FuserShape(**header["shape"]), dict(header["layer_map"])
+        if len(layer_map) != len(header["layer_map"]):
+            raise ValueError("layer_map has a receiver layer twice")
+        check_layers("layer_map", layer_map, header["receiver_layers"], header["sharer_layers"])
+        check_temperature("gate_temperature", header["gate_temperature"])
+        # Sizes are compared before anything of such sizes is made.
+        check_tensors(str(path), tensors, _wanted(shape, layer_map), FuserFileError)
+        with torch.device("meta"):
+            fuser = C2CFuser(
+                shape,
+                layer_map,
+                receiver_layers=header["receiver_layers"],
+                sharer_layers=header["sharer_layers"],
+                dropout=header["dropout"],
+                annealing=Annealing(**header["annealing"]),
+                sharer=_identity(header["sharer"]),
+                receiver=_identity(header["receiver"]),
+                facts=header["facts"],
+            )
+    except FuserFileError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise FuserFileError(f"{path} has a damaged header: {error}") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in fuser.state_dict().items()}
-    check_tensors(str(path), tensors, wanted, FuserFileError)
+    fuser.gate_temperature = float(header["gate_temperature"])
     fuser.load_state_dict(tensors, assign=True)
     fuser.requires_grad_(True)
     fuser.origin = str(path)
@@ -98,21 +116,44 @@ def load(path: str | Path) -> C2CFuser:
     return fuser.eval()
 
 
+def _identity(entry: Mapping[str, object]) -> Identity:
+    found = Identity(**entry)  # type: ignore[arg-type]
+    for name, value in asdict(found).items():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} of a model must be text, got {value!r}")
+    return found
+
+
+def _wanted(shape: FuserShape, layer_map: Iterable[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor."""
+    return ((f"layers.{layer}.{name}", size) for layer in layer_map for name, size in shape.tensors())
+
+
 def check_tensors(
-    where: str, tensors: Mapping[str, object], wanted: Mapping[str, tuple[int, ...]], error_type: type[ValueError]
-) -> None:
-    """Raises unless there are exactly the tensors wanted, of these shapes, finite, of one floating-point dtype."""
-    for name in wanted:
+    where: str, tensors: Mapping[str, object], wanted: Iterable[tuple[str, tuple[int, ...]]],
+    error_type: type[ValueError],
+) -> None:  # fmt: skip
+    """Raises unless there are exactly the tensors wanted, plain, of these shapes, finite, of one floating-point dtype.
+
+    Args:
+        wanted: name and shape, read up to the first that is missing.
+    """
+    sizes: dict[str, tuple[int, ...]] = {}
+    for name, size in wanted:
         if name not in tensors:
-            raise error_type(f"{where} has no tensor {name}: wanted one of shape {wanted[name]}")
+            raise error_type(f"{where} has no tensor {name}: wanted one of shape {size}")
+        sizes[name] = size
     dtypes: dict[torch.dtype, str] = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise error_type(f"{where}: {name} is a {type(tensor).__name__}, wanted a tensor")
-        if name not in wanted:
+        if tensor.is_nested or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            kind = "nested" if tensor.is_nested else f"{tensor.layout} on {tensor.device}"
+            raise error_type(f"{where}: {name} is {kind}, wanted plain dense CPU tensors")
+        if name not in sizes:
             raise error_type(f"{where} has an extra tensor {name} of shape {tuple(tensor.shape)}")
-        if tuple(tensor.shape) != wanted[name]:
-            raise error_type(f"{where}: {name} has shape {tuple(tensor.shape)}, wanted {wanted[name]}")
+        if tuple(tensor.shape) != sizes[name]:
+            raise error_type(f"{where}: {name} has shape {tuple(tensor.shape)}, wanted {sizes[name]}")
         if tensor.dtype not in STORED:
             raise error_type(f"{where}: {name} is {tensor.dtype}, wanted float32, bfloat16 or float16")
         if not bool(tensor.isfinite().all()):

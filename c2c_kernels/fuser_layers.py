@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -72,6 +73,18 @@ class FuserShape:
         yield f"{name}_w2", (self.hidden, inner)
 
 
+def check_temperature(name: str, value: object) -> None:
+    """ValueError unless it is a number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+def check_dropout(value: object) -> None:
+    """ValueError unless it is a probability below 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {value!r}")
+
+
 class FuserLayer(nn.Module):
     """Weights of one receiver layer; its parameters are those of `FuserShape.tensors`, flat and in that order.
 
@@ -101,6 +114,8 @@ class FuserLayer(nn.Module):
     def weights(self) -> FuserWeights:
         """The parameters as `fuse_kv` takes them: the same object as long as they are the same tensors."""
         tensors = tuple(self._parameters.values())
+        if torch.compiler.is_compiling():  # a trace that has looked at `_weights` is made again when they are kept
+            return FuserWeights.of(tensors, self.key_count)  # type: ignore[arg-type]
         kept = self._weights
         if kept is None or any(mine is not other for mine, other in zip(tensors, kept[0], strict=True)):
             kept = (tensors, FuserWeights.of(tensors, self.key_count))  # type: ignore[arg-type, assignment]

@@ -21,6 +21,7 @@ from torch import Tensor
 Pair = tuple[Tensor, Tensor]  # keys and values, or what belongs to them
 
 EPSILON = 1e-6  # of the RMS norms
+_DTYPE, _DEVICE = Tensor.dtype.__get__, Tensor.device.__get__  # type: ignore[attr-defined]
 _FIXED = 13  # tensors of a half besides those of its `project` blocks, three each
 
 
@@ -107,3 +108,14 @@ class FuserWeights:
     def of(tensors: Sequence[Tensor], key_count: int) -> FuserWeights:
         """The weights whose `tensors` these are, the first `key_count` of the keys."""
         return FuserWeights(FuserHalf.of(tensors[:key_count]), FuserHalf.of(tensors[key_count:]))
+
+
+def lie_of(tensors: Sequence[Tensor]) -> tuple:
+    """Where and how tensors lie: what has been found out of them holds as long as this is the same.
+
+    An address alone is not enough: memory that is freed is given to other tensors.
+    """
+    return (
+        *map(Tensor.data_ptr, tensors), *map(Tensor.size, tensors), *map(Tensor.stride, tensors),
+        *map(_DTYPE, tensors), *map(_DEVICE, tensors),
+    )  # fmt: skip

@@ -21,10 +21,11 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .fuser_layers import FuserLayer, FuserShape
+from .fuser_layers import FuserLayer, FuserShape, check_dropout, check_temperature
 from .fuser_weights import Pair
 from .layer_maps import LayerMap, check_layers, resolve
-from .ops.fuse_kv import FuseCall, check_calls, fuse_layers
+from .ops._fuse_checks import check_apart
+from .ops.fuse_kv import FuseCall, check_calls, fuse_apart, touched
 from .projectors import Identity
 
 Mode = Literal["parallel", "sequential"]
@@ -50,6 +51,12 @@ class Annealing:
     initial: float = 1.0
     final: float = 0.001
     steps: int = 1929
+
+    def __post_init__(self) -> None:
+        check_temperature("initial temperature", self.initial)
+        check_temperature("final temperature", self.final)
+        if type(self.steps) is not int or self.steps < 1:
+            raise ValueError(f"steps of annealing must be an integer of at least 1, got {self.steps!r}")
 
     def at(self, step: int) -> float:
         return self.initial * (self.final / self.initial) ** min(step / self.steps, 1.0)
@@ -90,8 +97,7 @@ class C2CFuser(nn.Module):
         check_layers("layer_map", layer_map, receiver_layers, sharer_layers)
         if not layer_map:
             raise ValueError("layer_map is empty: wanted at least one receiver layer")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in 0..1, got {dropout}")
+        check_dropout(dropout)
         self.shape, self.layer_map = shape, dict(sorted(layer_map.items()))
         self.receiver_layers, self.sharer_layers = receiver_layers, sharer_layers
         self.dropout, self.annealing = dropout, annealing
@@ -153,6 +159,8 @@ class C2CFuser(nn.Module):
 
     def _warn_once(self) -> None:
         """`warn_if_closed`, the first time, where looking costs nothing."""
+        if torch.compiler.is_compiling():
+            return
         if not self._warned and next(self.parameters()).device.type == "cpu":
             self._warned = True
             self.warn_if_closed()
@@ -206,7 +214,8 @@ class C2CFuser(nn.Module):
 
         Raises:
             ValueError, TypeError: for quantised, offloaded or truncated caches, other shapes than the fuser's, caches
-                of different batch or length without an index, tokens that are not there.
+                of different batch or length without an index, tokens that are not there, layers that share memory
+                with others or with the sharer's.
         """
         fuse_caches(receiver_cache, [(self, sharer_cache)], start, stop, indices=[index], backend=backend)
 
@@ -296,16 +305,23 @@ def fuse_caches(
             sharer = raw[source] if index is not None else _tokens(raw[source], start, stop)
             call = FuseCall(*receiver, *sharer, fuser[layer].weights(), index, out=receiver)
             chains.setdefault(layer, []).append(call)
+    # A layer that is not fused is read: it is to stay as it is.
+    check_apart(
+        {
+            f"receiver_cache layer {layer}": touched(chains[layer]) if layer in chains else (pair, ())
+            for layer, pair in enumerate(own)
+        }
+    )
     if len(fused) > 1:  # everything is checked before anything is written
         check_calls([call for chain in chains.values() for call in chain], backend)
     if mode == "sequential":
         for number in range(len(fused)):
-            fuse_layers([chain[number] for chain in chains.values() if number < len(chain)], backend=backend)
+            fuse_apart([chain[number] for chain in chains.values() if number < len(chain)], backend)
         return
     alone = [chain[0] for chain in chains.values() if len(chain) == 1]
     several = [chain for chain in chains.values() if len(chain) > 1]
     if alone:
-        fuse_layers(alone, backend=backend)
+        fuse_apart(alone, backend)
     for group in _groups(several):
         _fuse_sums(group, backend)
 
@@ -331,7 +347,7 @@ def _fuse_sums(chains: list[list[FuseCall]], backend: str | None) -> None:
                         out=chain[number].out if last else total,
                     )
                 )
-        fuse_layers(step, backend=backend)
+        fuse_apart(step, backend)
 
 
 def _groups(chains: list[list[FuseCall]]) -> list[list[list[FuseCall]]]:

@@ -51,6 +51,9 @@ def check_layers(
     name: str, layer_map: Mapping[int, int], receiver_layers: int | None, sharer_layers: int | None
 ) -> None:
     """ValueError unless both models have the layers of a map; None: their number is not known."""
+    for role, layers in (("receiver", receiver_layers), ("sharer", sharer_layers)):
+        if layers is not None and (type(layers) is not int or layers < 1):
+            raise ValueError(f"{role}_layers must be an integer of at least 1 or None, got {layers!r}")
     for layer, source in layer_map.items():
         pair = f"{name} maps receiver layer {layer!r} to sharer layer {source!r}"
         for role, number, layers in (("receiver", layer, receiver_layers), ("sharer", source, sharer_layers)):

@@ -19,6 +19,8 @@ _HEADER = "c2c"
 def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Writes the file at once: a reader sees the old one or the whole new one."""
     _, save_file = _safetensors()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(dict(tensors), partial, metadata={_HEADER: json.dumps(header, ensure_ascii=False)})
@@ -55,10 +57,10 @@ def read(
     try:
         header = json.loads(metadata[_HEADER])
         found = (header["format"], header["version"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise error_type(f"{path} is a safetensors file without the header of a {what}") from error
-    if found != wanted:
-        raise error_type(f"{path} is {found[0]!r} version {found[1]}, wanted {wanted[0]!r} version {wanted[1]}")
+    if found != wanted or type(found[1]) is not int:
+        raise error_type(f"{path} is {found[0]!r} version {found[1]!r}, wanted {wanted[0]!r} version {wanted[1]}")
     return header, tensors
 
 

@@ -334,7 +334,8 @@ BAD = {
         changed(out=lambda c: (c.receiver_key, c.receiver_key)), ValueError, "out value has shape",
     ),
     "out broadcast": (
-        changed(out=lambda c: (c.receiver_key[:1].expand(2, 2, 5, 8), c.receiver_value)), ValueError, "stride 0",
+        changed(out=lambda c: (c.receiver_key[:1].expand(2, 2, 5, 8), c.receiver_value)), ValueError,
+        "out key has shape .* its elements share memory",
     ),
     "out shifted": (
         changed(receiver_key=lambda c: c.receiver_key[:, :1].expand(2, 2, 5, 8), out=lambda c: (
@@ -357,7 +358,7 @@ def test_bad_input_is_refused_before_anything_is_written(backend, name):
     options["out"] = bad.out
     with pytest.raises(error, match=match):
         c2c.fuse_kv(*positional, **options, backend=backend)
-    with pytest.raises(error, match=match if match == "stride 0" else rf"calls\[1\]\.{match}"):
+    with pytest.raises(error, match=rf"calls\[1\]\.{match}"):
         c2c.fuse_layers([call, bad], backend=backend)
     for tensor, old in zip(floats(call), before, strict=True):
         assert torch.equal(tensor, old)

@@ -8,11 +8,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..fuser_weights import FuserBlock, FuserHalf, FuserWeights
+from ..fuser_weights import FuserBlock, FuserHalf, FuserWeights, lie_of
 from .native_arguments import broadcast, extension, raise_status, readable
 
 # The numbers of weights, and where and how these lay: asking 19 tensors takes longer than comparing.
-_known: WeakKeyDictionary[FuserHalf, tuple[list, list[int], list[int]]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[FuserHalf, tuple[tuple, list[int], list[int]]] = WeakKeyDictionary()
 
 
 def fuse_kv(
@@ -80,9 +80,9 @@ def _half_numbers(
 
 def _weight_numbers(half: FuserHalf, keep: list[Tensor]) -> tuple[list[int], list[int]]:
     """Those of the tensors outside blocks, and of the blocks."""
-    state = [(tensor.data_ptr(), tensor.dtype, tensor.stride()) for tensor in half.tensors]
+    lie = lie_of(half.tensors)
     known = _known.get(half)
-    if known is not None and known[0] == state:
+    if known is not None and known[0] == lie:
         return known[1], known[2]
     copies: list[Tensor] = []
     single = (half.in_weight, half.in_bias, half.out_weight, half.out_bias, half.scale_weight, half.scale_bias)
@@ -90,7 +90,7 @@ def _weight_numbers(half: FuserHalf, keep: list[Tensor]) -> tuple[list[int], lis
     weights += broadcast(half.gate_logit, (), copies)
     blocks = [number for block in (half.embed, half.scale, *half.project) for number in _block_numbers(block, copies)]
     if not copies:
-        _known[half] = (state, weights, blocks)
+        _known[half] = (lie, weights, blocks)
     keep += copies
     return weights, blocks
 

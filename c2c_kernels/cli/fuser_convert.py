@@ -86,7 +86,7 @@ def _to_folder(options: argparse.Namespace, files: list[Path]) -> None:
     from c2c_kernels.integrations.rosetta.checkpoints import save_checkpoint
 
     for name in ("sharer", "receiver_name", "sharer_name", "dtype"):
-        if getattr(options, name):
+        if getattr(options, name) not in (None, ""):
             raise CommandError(f"--{name.replace('_', '-')} goes with a checkpoint folder, {files[0]} is a file")
     fusers = {number: C2CFuser.load(file) for number, file in enumerate(files, 1)}
     save_checkpoint(fusers, options.output)

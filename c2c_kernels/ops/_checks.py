@@ -354,14 +354,17 @@ def may_overlap(out: Tensor, sources: tuple[Tensor | None, ...]) -> bool:
     if torch.compiler.is_compiling() or out.numel() == 0 or out.device.type == "meta":
         return False
 
-    def end(t: Tensor) -> int:
-        reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        return t.data_ptr() + (reach + 1) * t.element_size()
-
-    first, last = out.data_ptr(), end(out)
+    first, last = out.data_ptr(), end_of(out)
     return any(
-        source is not None and source.data_ptr() < last and source.numel() and first < end(source) for source in sources
+        source is not None and source.data_ptr() < last and source.numel() and first < end_of(source)
+        for source in sources
     )
+
+
+def end_of(tensor: Tensor) -> int:
+    """The address behind the last element of a tensor that has some."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def check_merge_states(outs: list[Tensor], lses: list[Tensor]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..fuser_weights import FuserBlock, FuserHalf, FuserWeights, Pair
+from ..fuser_weights import FuserBlock, FuserHalf, FuserWeights, Pair, lie_of
 from ._checks import (
     check_index,
+    end_of,
     expect,
     expect_broadcastable,
     expect_device,
@@ -81,8 +83,68 @@ def same_memory(first: Tensor, second: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling() or first.device.type == "meta":
         return False
-    alike = first.dtype == second.dtype and first.shape == second.shape and first.stride() == second.stride()
-    return alike and first.data_ptr() == second.data_ptr()
+    alike = first.dtype == second.dtype and first.shape == second.shape
+    return alike and first.data_ptr() == second.data_ptr() and _steps(first) == _steps(second)
+
+
+def check_apart(groups: Mapping[str, tuple[Sequence[Tensor | None], Sequence[Tensor]]]) -> None:
+    """ValueError unless what each group writes is memory that no other reads or writes.
+
+    Args:
+        groups: what is done independently of each other, by name: tensors that are read, and that are written.
+    """
+    if torch.compiler.is_compiling() or not any(written for _, written in groups.values()):
+        return
+    for extent in (_storage_extent, _extent):  # of whole storages first: that they are apart is seen faster
+        conflict = _conflict(groups, extent)
+        if conflict is None:
+            return
+    raise ValueError(f"{conflict[0]} writes to memory that {conflict[1]} reads or writes: each needs memory of its own")
+
+
+def _conflict(groups: Mapping, extent: Callable[[Tensor], tuple[int, int]]) -> tuple[str, str] | None:
+    """The names of a group that writes where another reads or writes."""
+    found = [
+        (*extent(tensor), name, writes)
+        for name, group in groups.items()
+        for writes, tensors in enumerate(group)
+        for tensor in tensors
+        if tensor is not None and tensor.device.type != "meta" and tensor.numel()
+    ]
+    found.sort(key=lambda entry: entry[0])
+    reaching: list[tuple[int, int, str, int]] = []
+    for entry in found:
+        reaching = [other for other in reaching if other[1] > entry[0]]
+        for other in reaching:
+            if other[2] != entry[2] and (other[3] or entry[3]):
+                return (entry[2], other[2]) if entry[3] else (other[2], entry[2])
+        reaching.append(entry)
+    return None
+
+
+def _storage_extent(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), end_of(tensor)
+
+
+def _steps(tensor: Tensor) -> list[int]:
+    """Strides of the dimensions that are walked along."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether a dimension's step lands within what the smaller steps reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
 
 
 def _check_caches(call: FuseTensors, name: str) -> None:
@@ -125,24 +187,26 @@ def _check_weights(call: FuseTensors, name: str) -> None:
         ("key", weights.key, call.receiver_key, call.sharer_key),
         ("value", weights.value, call.receiver_value, call.sharer_value),
     )
+    # Asked first: what a trace looks at in a global dictionary, it is made again for.
+    kept = None if torch.compiler.is_compiling() else _checked
     seen = None
-    if weights in _checked and not torch.compiler.is_compiling():
+    if kept is not None and weights in kept:
         seen = _seen(call)
-        if _checked[weights] == seen:
+        if kept[weights] == seen:
             return
     for slot, half, own, raw in halves:
         if not isinstance(half, FuserHalf):
             raise TypeError(f"{name}weights.{slot} must be a FuserHalf, got {type(half).__name__}")
         _check_half(f"{name}weights.{slot}", half, raw.shape[1] * raw.shape[3], own, call.receiver_key.device)
-    if not torch.compiler.is_compiling() and all(type(tensor) in _PLAIN for tensor in weights.tensors):
-        _checked[weights] = seen or _seen(call)
+    if kept is not None and all(type(tensor) in _PLAIN for tensor in weights.tensors):
+        kept[weights] = seen or _seen(call)
 
 
 def _seen(call: FuseTensors) -> tuple:
-    """What a check of the weights depends on: sizes of the caches, and where the weights lie."""
+    """What a check of the weights depends on: sizes of the caches, and where and how the weights lie."""
     caches = (call.receiver_key, call.receiver_value, call.sharer_key, call.sharer_value)
     sizes = tuple(tensor.shape[1::2] for tensor in caches)
-    return (call.receiver_key.device, sizes, *(tensor.data_ptr() for tensor in call.weights.tensors))
+    return (call.receiver_key.device, sizes, lie_of(call.weights.tensors))
 
 
 def _check_half(name: str, half: FuserHalf, sharer_width: int, own: Tensor, device: torch.device) -> None:
@@ -198,8 +262,10 @@ def _check_memory(call: FuseTensors, out: Pair, name: str) -> None:
     for slot, tensor, own in zip(("key", "value"), out, owns, strict=True):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name}out {slot} has stride {tensor.stride(-1)} in its last dimension, wanted 1")
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise ValueError(f"{name}out {slot} has stride 0 {tensor.stride()}: its elements share memory")
+        if _overlaps_itself(tensor):
+            raise ValueError(
+                f"{name}out {slot} has shape {shape_of(tensor)}, strides {tensor.stride()}: its elements share memory"
+            )
         # No weights: nobody keeps a cache in them, and looking takes longer than all other checks.
         others = [other for other in read if not any(other is mine for mine in own)]
         others += [mine for mine in own if mine is not None and not same_memory(mine, tensor)]

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..backends import Backend, choose, kernels, reference_fuse
 from ..fuser_weights import FuserWeights, Pair
-from ._fuse_checks import FuseTensors, check_fuse_kv, check_fuse_values, same_memory
+from ._fuse_checks import FuseTensors, check_apart, check_fuse_kv, check_fuse_values, same_memory
 from ._library import LIBRARY, implement, needs_dispatcher, refuse_second_derivative, wants_grad
 
 _REST = "Tensor[] weights, int key_count, Tensor? index, Tensor[] residual, Tensor[] gates"
@@ -123,7 +123,7 @@ def fuse_kv(
 def fuse_layers(calls: Sequence[FuseCall], *, backend: str | None = None) -> list[Pair]:
     """`fuse_kv` of independent layers: on a GPU in one grouped launch per stage where the backend has that.
 
-    All calls are checked before anything is written. No call's out may be what another reads.
+    All calls are checked before anything is written. No call's out may be memory that another reads or writes.
 
     Args:
         calls: one per layer.
@@ -136,6 +136,29 @@ def fuse_layers(calls: Sequence[FuseCall], *, backend: str | None = None) -> lis
         ValueError, TypeError: as `fuse_kv`, with the number of the call.
     """
     described, records = _check_all(calls, backend)
+    check_apart({f"calls[{number}]": touched([call]) for number, call in enumerate(calls)})
+    return _run(calls, described, records)
+
+
+def fuse_apart(calls: Sequence[FuseCall], backend: str | None) -> list[Pair]:
+    """`fuse_layers` of calls that `check_apart` has seen."""
+    return _run(calls, *_check_all(calls, backend))
+
+
+def touched(calls: Sequence[FuseCall]) -> tuple[list[Tensor | None], list[Tensor]]:
+    """What the calls read, weights aside, and what they write."""
+    read = [
+        tensor
+        for c in calls
+        for tensor in (
+            c.receiver_key, c.receiver_value, c.sharer_key, c.sharer_value, c.index, *(c.residual or ()),
+            *(c.gates or ()),
+        )
+    ]  # fmt: skip
+    return read, [tensor for call in calls if call.out is not None for tensor in call.out]
+
+
+def _run(calls: Sequence[FuseCall], described: list[FuseTensors], records: list[Backend]) -> list[Pair]:
     names = {record.name for record in records}
     if len(names) == 1 and "reference" not in names:
         grouped = getattr(kernels(records[0].name), "fuse_kv_layers", None)
@@ -159,7 +182,7 @@ def fuse_layers(calls: Sequence[FuseCall], *, backend: str | None = None) -> lis
 
 
 def check_calls(calls: Sequence[FuseCall], backend: str | None = None) -> None:
-    """Raises what `fuse_layers` would raise for these calls, and writes nothing."""
+    """Raises what `fuse_apart` would raise for these calls, and writes nothing."""
     _check_all(calls, backend)
 
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ...fuser_weights import EPSILON, FuserHalf
+from ...fuser_weights import EPSILON, FuserHalf, lie_of
 from .arguments import expanded, rows
 from .fuse import Buffers, Layout, fuse_kernel
 from .fuse_steps import steps
@@ -39,14 +39,14 @@ class Weights(NamedTuple):
     """The weights of a half as the kernel takes them.
 
     Attributes:
-        lie: where the tensors of the half lie.
+        lie: where and how the tensors of the half lie.
         sizes: hidden, then inner sizes of embed, scale and the blocks of project.
         aligned: whether matrices and their rows start at multiples of 16 bytes.
         fixed, blocks: their part of the half's addresses, before and behind those of caches.
         tensors: all of them, contiguous.
     """
 
-    lie: tuple[int, ...]
+    lie: tuple
     sizes: tuple[int, ...]
     aligned: bool
     fixed: tuple[int, ...]
@@ -134,7 +134,7 @@ _known: WeakKeyDictionary[FuserHalf, Weights] = WeakKeyDictionary()
 
 def _weights_of(half: FuserHalf) -> Weights:
     """Looked at once where they stay where they are: of 28 layers it takes a millisecond."""
-    lie = tuple(tensor.data_ptr() for tensor in half.tensors)
+    lie = lie_of(half.tensors)
     known = _known.get(half)
     if known is not None and known.lie == lie:
         return known

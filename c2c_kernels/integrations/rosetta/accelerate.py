@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from c2c_kernels.ops.fuse_kv import fuse_kv
 
 Model = TypeVar("Model", bound=nn.Module)
 _ATTRIBUTES = ("source_dim", "target_dim", "source_num_heads", "target_num_heads")
-_SWAPPED = "_c2c_weights"
+_SWAPPED = "_c2c_swap"
+# The package accelerate puts its hook's forward into an instance, and what that wraps beside it.
+_PLAIN, _HOOKED, _HOOK = "forward", "_old_forward", "_hf_hook"
 
 
 class _Weights:
@@ -27,17 +29,35 @@ class _Weights:
 
     def __call__(self) -> FuserWeights:
         tensors = [module._parameters[name] for module, name in self.places]
+        if torch.compiler.is_compiling():  # a trace that has looked at `kept` is made again when they are
+            return FuserWeights.of(tensors, self.key_count)  # type: ignore[arg-type]
         if self.kept is None or any(a is not b for a, b in zip(tensors, self.kept[0], strict=True)):
             self.kept = tensors, FuserWeights.of(tensors, self.key_count)  # type: ignore[arg-type]
         return self.kept[1]
 
 
+class _Swap(NamedTuple):
+    """What `accelerate` has put into a projector.
+
+    Attributes:
+        weights: of the projector.
+        forward: ours.
+        place: the attribute of the instance that it is under.
+        before: what was there, None where there was nothing.
+    """
+
+    weights: _Weights
+    forward: Any
+    place: str
+    before: Any
+
+
 def accelerate(model: Model, *, backend: str | None = None) -> Model:
     """Swaps the forward of every `C2CProjector` of a RosettaModel (or of any module) for `fuse_kv`.
 
-    Results are float32, as theirs. In training with Gumbel gates a projector runs its own forward. The attributes
-    `last_norm_key_scalar` and the like, for which theirs waits for the device, are not set. Do not copy or pickle an
-    accelerated model: `restore` it first.
+    Results are float32, as theirs. In training a projector runs its own forward. Hooks of the package accelerate run
+    around ours, whether they were there before or come later. The attributes `last_norm_key_scalar` and the like, for
+    which theirs waits for the device, are not set. Do not copy or pickle an accelerated model: `restore` it first.
 
     Args:
         model: changed in place; what is accelerated already is left as it is.
@@ -48,7 +68,8 @@ def accelerate(model: Model, *, backend: str | None = None) -> Model:
 
     Raises:
         CheckpointError: for projectors of another class, naming it.
-        ValueError: where there is no projector, or one that lacks parameters; nothing is changed then.
+        ValueError: where there is no projector, or one that lacks parameters or has a forward of the instance that
+            is no such hook's (it would be bypassed); nothing is changed then.
     """
     listed = getattr(model, "projector_list", None)
     for projector in listed if listed is not None else ():
@@ -56,27 +77,51 @@ def accelerate(model: Model, *, backend: str | None = None) -> Model:
     found = [module for module in model.modules() if type(module).__name__ == CLASS]
     if not found:
         raise ValueError(f"{type(model).__name__} has no module of class {CLASS}")
-    weights = [_weights(projector) for projector in found]
-    for projector, of in zip(found, weights, strict=True):
-        if _SWAPPED not in projector.__dict__:
-            projector.__dict__[_SWAPPED] = of
-            projector.__dict__["forward"] = MethodType(_forward(backend), projector)
+    swaps = [(projector, _swap(projector, backend)) for projector in found if _SWAPPED not in projector.__dict__]
+    for projector, swap in swaps:
+        projector.__dict__[_SWAPPED] = swap
+        projector.__dict__[swap.place] = swap.forward
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undoes `accelerate`; returns `model`."""
+    """Undoes `accelerate`; returns `model`. Hooks that came later stay, around the original."""
     for module in model.modules():
-        if module.__dict__.pop(_SWAPPED, None) is not None:
-            del module.__dict__["forward"]
+        swap = module.__dict__.pop(_SWAPPED, None)
+        if swap is None:
+            continue
+        for place in (_PLAIN, _HOOKED):
+            if module.__dict__.get(place) is not swap.forward:
+                continue
+            if swap.before is not None:
+                module.__dict__[place] = swap.before
+            elif place == _PLAIN:
+                del module.__dict__[place]
+            else:
+                module.__dict__[place] = MethodType(type(module).forward, module)
     return model
 
 
-def _forward(backend: str | None) -> Any:
+def _swap(projector: nn.Module, backend: str | None) -> _Swap:
+    """Of a projector that is as it was."""
+    weights = _weights(projector)
+    place = _HOOKED if _HOOK in projector.__dict__ and _HOOKED in projector.__dict__ else _PLAIN
+    before = projector.__dict__.get(place)
+    if place == _PLAIN and before is not None:
+        raise ValueError(
+            f"a {CLASS} has a forward of the instance ({getattr(before, '__qualname__', before)!s}), wanted that of "
+            "its class: it would be bypassed; take it off, accelerate, and put it on again"
+        )
+    return _Swap(weights, MethodType(_forward(backend, before), projector), place, before)
+
+
+def _forward(backend: str | None, before: Any) -> Any:
     def forward(self: Any, source_kv: Pair, target_kv: Pair, position_ids: Any = None, max_pos: Any = None) -> Pair:
-        if self.training and getattr(self, "use_gumbel", True):
-            return type(self).forward(self, source_kv, target_kv, position_ids, max_pos)
-        weights = self.__dict__[_SWAPPED]()
+        swap = self.__dict__.get(_SWAPPED)
+        if self.training or swap is None:  # None: restored, and called by a hook that came later
+            original = before or MethodType(type(self).forward, self)
+            return original(source_kv, target_kv, position_ids, max_pos)
+        weights = swap.weights()
         tensors = (*source_kv, *target_kv, *weights.tensors)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return fuse_kv(target_kv[0].float(), target_kv[1].float(), *source_kv, weights, backend=backend)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from c2c_kernels.fuser_file import check_tensors
-from c2c_kernels.fuser_layers import FuserShape
+from c2c_kernels.fuser_layers import FuserShape, check_dropout, check_temperature
 from c2c_kernels.fusers import Annealing, C2CFuser
 from c2c_kernels.layer_maps import check_layers
 
@@ -70,23 +70,35 @@ def load_checkpoint(folder: str | Path, *, receiver: int = 0) -> dict[int, C2CFu
     maps = _read_map(folder / CONFIG, receiver)
     found = {}
     for sharer, pairs in sorted(maps.items()):
-        fuser, states, temperature = None, {}, 1.0
-        for layer, (_, number) in pairs.items():
-            arguments = _read_arguments(folder / f"projector_{number}.json")
-            made = _fuser(arguments, {layer: source for layer, (source, _) in pairs.items()})
-            if fuser is not None and made.shape != fuser.shape:
-                raise CheckpointError(f"{folder / f'projector_{number}.json'} has {made.shape}, others {fuser.shape}")
-            fuser = made
-            states[layer], temperature = _read_state(folder / f"projector_{number}.pt", made.shape)
-        assert fuser is not None  # a map has layers
-        for layer, state in states.items():
-            fuser[layer].load_state_dict(state, assign=True)
-        fuser.gate_temperature = temperature
-        fuser.requires_grad_(True)
-        fuser.origin = str(folder)
-        fuser.warn_if_closed()
-        found[sharer] = fuser.eval()
+        found[sharer] = _load_fuser(folder, pairs)
     return found
+
+
+def _load_fuser(folder: Path, pairs: Mapping[int, tuple[int, int]]) -> C2CFuser:
+    """The fuser of one sharer from {receiver layer: (sharer layer, projector)}."""
+    shape, states, temperature, arguments = None, {}, 1.0, {}
+    for layer, (_, number) in pairs.items():
+        path = folder / f"projector_{number}.json"
+        arguments = _read_arguments(path)
+        made = _shape(arguments)
+        if shape is not None and made != shape:
+            raise CheckpointError(f"{path} has {made}, others {shape}")
+        shape = made
+        # Sizes are compared before anything of such sizes is made.
+        states[layer], temperature = _read_state(folder / f"projector_{number}.pt", shape)
+    assert shape is not None  # a map has layers
+    with torch.device("meta"):
+        fuser = C2CFuser(
+            shape, {layer: source for layer, (source, _) in pairs.items()}, dropout=arguments["dropout"],
+            annealing=_annealing(arguments),
+        )  # fmt: skip
+    for layer, state in states.items():
+        fuser[layer].load_state_dict(state, assign=True)
+    fuser.gate_temperature = temperature
+    fuser.requires_grad_(True)
+    fuser.origin = str(folder)
+    fuser.warn_if_closed()
+    return fuser.eval()
 
 
 def save_checkpoint(fusers: Mapping[int, C2CFuser], folder: str | Path, *, receiver: int = 0) -> None:
@@ -98,62 +110,101 @@ def save_checkpoint(fusers: Mapping[int, C2CFuser], folder: str | Path, *, recei
         receiver: number of the model whose cache is fused.
 
     Raises:
-        CheckpointError: where the folder holds a checkpoint, and for what the format has no place for: values of
-            another head dim than the keys.
+        CheckpointError: before anything is written, where the folder holds a checkpoint or a file of the name of one
+            of its files, without fusers, and for what the format has no place for or `load_checkpoint` would refuse:
+            values of another head dim than the keys, numbers of sharers below 1, infinite or float64 weights.
     """
     folder = Path(folder)
-    if (folder / CONFIG).exists():
-        raise CheckpointError(f"{folder / CONFIG} exists: name a folder without a checkpoint")
+    files, config = _described(fusers)
+    taken = [path for path in (folder / CONFIG, *(folder / name for name in files)) if path.exists()]
+    if taken:
+        raise CheckpointError(f"{taken[0]} exists: name a folder without a checkpoint")
+    if type(receiver) is not int or receiver < 0:
+        raise CheckpointError(f"receiver must be an integer of at least 0, got {receiver!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Last: a folder without it is no checkpoint.
+    contents = {**files, CONFIG: {str(receiver): config}}
+    try:
+        for file, content in contents.items():
+            if file.endswith(".pt"):
+                # Copies: of a view all that it is a view of would be written.
+                torch.save({name: tensor.cpu().clone() for name, tensor in content.items()}, folder / file)
+            else:
+                (folder / file).write_text(json.dumps(content, indent=None if file == CONFIG else 2))
+    except BaseException:
+        for file in contents:
+            (folder / file).unlink(missing_ok=True)
+        raise
+
+
+def _described(fusers: Mapping[int, C2CFuser]) -> tuple[dict[str, dict], dict[str, dict[str, list[list[int]]]]]:
+    """What the projectors' files hold, by name, and {sharer: {receiver layer: [[sharer layer, projector]]}}."""
+    if not fusers:
+        raise CheckpointError("fusers is empty: a checkpoint has at least one")
+    files: dict[str, dict] = {}
     config: dict[str, dict[str, list[list[int]]]] = {}
     number = 0
-    for sharer, fuser in sorted(fusers.items()):
+    for sharer, fuser in fusers.items():
+        if type(sharer) is not int or sharer < 1:
+            raise CheckpointError(f"fusers has a sharer {sharer!r}, wanted integers of at least 1")
         shape = fuser.shape
         if (shape.sharer_head_dim, shape.head_dim) != (shape.sharer_value_dim, shape.value_dim):
             raise CheckpointError(
                 f"a checkpoint has one head dim for keys and values, the fuser of sharer {sharer} two"
             )
+    for sharer, fuser in sorted(fusers.items()):
         config[str(sharer)] = {}
-        folder.mkdir(parents=True, exist_ok=True)
         for layer, source in fuser.layer_map.items():
             config[str(sharer)][str(layer)] = [[source, number]]
-            state = {theirs: fuser[layer].state_dict()[ours].cpu().clone() for ours, theirs in tensor_names(shape)}
+            weights = fuser[layer].state_dict()
+            state = {theirs: weights[ours] for ours, theirs in tensor_names(fuser.shape)}
             state[_TEMPERATURE] = torch.tensor(fuser.gate_temperature, dtype=state["key_gate_logit"].dtype)
-            torch.save(state, folder / f"projector_{number}.pt")
-            described = {"class": CLASS, "init_args": _arguments(fuser)}
-            (folder / f"projector_{number}.json").write_text(json.dumps(described, indent=2))
+            where = f"the fuser of sharer {sharer} cannot be written, layer {layer}"
+            on_host = {name: tensor.cpu() for name, tensor in state.items()}
+            check_tensors(where, on_host, _wanted(fuser.shape), CheckpointError)
+            _checked_temperature(where, state)
+            files[f"projector_{number}.pt"] = state
+            files[f"projector_{number}.json"] = {"class": CLASS, "init_args": _arguments(fuser)}
             number += 1
-    # Last: a folder without it is no checkpoint.
-    (folder / CONFIG).write_text(json.dumps({str(receiver): config}))
+    return files, config
 
 
 def tensor_names(shape: FuserShape) -> list[tuple[str, str]]:
     """(our name, theirs) of every parameter of a layer, in our order."""
-
-    def theirs(name: str) -> str:
-        half, rest = name.split("_", 1)
-        if rest == "gate_logit":
-            return name
-        if rest in ("scale_weight", "scale_bias"):
-            return f"{half}_scalar_head.{rest.removeprefix('scale_')}"
-        part, _, last = rest.partition("_")
-        place = dict(_PARTS)[part]
-        if part == "project":
-            number, _, last = last.partition("_")
-            place = f"{place}.{number}"
-        return f"{half}_{place}.{last if last in _LINEAR else last + '.weight'}"
-
-    return [(name, theirs(name)) for name, _ in shape.tensors()]
+    return [(name, _their_name(name)) for name, _ in shape.tensors()]
 
 
-def _fuser(arguments: Mapping[str, Any], layer_map: Mapping[int, int]) -> C2CFuser:
+def _their_name(name: str) -> str:
+    half, rest = name.split("_", 1)
+    if rest == "gate_logit":
+        return name
+    if rest in ("scale_weight", "scale_bias"):
+        return f"{half}_scalar_head.{rest.removeprefix('scale_')}"
+    part, _, last = rest.partition("_")
+    place = dict(_PARTS)[part]
+    if part == "project":
+        number, _, last = last.partition("_")
+        place = f"{place}.{number}"
+    return f"{half}_{place}.{last if last in _LINEAR else last + '.weight'}"
+
+
+def _wanted(shape: FuserShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Their name and the shape of every tensor of a projector's file."""
+    yield _TEMPERATURE, ()
+    for ours, size in shape.tensors():
+        yield _their_name(ours), size
+
+
+def _shape(arguments: Mapping[str, Any]) -> FuserShape:
     source, target = arguments["source_dim"], arguments["target_dim"]
-    shape = FuserShape(
+    return FuserShape(
         arguments["source_num_heads"], source, source, arguments["target_num_heads"], target, target,
         arguments["hidden_dim"], arguments["intermediate_dim"], arguments["num_layers"],
     )  # fmt: skip
-    annealing = Annealing(*(arguments[name] for name in ("initial_temperature", "final_temperature", "anneal_steps")))
-    with torch.device("meta"):
-        return C2CFuser(shape, layer_map, dropout=arguments["dropout"], annealing=annealing)
+
+
+def _annealing(arguments: Mapping[str, Any]) -> Annealing:
+    return Annealing(*(arguments[name] for name in ("initial_temperature", "final_temperature", "anneal_steps")))
 
 
 def _arguments(fuser: C2CFuser) -> dict[str, Any]:
@@ -175,23 +226,32 @@ def _arguments(fuser: C2CFuser) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated, damaged or no JSON: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of pairs whose names differ."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def _read_map(path: Path, receiver: int) -> dict[int, dict[int, tuple[int, int]]]:
     """{sharer: {receiver layer: (sharer layer, projector)}}."""
     config = _read_json(path)
     try:
-        found = {int(target): sharers for target, sharers in config.items()}
+        found = _numbered(config)
         if receiver not in found:
             raise CheckpointError(f"{path} has no receiver {receiver}, it has {sorted(found)}")
         maps = {
-            int(sharer): {int(layer): (pairs[0][0], pairs[0][1]) for layer, pairs in sorted(layers.items())}
-            for sharer, layers in found[receiver].items()
+            sharer: {layer: (pairs[0][0], pairs[0][1]) for layer, pairs in sorted(_numbered(layers).items())}
+            for sharer, layers in _numbered(found[receiver]).items()
         }
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
@@ -202,6 +262,14 @@ def _read_map(path: Path, receiver: int) -> dict[int, dict[int, tuple[int, int]]
     if not maps or not all(maps.values()):
         raise CheckpointError(f"{path} maps no layers to receiver {receiver}")
     for sharer, pairs in maps.items():
+        if sharer < 1:
+            raise CheckpointError(f"{path} has a sharer {sharer}, wanted numbers of at least 1")
+        for layer, (_, number) in pairs.items():
+            if type(number) is not int or number < 0:
+                raise CheckpointError(
+                    f"{path}, sharer {sharer}, maps layer {layer} to projector {number!r}: wanted an integer of at "
+                    "least 0"
+                )
         try:
             check_layers(
                 f"{path}, sharer {sharer},", {layer: source for layer, (source, _) in pairs.items()}, None, None
@@ -209,6 +277,14 @@ def _read_map(path: Path, receiver: int) -> dict[int, dict[int, tuple[int, int]]
         except ValueError as error:
             raise CheckpointError(str(error)) from error
     return maps
+
+
+def _numbered(entries: Mapping[str, Any]) -> dict[int, Any]:
+    """By number; "1" and "01" are the same."""
+    found = {int(name): entry for name, entry in entries.items()}
+    if len(found) != len(entries):
+        raise ValueError(f"a number is there twice: {', '.join(entries)}")
+    return found
 
 
 def _read_arguments(path: Path) -> dict[str, Any]:
@@ -225,7 +301,7 @@ def _read_arguments(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has init_args that {CLASS} does not have: {', '.join(unknown)}")
     merged = {**_DEFAULTS, **arguments}
     try:
-        _fuser(merged, {0: 0})
+        _shape(merged), _annealing(merged), check_dropout(merged["dropout"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return merged
@@ -249,10 +325,18 @@ def _read_state(path: Path, shape: FuserShape) -> tuple[dict[str, Tensor], float
         raise CheckpointError(f"{path} is truncated, damaged or no state dict: {_first_line(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, wanted a dict of tensors")
-    names, sizes = tensor_names(shape), dict(shape.tensors())
-    wanted = {theirs: sizes[ours] for ours, theirs in names}
-    check_tensors(str(path), state, {**wanted, _TEMPERATURE: ()}, CheckpointError)
-    return {ours: state[theirs] for ours, theirs in names}, float(state[_TEMPERATURE])
+    check_tensors(str(path), state, _wanted(shape), CheckpointError)
+    temperature = _checked_temperature(str(path), state)
+    return {ours: state[theirs] for ours, theirs in tensor_names(shape)}, temperature
+
+
+def _checked_temperature(where: str, state: Mapping[str, Tensor]) -> float:
+    temperature = float(state[_TEMPERATURE])
+    try:
+        check_temperature(_TEMPERATURE, temperature)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return temperature
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -13,6 +14,13 @@ from transformers import DynamicCache, PreTrainedModel
 from c2c_kernels.fusers import MODES, C2CFuser, Mode, fuse_caches
 
 NOBODY = -1  # a section that no sharer is fused into
+_FUSED = "the fused cache is used"
+_DRAFTS = "Transformers' decoding from drafts does not go on from a cache that holds the prompt"
+# What Transformers' generate cannot be told, and why.
+_REFUSED = {
+    "past_key_values": _FUSED, "cache_implementation": _FUSED, "inputs_embeds": _FUSED,
+    "assistant_model": _DRAFTS, "assistant_early_exit": _DRAFTS, "prompt_lookup_num_tokens": _DRAFTS,
+}  # fmt: skip
 
 
 class Section(NamedTuple):
@@ -119,19 +127,21 @@ class C2CModel(nn.Module):
 
         Args:
             input_ids, sections, attention_mask: see `prefill`.
-            options: of Transformers' generate: max_new_tokens, do_sample, num_beams, ...
+            options: of Transformers' generate: max_new_tokens, do_sample, num_beams, ... The cache is used even where
+                a generation_config or the receiver's own says use_cache=False.
 
         Raises:
-            ValueError: for options that bring a cache of their own, and with include_response for beams.
+            ValueError: for use_cache=False, for options (here or in a generation_config) that bring a cache of their
+                own or decode from drafts, and with include_response for beams.
         """
-        for name in ("past_key_values", "cache_implementation", "inputs_embeds"):
-            if options.get(name) is not None:
-                raise ValueError(f"{name} cannot be given: the fused cache is used")
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            if self.include_response and options.get(name) is not None:
-                raise ValueError(f"include_response reads every token once: {name} cannot be given")
-        prompt = self._prompt(input_ids, sections, attention_mask)
         config = options.get("generation_config") or self.receiver.generation_config
+        if options.get("use_cache") not in (None, True):
+            raise ValueError(f"use_cache={options['use_cache']} cannot be given: {_FUSED}")
+        for name, why in _REFUSED.items():
+            for where, value in ((name, options.get(name)), (f"generation_config.{name}", getattr(config, name, None))):
+                if value is not None:
+                    raise ValueError(f"{where} cannot be given: {why}")
+        prompt = self._prompt(input_ids, sections, attention_mask)
         rows = 1
         for name in ("num_beams", "num_return_sequences"):
             rows = max(rows, options.get(name) or getattr(config, name, None) or 1)
@@ -140,10 +150,15 @@ class C2CModel(nn.Module):
         cache = self._fused(prompt)
         if rows > 1:
             cache.cache.batch_repeat_interleave(rows)
+        if options.get("generation_config") is None:
+            options["use_cache"] = True
+        else:  # with a configuration an option of its own is deprecated
+            options["generation_config"] = config = copy.copy(config)
+            config.use_cache = True
+            options.pop("use_cache", None)
+        options["past_key_values"] = cache.cache
         with self._responding(prompt, cache):
-            return self.receiver.generate(
-                prompt.ids[0], attention_mask=prompt.masks[0], past_key_values=cache.cache, **options
-            )
+            return self.receiver.generate(prompt.ids[0], attention_mask=prompt.masks[0], **options)
 
     def _prompt(self, input_ids: Any, sections: Any, attention_mask: Any) -> _Prompt:
         """The arguments, checked."""
