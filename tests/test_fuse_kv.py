@@ -10,8 +10,10 @@ from error_rule import GRADIENT_ULPS, assert_as_exact
 from fuse_cases import FLOATS, FusePlan, arguments, build, floats, mapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import c2c_kernels as c2c
+from c2c_kernels.fuser_layers import FuserLayer, FuserShape
 
 BACKENDS = [r.name for r in c2c.backends() if r.available and {"cpu", "any"} & {*r.devices, *r.by_name}]
 COMPILED = [name for name in BACKENDS if name != "reference"]
@@ -337,6 +339,10 @@ BAD = {
         changed(out=lambda c: (c.receiver_key[:1].expand(2, 2, 5, 8), c.receiver_value)), ValueError,
         "out key has shape .* its elements share memory",
     ),
+    "out folded": (
+        changed(out=lambda c: (torch.empty(99).as_strided((2, 2, 5, 8), (20, 10, 4, 1)), c.receiver_value)),
+        ValueError, "out key has shape .* its elements share memory",
+    ),
     "out shifted": (
         changed(receiver_key=lambda c: c.receiver_key[:, :1].expand(2, 2, 5, 8), out=lambda c: (
             c.receiver_key, c.receiver_value)), ValueError, "out key shares memory",
@@ -352,7 +358,9 @@ def test_bad_input_is_refused_before_anything_is_written(backend, name):
     before = [tensor.clone() for tensor in floats(call)]
     change, error, match = BAD[name]
     bad = change(call)
-    if name not in ("out shape", "out broadcast", "out shifted") and isinstance(bad.receiver_key, torch.Tensor):
+    if name not in ("out shape", "out broadcast", "out folded", "out shifted") and isinstance(
+        bad.receiver_key, torch.Tensor
+    ):
         bad = dataclasses.replace(bad, out=(call.receiver_key, call.receiver_value))
     positional, options = arguments(bad)
     options["out"] = bad.out
@@ -377,6 +385,79 @@ def test_weights_that_lie_elsewhere_are_checked_again(backend):
     wider = build(FusePlan(sharer_heads=4), 1)
     with pytest.raises(ValueError, match=r"weights\.key\.in_weight has shape"):
         run(dataclasses.replace(call, sharer_key=wider.sharer_key, sharer_value=wider.sharer_value), backend)
+
+
+@backends
+def test_weights_that_lie_otherwise_at_the_same_address_are_seen(backend):
+    """As freed memory may be given to a tensor of another shape, or dtype."""
+    call = build(FusePlan(inner=16), 1)
+    half = call.weights.key
+    run(call, backend)
+    before = half.in_bias.data
+    half.in_bias.data = before[:8]
+    with pytest.raises(ValueError, match=r"weights\.key\.in_bias has shape \(8,\)"):
+        run(call, backend)
+    half.in_bias.data = before.view(torch.bfloat16)[:16]
+    with pytest.raises(TypeError, match=r"weights\.key\.in_bias has dtype torch\.bfloat16"):
+        run(call, backend)
+    half.in_bias.data = before
+    half.embed.w1.data = half.embed.w1.data.t()
+    for mine, exact in zip(run(call, backend), oracle_of(call), strict=True):
+        torch.testing.assert_close(mine, exact.float())
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_a_trace_is_not_made_again_for_what_is_known_of_weights(backend):
+    torch._dynamo.reset()
+    layer = FuserLayer(FuserShape(3, 4, 5, 2, 8, 6, hidden=16, inner=24)).eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    calls = [build(FusePlan(strided=False), seed) for seed in range(4)]
+    pairs = [((c.receiver_key, c.receiver_value), (c.sharer_key, c.sharer_value)) for c in calls]
+    with torch.no_grad():
+        for call, pair in zip(calls, pairs, strict=True):
+            compiled(*pair, backend=backend)
+            run(call, backend)  # of weights that have not been seen
+            layer(*pair, backend=backend)
+    assert counter.frame_count == 1
+
+
+@backends
+def test_layers_may_not_write_where_others_read_or_write(backend):
+    sizes = {"key_dim": 8, "value_dim": 8, "sharer_heads": 2, "sharer_key_dim": 8, "sharer_value_dim": 8}
+    first, second, third = (build(FusePlan(strided=False, **sizes), seed) for seed in range(3))
+    calls = [
+        dataclasses.replace(first, out=(first.receiver_key, first.receiver_value)),
+        second,
+        dataclasses.replace(third, sharer_key=first.receiver_key),
+    ]
+    before = [tensor.clone() for call in calls for tensor in floats(call)]
+    with pytest.raises(ValueError, match=r"calls\[0\] writes to memory that calls\[2\] reads or writes"):
+        c2c.fuse_layers(calls, backend=backend)
+    calls[2] = dataclasses.replace(third, out=(torch.empty(2, 2, 5, 8), first.receiver_value))
+    with pytest.raises(ValueError, match=r"calls\[[02]\] writes to memory that calls\[[02]\] reads or writes"):
+        c2c.fuse_layers(calls, backend=backend)
+    after = [tensor for call in (calls[0], second, third) for tensor in floats(call)]
+    for old, tensor in zip(before, after, strict=True):
+        assert torch.equal(old, tensor) or tensor is third.sharer_key
+    # Layers of one buffer are apart.
+    stacked = torch.randn(2, 2, 2, 2, 5, 8)
+    apart = [
+        dataclasses.replace(call, receiver_key=key, receiver_value=value, out=(key, value))
+        for call, (key, value) in zip((first, second), stacked.unbind(), strict=True)
+    ]
+    wanted = [run(dataclasses.replace(call, out=None), backend) for call in apart]
+    for mine, pair in zip(c2c.fuse_layers(apart, backend=backend), wanted, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, pair, strict=True))
+
+
+@backends
+def test_the_stride_of_one_row_does_not_matter_in_place(backend):
+    call = build(FusePlan(batch=1, strided=False), 1)
+    wanted = run(call, backend)
+    out = [own.as_strided(own.shape, (7, *own.stride()[1:])) for own in (call.receiver_key, call.receiver_value)]
+    for mine, theirs in zip(run(call, backend, (out[0], out[1])), wanted, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_out_with_autograd_is_refused():

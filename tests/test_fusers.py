@@ -213,6 +213,27 @@ class TestFuseCache:
                 c2c.fuse_caches(cache, [(fuser(), good), (fuser(), bad)], mode=mode)  # type: ignore[arg-type]
         assert all(torch.equal(a, b) for a, b in zip(held(cache), before, strict=True))
 
+    @pytest.mark.parametrize("mode", ["parallel", "sequential"])
+    def test_layers_that_share_memory_are_refused(self, mode):
+        alike = FuserShape(2, 8, 8, 2, 8, 8, hidden=16, inner=24)
+        cache = own()
+        before = [t.clone() for pair in cache for t in pair]
+        with pytest.raises(
+            ValueError, match="receiver_cache layer 0 writes to memory that receiver_cache layer 1 reads"
+        ):
+            fuser(alike, {0: 1, 1: 0}).fuse_cache(cache, cache)
+        for layers in ([cache[0], cache[1], cache[0]], [cache[0], cache[0], cache[2]]):
+            with pytest.raises(ValueError, match=r"layer \d writes to memory that receiver_cache layer \d reads"):
+                fuser().fuse_cache(layers, raw())
+        # The second sharer reads what is written for the first.
+        with pytest.raises(ValueError, match=r"layer \d writes to memory that receiver_cache layer \d reads"):
+            c2c.fuse_caches(cache, [(fuser(), raw()), (fuser(alike, {2: 0}), cache)], mode=mode)
+        assert all(torch.equal(a, b) for a, b in zip(before, [t for pair in cache for t in pair], strict=True))
+
+    def test_an_empty_cache_is_said_to_be_the_receivers(self):
+        with pytest.raises(ValueError, match="receiver_cache has no layers: run its model on the text first"):
+            fuser().fuse_cache(DynamicCache(), raw())
+
     def test_truncated_windows_are_refused(self):
         config = transformers.MistralConfig(
             num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, sliding_window=4
@@ -333,6 +354,21 @@ class TestFiles:
             (None, lambda h: {**h, "layer_map": [[0, 9]]}, "sharer layer 9: the sharer has layers 0..3"),
             (None, lambda h: {**h, "shape": {**h["shape"], "num_layers": 2}}, "num_layers must be an integer"),
             (None, lambda h: {k: v for k, v in h.items() if k != "dropout"}, "damaged header: 'dropout'"),
+            (None, lambda h: {**h, "shape": {**h["shape"], "hidden": 2**45}},
+             r"layers\.0\.key_\w+ has shape \(16,\), wanted \(35184372088832,\)"),
+            (None, lambda h: {**h, "shape": {**h["shape"], "num_layers": 200_000}},
+             "no tensor layers.0.key_project_1_norm"),
+            (None, lambda h: {**h, "annealing": {**h["annealing"], "steps": 0}},
+             "steps of annealing must be an integer"),
+            (None, lambda h: {**h, "annealing": {**h["annealing"], "initial": "x"}},
+             "initial temperature must be a number"),
+            (None, lambda h: {**h, "gate_temperature": 0}, "gate_temperature must be a number above 0, got 0"),
+            (None, lambda h: {**h, "gate_temperature": "0.5"}, "gate_temperature must be a number above 0, got '0.5'"),
+            (None, lambda h: {**h, "receiver_layers": 2.5}, "receiver_layers must be an integer of at least 1 or None"),
+            (None, lambda h: {**h, "version": True}, "version True, wanted .* version 1"),
+            (None, lambda h: {**h, "layer_map": [[0, 1], [2, 3], [2, 1]]}, "layer_map has a receiver layer twice"),
+            (None, lambda h: {**h, "sharer": {**h["sharer"], "name": 7}}, "name of a model must be text, got 7"),
+            (None, lambda h: {**h, "dropout": "x"}, "dropout must be at least 0 and below 1, got 'x'"),
         ],
     )  # fmt: skip
     def test_what_does_not_fit_is_refused(self, tmp_path, tensors, header, match):
@@ -342,6 +378,40 @@ class TestFiles:
         self.rewritten(path, tensors or same, header or same)
         with pytest.raises(fuser_file.FuserFileError, match=match):
             c2c.C2CFuser.load(path)
+
+    def test_a_header_nested_too_deeply_is_refused(self, tmp_path):
+        from safetensors.torch import save_file
+
+        save_file({"a": torch.zeros(1)}, tmp_path / "f.safetensors", metadata={"c2c": "[" * 100_000})
+        with pytest.raises(fuser_file.FuserFileError, match="without the header of a fuser"):
+            c2c.C2CFuser.load(tmp_path / "f.safetensors")
+
+    def test_what_could_not_be_loaded_is_not_written(self, tmp_path):
+        path = tmp_path / "f.safetensors"
+        made = fuser()
+        with torch.no_grad():
+            made[0].key_in_weight[0, 0] = 1e6
+        with pytest.raises(ValueError, match=r"as torch\.float16: layers\.0\.key_in_weight has infinite or NaN values"):
+            made.save(path, storage=torch.float16)
+        with pytest.raises(ValueError, match="key_in_weight is torch.float64, wanted float32"):
+            copy.deepcopy(made).double().save(path)
+        made[2].half()
+        with pytest.raises(ValueError, match="mixes dtypes"):
+            made.save(path)
+        made[2].float()
+        made.gate_temperature = 0.0
+        with pytest.raises(ValueError, match="gate_temperature must be a number above 0"):
+            made.save(path)
+        made.gate_temperature = 1.0
+        with pytest.raises(FileNotFoundError, match=r"f\.safetensors cannot be written: there is no folder .*none"):
+            made.save(tmp_path / "none" / "f.safetensors")
+        assert not list(tmp_path.iterdir())
+
+    def test_loading_draws_no_random_numbers(self, tmp_path):
+        self.written(tmp_path / "f.safetensors")
+        state = torch.get_rng_state()
+        c2c.C2CFuser.load(tmp_path / "f.safetensors")
+        assert torch.equal(state, torch.get_rng_state())
 
     def test_truncated_missing_and_other_files(self, tmp_path):
         path = tmp_path / "f.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
@@ -14,6 +15,7 @@ from rosetta_stand_in import C2CProjector
 
 import c2c_kernels as c2c
 from c2c_kernels.cli import main
+from c2c_kernels.fuser_layers import FuserShape
 from c2c_kernels.integrations.rosetta import CheckpointError, load_checkpoint, save_checkpoint
 
 ARGUMENTS = {
@@ -128,6 +130,22 @@ BAD = {
         edit_state("projector_2.pt", lambda s: {**s, "key_in.bias": torch.full((16,), torch.nan)}),
         r"projector_2\.pt: key_in\.bias has infinite or NaN values",
     ),
+    **{
+        f"{kind} tensor": (
+            edit_state("projector_0.pt", lambda s, change=change: {**s, "key_in.weight": change(s["key_in.weight"])}),
+            rf"projector_0\.pt: key_in\.weight is .*{kind}.*, wanted plain dense CPU tensors",
+        )
+        for kind, change in {
+            "sparse_coo": torch.Tensor.to_sparse,
+            "sparse_csr": torch.Tensor.to_sparse_csr,
+            "meta": lambda t: t.to("meta"),
+            "nested": lambda t: torch.nested.nested_tensor([t, t]),
+        }.items()
+    },
+    "temperature": (
+        edit_state("projector_2.pt", lambda s: {**s, "gate_temperature": torch.tensor(0.0)}),
+        r"projector_2\.pt: gate_temperature must be a number above 0, got 0\.0",
+    ),
     "pickle": (
         lambda folder: (folder / "projector_1.pt").write_bytes(pickle.dumps({"key_in.weight": Evil()}, protocol=2)),
         r"projector_1\.pt holds more than plain tensors, or is damaged",
@@ -153,6 +171,26 @@ BAD = {
         edit_json("projector_1.json", lambda d: {**d, "init_args": {**d["init_args"], "num_layers": 2}}),
         r"projector_1\.json: num_layers must be an integer of at least 3, got 2",
     ),
+    **{
+        f"bad {name}": (
+            edit_json(
+                "projector_0.json",
+                lambda d, name=name, value=value: {**d, "init_args": {**d["init_args"], name: value}},
+            ),
+            match,
+        )
+        for name, value, match in (
+            (
+                "hidden_dim",
+                2**45,
+                r"projector_0\.pt: key_in\.weight has shape \(16, 36\), wanted \(35184372088832, 36\)",
+            ),
+            ("num_layers", 200_000, r"projector_0\.pt has no tensor key_proj_mlp2\.blocks\.2\.norm\.weight"),
+            ("anneal_steps", 0, r"projector_0\.json: steps of annealing must be an integer of at least 1, got 0"),
+            ("initial_temperature", "x", r"projector_0\.json: initial temperature must be a number above 0, got 'x'"),
+            ("dropout", None, r"projector_0\.json: dropout must be at least 0 and below 1, got None"),
+        )
+    },
     "shapes differ": (
         edit_json("projector_1.json", lambda d: {**d, "init_args": {**d["init_args"], "hidden_dim": 8}}),
         r"projector_1\.json has FuserShape.*, others FuserShape",
@@ -164,16 +202,75 @@ BAD = {
     ),
     "no layers": (edit_json("projector_config.json", lambda m: {"0": {"1": {}}}), "maps no layers to receiver 0"),
     "not a map": (edit_json("projector_config.json", lambda m: {"0": {"1": {"0": 3}}}), "is not {receiver: {sharer:"),
+    "sharer 0": (
+        edit_json("projector_config.json", lambda m: {"0": {"0": m["0"]["1"]}}),
+        "has a sharer 0, wanted numbers",
+    ),
+    "layer twice": (
+        edit_json("projector_config.json", lambda m: {"0": {"1": {"0": [[1, 0]], "00": [[2, 1]]}}}),
+        "a number is there twice: 0, 00",
+    ),
+    "name twice": (
+        lambda folder: (folder / "projector_config.json").write_text('{"0": {}, "0": {"1": {"0": [[1, 0]]}}}'),
+        r"projector_config\.json is truncated, damaged or no JSON: '0' is there twice",
+    ),
+    "projector": (
+        edit_json("projector_config.json", lambda m: {"0": {"1": {"0": [[1, "../x"]]}}}),
+        "maps layer 0 to projector '../x': wanted an integer of at least 0",
+    ),
+    "deep": (
+        lambda folder: (folder / "projector_config.json").write_text("[" * 100_000),
+        r"projector_config\.json is truncated, damaged or no JSON",
+    ),
     "receiver": (edit_json("projector_config.json", lambda m: {"1": m["0"]}), r"has no receiver 0, it has \[1\]"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_wrong_is_named(folder, name):
     change, match = BAD[name]
     change(folder)
     with pytest.raises(CheckpointError, match=match):
         load_checkpoint(folder)
+
+
+def test_what_could_not_be_read_is_not_written(folder, tmp_path):
+    fusers, out = load_checkpoint(folder), tmp_path / "out"
+    uneven = c2c.C2CFuser(FuserShape(3, 8, 5, 2, 6, 6, hidden=16, inner=24), {0: 0})
+    double = copy.deepcopy(fusers[2]).double()
+    for given, match in (
+        ({}, "fusers is empty"),
+        ({1: fusers[1], 0: fusers[2]}, "fusers has a sharer 0, wanted integers of at least 1"),
+        ({1: fusers[1], 2: uneven}, "one head dim for keys and values, the fuser of sharer 2 two"),
+        ({1: fusers[1], 2: double}, "the fuser of sharer 2 cannot be written, layer 1: .* is torch.float64"),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            save_checkpoint(given, out)
+    with pytest.raises(CheckpointError, match="receiver must be an integer of at least 0, got -1"):
+        save_checkpoint(fusers, out, receiver=-1)
+    assert not out.exists()
+
+
+def test_other_files_are_not_overwritten(folder, tmp_path, monkeypatch):
+    fusers, out = load_checkpoint(folder), tmp_path / "out"
+    out.mkdir()
+    (out / "projector_2.pt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"projector_2\.pt exists: name a folder without a checkpoint"):
+        save_checkpoint(fusers, out)
+    assert [path.name for path in out.iterdir()] == ["projector_2.pt"]
+    (out / "projector_2.pt").rename(out / "notes.pt")
+
+    def full(*arguments):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="no space left"):
+            save_checkpoint(fusers, out)
+    assert [path.name for path in out.iterdir()] == ["notes.pt"]
+    save_checkpoint(fusers, out)
+    assert list(load_checkpoint(out)) == [1, 2] and (out / "notes.pt").read_text() == "mine"
 
 
 def test_a_map_outside_of_the_layers_is_refused_with_the_models(folder):
@@ -223,6 +320,12 @@ class TestConvert:
         out = tmp_path / "f.safetensors"
         assert main(["convert", *(one.format(folder=folder, out=out) for one in arguments)]) == 1
         assert match in capsys.readouterr().err and not out.exists()
+
+    def test_sharer_0_of_a_file_is_not_ignored(self, folder, tmp_path, capsys):
+        file, back = str(tmp_path / "f.safetensors"), str(tmp_path / "back")
+        assert main(["convert", str(folder), "--sharer", "1", "--output", file]) == 0
+        assert main(["convert", file, "--output", back, "--sharer", "0"]) == 1
+        assert "--sharer goes with a checkpoint folder" in capsys.readouterr().err and not Path(back).exists()
 
     @needs_fixtures
     def test_fixtures(self, tmp_path, capsys):

@@ -11,6 +11,7 @@ from rosetta_fixtures import FOLDER, cases, model, needs_fixtures
 
 from c2c_kernels.integrations.rosetta import C2CModel, CheckpointError, load_checkpoint
 
+GenerationConfig = pytest.importorskip("transformers").GenerationConfig
 pytestmark = needs_fixtures
 CASES = [
     "A_basic", "A_batch3", "A_bf16", "A_gate_closed", "A_off", "A_long_last", "AB_par_both", "AB_seq_both",
@@ -110,6 +111,38 @@ def test_beams_and_several_sequences():
     sampled = ours.generate(case["input_ids"], max_new_tokens=5, do_sample=True, num_return_sequences=4)
     assert sampled.shape == (4, 16) and torch.equal(sampled[:, :11], case["input_ids"].expand(4, -1))
     assert torch.equal(ours.generate(case["input_ids"], max_new_tokens=5, do_sample=False), greedy)
+
+
+@pytest.mark.parametrize("name", ["A_basic", "Q_include_response"])
+def test_the_cache_is_used_whatever_configurations_say(name, monkeypatch):
+    case = cases("rosetta_model.pt")[name]
+    ours, ids = fused_model(case), case["input_ids"]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    given = GenerationConfig(**options, use_cache=False)
+    assert torch.equal(ours.generate(ids, generation_config=given), case["gen"]) and given.use_cache is False
+    monkeypatch.setattr(ours.receiver.generation_config, "use_cache", False)
+    monkeypatch.setattr(ours.receiver.config, "use_cache", False)
+    assert torch.equal(ours.generate(ids, **options), case["gen"])
+
+
+@pytest.mark.parametrize("name", ["A_basic", "Q_include_response"])
+def test_options_that_would_give_other_tokens_are_refused(name, monkeypatch):
+    ours, ids = fused_model(cases("rosetta_model.pt")[name]), cases("rosetta_model.pt")[name]["input_ids"]
+    drafts = "decoding from drafts does not go on from a cache"
+    for options, match in (
+        ({"use_cache": False}, "use_cache=False cannot be given: the fused cache is used"),
+        ({"prompt_lookup_num_tokens": 3}, f"^prompt_lookup_num_tokens cannot be given: .*{drafts}"),
+        ({"assistant_model": model("recv")}, f"^assistant_model cannot be given: .*{drafts}"),
+        ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)},
+         f"generation_config.prompt_lookup_num_tokens cannot be given: .*{drafts}"),
+        ({"generation_config": GenerationConfig(cache_implementation="static")},
+         "generation_config.cache_implementation cannot be given: the fused cache is used"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            ours.generate(ids, max_new_tokens=4, **options)
+    monkeypatch.setattr(ours.receiver.generation_config, "prompt_lookup_num_tokens", 3)
+    with pytest.raises(ValueError, match=r"generation_config\.prompt_lookup_num_tokens cannot be given"):
+        ours.generate(ids, max_new_tokens=4)
 
 
 def test_what_does_not_fit_is_refused():

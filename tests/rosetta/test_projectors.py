@@ -137,6 +137,11 @@ def caches(length: int = 5):
     return source, (torch.randn(2, 2, length, 6), torch.randn(2, 2, length, 6))
 
 
+def caches_of(seed: int):
+    torch.manual_seed(seed)
+    return caches()
+
+
 class TestAccelerate:
     def test_restore_puts_back_what_was_there(self):
         model = RosettaModel([open_projector(), open_projector()])
@@ -156,6 +161,65 @@ class TestAccelerate:
         model = accelerate(RosettaModel([open_projector()])).train()
         model.projector_list[0](*caches())
         assert model.projector_list[0].own_calls == 1
+
+    def test_training_without_gumbel_gates_has_its_dropout(self):
+        projector = open_projector().train()
+        projector.use_gumbel = False
+        accelerate(projector)
+        projector(*caches())
+        assert projector.own_calls == 1
+
+    @pytest.mark.parametrize("later", [False, True])
+    def test_hooks_of_the_package_accelerate_run_and_stay(self, later):
+        hooks = pytest.importorskip("accelerate.hooks")
+
+        class Counting(hooks.ModelHook):
+            calls = 0
+
+            def pre_forward(self, module, *args, **kwargs):
+                self.calls += 1
+                return args, kwargs
+
+        projector, hook = open_projector(), Counting()
+        wanted = projector(*caches_of(3))
+        if later:
+            accelerate(projector)
+            hooks.add_hook_to_module(projector, hook)
+        else:
+            hooks.add_hook_to_module(projector, hook)
+            accelerate(projector)
+        for mine, theirs in zip(projector(*caches_of(3)), wanted, strict=True):
+            torch.testing.assert_close(mine, theirs)
+        assert (hook.calls, projector.own_calls) == (1, 1)
+        restore(projector)
+        projector(*caches_of(3))
+        assert (hook.calls, projector.own_calls) == (2, 2)
+        hooks.remove_hook_from_module(projector)
+        projector(*caches_of(3))
+        assert (hook.calls, projector.own_calls) == (2, 3)
+
+    def test_another_forward_of_the_instance_is_not_bypassed(self):
+        projectors = [open_projector(), open_projector()]
+        original, calls = projectors[1].forward, []
+
+        def hooked(*arguments):
+            calls.append(1)
+            return original(*arguments)
+
+        projectors[1].forward = hooked
+        with pytest.raises(ValueError, match=r"a C2CProjector has a forward of the instance \(.*hooked\)"):
+            accelerate(RosettaModel(projectors))
+        assert "forward" not in projectors[0].__dict__ and projectors[1].forward is hooked
+        # Put on afterwards it is around ours, and stays.
+        del projectors[1].forward
+        accelerate(RosettaModel(projectors))
+        original = projectors[1].forward
+        projectors[1].forward = hooked
+        projectors[1](*caches())
+        assert (len(calls), projectors[1].own_calls) == (1, 0)
+        restore(RosettaModel(projectors))
+        projectors[1](*caches())
+        assert (len(calls), projectors[1].own_calls) == (2, 1)
 
     def test_gradients_in_evaluation(self):
         projector = open_projector()

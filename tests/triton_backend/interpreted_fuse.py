@@ -158,3 +158,18 @@ def test_float64_is_refused():
     assert all(tensor.dtype == torch.float64 for tensor in floats(call)[4:])
     with pytest.raises(ValueError, match="float16 in all tensors; got float64"):
         run(call)
+
+
+def test_weights_that_lie_otherwise_at_the_same_address_are_looked_at_again():
+    half = build(FusePlan(inner=16), 1).weights.key
+    known = fusing._weights_of(half)
+    assert fusing._weights_of(half) is known
+    square = half.embed.w1
+    square.data = square.data.t()
+    found = fusing._weights_of(half)
+    address = found.blocks[1]
+    assert address != known.blocks[1] == square.data_ptr()
+    (copy,) = (tensor for tensor in found.tensors if tensor.data_ptr() == address)
+    assert torch.equal(copy, square)
+    square.data = square.data.t()[:8]
+    assert fusing._weights_of(half).sizes == (16, 8, *known.sizes[2:])
