@@ -93,6 +93,20 @@ def test_matches_the_reference_in_float64(backend, plan, seed):
             assert_as_exact(slot, mine, theirs.to(plan.receiver), oracle)
 
 
+@backends
+@given(plans(), seeds)
+@settings(max_examples=15)
+def test_float32_weights_are_not_rounded_to_the_dtype_of_caches(backend, plan, seed):
+    """Out in float32 shows what is lost before the last rounding: PyTorch's error in float32 bounds ours."""
+    call = build(dataclasses.replace(plan, weights=torch.float32), seed)
+    single = run(mapped(call, torch.Tensor.float), "reference")
+    out = [like(own).float() for own in (call.receiver_key, call.receiver_value)]
+    for slot, mine, theirs, oracle in zip(
+        ("key", "value"), run(call, backend, (out[0], out[1])), single, oracle_of(call), strict=True
+    ):
+        assert_as_exact(slot, mine, theirs, oracle)
+
+
 @pytest.mark.sanitize
 @backends
 @given(plans(), seeds)

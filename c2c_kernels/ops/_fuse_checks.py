@@ -95,11 +95,13 @@ def check_apart(groups: Mapping[str, tuple[Sequence[Tensor | None], Sequence[Ten
     """
     if torch.compiler.is_compiling() or not any(written for _, written in groups.values()):
         return
-    for extent in (_storage_extent, _extent):  # of whole storages first: that they are apart is seen faster
-        conflict = _conflict(groups, extent)
-        if conflict is None:
-            return
-    raise ValueError(f"{conflict[0]} writes to memory that {conflict[1]} reads or writes: each needs memory of its own")
+    # Of whole storages first: that they are apart is seen faster.
+    if _conflict(groups, _storage_extent) is None:
+        return
+    conflict = _conflict(groups, _extent)
+    if conflict is not None:
+        writes, other = conflict
+        raise ValueError(f"{writes} writes to memory that {other} reads or writes: each needs memory of its own")
 
 
 def _conflict(groups: Mapping, extent: Callable[[Tensor], tuple[int, int]]) -> tuple[str, str] | None:

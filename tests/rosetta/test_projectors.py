@@ -181,17 +181,21 @@ class TestAccelerate:
                 return args, kwargs
 
         projector, hook = open_projector(), Counting()
+        original = projector.forward
         wanted = projector(*caches_of(3))
         if later:
             accelerate(projector)
             hooks.add_hook_to_module(projector, hook)
         else:
             hooks.add_hook_to_module(projector, hook)
+            before = projector._old_forward
             accelerate(projector)
+            assert projector._old_forward is not before
         for mine, theirs in zip(projector(*caches_of(3)), wanted, strict=True):
             torch.testing.assert_close(mine, theirs)
         assert (hook.calls, projector.own_calls) == (1, 1)
         restore(projector)
+        assert projector._old_forward is before if not later else projector._old_forward == original
         projector(*caches_of(3))
         assert (hook.calls, projector.own_calls) == (2, 2)
         hooks.remove_hook_from_module(projector)

@@ -301,7 +301,8 @@ def _read_arguments(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has init_args that {CLASS} does not have: {', '.join(unknown)}")
     merged = {**_DEFAULTS, **arguments}
     try:
-        _shape(merged), _annealing(merged), check_dropout(merged["dropout"])
+        check_dropout(merged["dropout"])
+        _shape(merged), _annealing(merged)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return merged
