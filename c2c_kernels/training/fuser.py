@@ -276,7 +276,7 @@ def _optimizer(fuser: C2CFuser, options: TrainOptions) -> torch.optim.Optimizer:
         {"params": weights, "most": options.lr, "weight_decay": options.weight_decay},
         {"params": gates, "most": options.gate_lr, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=options.lr)
+    return torch.optim.AdamW(groups, lr=options.lr, fused=True)
 
 
 def _state(fuser: C2CFuser, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
