@@ -204,6 +204,7 @@ def _absorbed(
     folding = Folding(
         block_rows, columns, int(wide), 1 << (kv_heads * of_head - 1).bit_length(),
         tiles_table.raw_rows(q_heads * q_len, segment_width(segment), tile.warps),
+        int(target_of(query.device).backend == "cuda"),
     )  # fmt: skip
     single = absorbs_wide(segment, query)
     query_row = -(-width // 8) * 8
