@@ -150,7 +150,8 @@ def _decode(
     }  # fmt: skip
     run(Launch(split_kernel, batch * programs, common | shared | names, tile.warps, tile.stages), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
-    merged_rows, at_once, warps = tiles_table.combine_tile(tile.rows if folds else 1, common["BLOCK_V"])
+    merging = tiles_table.combine_tile(choice.target, tile.rows if folds else 1, common["BLOCK_V"])
+    merged_rows, at_once, warps = merging
     names = {
         "BLOCK_C": merged_rows,
         "BLOCK_S": at_once,
