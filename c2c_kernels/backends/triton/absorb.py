@@ -205,9 +205,11 @@ def absorbed_split(
         q = ()
         for head in tl.static_range(KEY_WIDTH // KEY_RAW):
             raw_dims = head * KEY_RAW + tl.arange(0, KEY_RAW)
-            q = q + (load_rows(absorbed.query, at, row_inside, raw_dims, KEY_WIDTH, KEY_RAW, True),)
+            q = q + (  # type: ignore[assignment]  # noqa: RUF005
+                load_rows(absorbed.query, at, row_inside, raw_dims, KEY_WIDTH, KEY_RAW, True),
+            )
     else:
-        q = (load_rows(absorbed.query, at, row_inside, dims, KEY_WIDTH, block_d, True),)
+        q = (load_rows(absorbed.query, at, row_inside, dims, KEY_WIDTH, block_d, True),)  # type: ignore[assignment]
     if absorbed.shift is None:
         shift = None
     else:
