@@ -123,8 +123,9 @@ def combine_tile(target: Target, block_rows: int, block_v: int) -> tuple[int, in
     """Rows of a KV head that one program combines, splits whose loads it has under way, and warps.
 
     One row in one warp up to a value dim of 128; where value projectors are absorbed all `block_rows`, so that they
-    are read once.
+    are read once, or what registers hold.
     """
+    block_rows = min(block_rows, max(16, 4096 // block_v))
     at_once = 16 if block_rows == 1 else max(1, min(8, 16384 // (block_rows * block_v)))
     warps = max(1, block_v // 128) if block_rows == 1 else 8
     return block_rows, 1 if target.backend == "interpreter" else at_once, warps
