@@ -139,7 +139,7 @@ STATIC = (
 )  # fmt: skip
 
 
-# Bytes that the compiler keeps on the stack for the sake of one more block on a multiprocessor, at most; none elsewhere.
+# Bytes that the compiler keeps on the stack, for one more block on a multiprocessor, at most; none elsewhere.
 SPILLED = {
     ("absorbed 256 64 rows", 80, "split_kernel"): 8,
     ("absorbed head dim 128 float32 16 rows", 90, "combine_kernel"): 16,
