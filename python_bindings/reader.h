@@ -46,12 +46,10 @@ class Reader {
 
   c2c_fuse_half fuse_half(std::vector<std::vector<c2c_fuse_block>> &blocks) {
     c2c_fuse_half h;
-    for (c2c_tensor *t :
-         {&h.receiver, &h.sharer, &h.residual, &h.out, &h.index, &h.gate, &h.in_weight, &h.in_bias, &h.out_weight,
-          &h.out_bias, &h.scale_weight, &h.scale_bias, &h.gate_logit})
+    for (c2c_tensor *t : {&h.receiver, &h.sharer, &h.residual, &h.out, &h.index, &h.gate, &h.in_weight, &h.in_bias,
+                          &h.out_weight, &h.out_bias, &h.scale_weight, &h.scale_bias, &h.gate_logit})
       *t = tensor();
-    for (int64_t *n :
-         {&h.batch, &h.len, &h.kv_heads, &h.dim, &h.sharer_len, &h.sharer_heads, &h.sharer_dim, &h.hidden})
+    for (int64_t *n : {&h.batch, &h.len, &h.kv_heads, &h.dim, &h.sharer_len, &h.sharer_heads, &h.sharer_dim, &h.hidden})
       *n = number();
     h.project_count = static_cast<int32_t>(number());
     blocks.emplace_back();

@@ -54,10 +54,9 @@ def attention_call():
 def everything(tensors, segments) -> list[torch.Tensor]:
     results = []
     for strategy in ("absorb", "materialize"):
-        out = c2c.merged_attention(
+        results += c2c.merged_attention(
             *tensors, segments, is_causal=True, strategy=strategy, return_lse=True, backend="cpu"
         )
-        results += out
     leaves = [t.detach().requires_grad_() for t in tensors]
     out = c2c.merged_attention(*leaves, segments[:1], is_causal=True, backend="cpu")
     return [*results, *torch.autograd.grad(out.float().square().sum(), leaves)]
@@ -78,7 +77,7 @@ def test_results_do_not_depend_on_threads():
 
 @pytest.mark.parametrize("rank", [0, 72])
 def test_projection_does_not_depend_on_threads_or_on_tokens_beside(rank):
-    """A tile's tokens are cut as threads need; 8 tokens or fewer of a tile are summed otherwise, so none are cut off."""
+    """Tokens of a tile are cut as threads need; up to 8 of a tile are summed otherwise, so none are cut off."""
     torch.manual_seed(2)
     proj = (normal(3, 24, rank), normal(rank, 1088, scale=0.03)) if rank else normal(3, 24, 1088, scale=0.03)
     raw = normal(1, 2, 140, 544)

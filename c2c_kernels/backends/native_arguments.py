@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 try:
-    from .. import _cpu as extension
+    from .. import _cpu
 except ImportError:  # native.py says so
-    extension = None
+    _cpu = None
+extension = _cpu
 
 _DTYPES = {
     torch.float32: 0,

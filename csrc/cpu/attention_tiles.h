@@ -182,7 +182,10 @@ static void attend_by_tiles(Tile &tile, TileScratch &x) {
   tile.row_hi = x.row_hi;
   pack_queries(tile, x);
   load_states(tile, x);
-  for (int64_t r = 0; r < tile.rows; r += LANES)
+  bool resumed = false;
+  for (int64_t r = 0; r < tile.rows; ++r) resumed = resumed || x.state[r].max != -INF;
+  if (!resumed) memset(x.columns, 0, run.value_ld * ldc * sizeof(float));
+  for (int64_t r = 0; resumed && r < tile.rows; r += LANES)
     transpose_rows(x.acc + r * run.value_ld, run.value_ld, least<int64_t>(LANES, tile.rows - r), run.value_ld,
                    x.columns + r, ldc);
   for (int64_t j = tile.begin; j < tile.end; j += tile.block) {

@@ -180,6 +180,13 @@ static ALWAYS_INLINE void store_first(float *p, V x, int64_t n) {
 }
 
 static ALWAYS_INLINE void store(bf16 *p, V x) {
+#if defined(C2C_BF16_DOT) || defined(C2C_AMX)
+  const int subnormal = 0x20;  // which the instruction takes as 0
+  if (!_mm512_fpclass_ps_mask((__m512)x, subnormal)) {
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    return;
+  }
+#endif
   VU bits = bit_cast<VU>(x);
   VU rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   VU nan = bits >> 16 | 0x40;

@@ -47,29 +47,32 @@ class Folding(NamedTuple):
     wide: int = 0  # 1: in float32, because queries and projector differ in dtype
     marks: int = 0  # programs of a batch row, to a power of 2
     tile: int = 0  # rows of all heads that a program of raw tokens takes
+    # 1: what is folded is stored by atomic exchanges, by which race checkers know that it is shared; AMD's compiler in
+    # triton 3.7.1 fails on them.
+    exchange: int = 0
 
 
 FOLDING = tl.constexpr(len(Folding._fields))  # kernels take the Folding of every run in one tuple of numbers
 
 
 @triton.jit
-def shared_store(pointers, values, mask):
-    """Stores what other programs of the launch read: atomically, without an order."""
-    if INTERPRETING:
+def shared_store(pointers, values, mask, EXCHANGE: tl.constexpr):
+    """Stores what other programs of the launch read after a mark that is released; see Folding.exchange."""
+    if INTERPRETING or not EXCHANGE:
         tl.store(pointers, values, mask=mask)
     else:
         tl.atomic_xchg(pointers, values, mask=mask, sem="relaxed")
 
 
 @triton.jit
-def store_folded(absorbed, row, columns, inside, values, WIDTH: tl.constexpr):
+def store_folded(absorbed, row, columns, inside, values, WIDTH: tl.constexpr, EXCHANGE: tl.constexpr):
     """values (rows, columns) to the rows of absorbed.query; 16-bit numbers in pairs, for exchanges have 32 bits."""
     rows: tl.constexpr = values.shape[0]
     pairs: tl.constexpr = values.shape[1] // 2
     values = values.to(absorbed.query.dtype.element_ty)
-    if values.dtype == tl.float32 or INTERPRETING:
+    if values.dtype == tl.float32 or INTERPRETING or not EXCHANGE:
         kept = inside[:, None] & (columns < WIDTH)[None, :]
-        shared_store(absorbed.query + row[:, None] * absorbed.query_row + columns[None, :], values, kept)
+        shared_store(absorbed.query + row[:, None] * absorbed.query_row + columns[None, :], values, kept, EXCHANGE)
     else:
         bits = tl.reshape(values.to(tl.int16, bitcast=True), (rows, pairs, 2))
         low, high = tl.split(bits)
@@ -77,7 +80,7 @@ def store_folded(absorbed, row, columns, inside, values, WIDTH: tl.constexpr):
         first = tl.min(columns, 0) // 2 + tl.arange(0, pairs)
         at = absorbed.query.to(tl.pointer_type(tl.int32), bitcast=True)
         kept = inside[:, None] & (first * 2 < WIDTH)[None, :]
-        shared_store(at + row[:, None] * (absorbed.query_row // 2) + first[None, :], both, kept)
+        shared_store(at + row[:, None] * (absorbed.query_row // 2) + first[None, :], both, kept, EXCHANGE)
 
 
 @triton.jit
@@ -113,11 +116,12 @@ def fold(
     dtype: tl.constexpr = tl.float32 if FOLDINGS[FOLDING * NUMBER + 2] != 0 else q.dtype
     folded = dot(q.to(dtype), w.to(dtype), tl.zeros((block_f, block_w), tl.float32), PRECISION)
     row = (batch_row.to(tl.int64) * kv_heads * GROUP + heads) * q_len + queries
-    store_folded(absorbed, row, columns, inside, folded, WIDTH)
+    exchange: tl.constexpr = FOLDINGS[FOLDING * NUMBER + 5]
+    store_folded(absorbed, row, columns, inside, folded, WIDTH, exchange)
     if absorbed.key_bias is not None:
         at = absorbed.key_bias + head64 * absorbed.key_bias_h + dims
         b = tl.load(at, mask=dims < DIM, other=0.0).to(tl.float32)
-        shared_store(absorbed.shift + row, tl.sum(q.to(tl.float32) * b[None, :], 1), inside & (tile == 0))
+        shared_store(absorbed.shift + row, tl.sum(q.to(tl.float32) * b[None, :], 1), inside & (tile == 0), exchange)
     tl.debug_barrier()
     mark = absorbed.marks + batch_row.to(tl.int64) * folds_of(kv_heads, WIDTH, FOLDINGS, NUMBER, BLOCK_M) + number
     tl.atomic_xchg(mark, call, sem="release")
@@ -201,9 +205,11 @@ def absorbed_split(
         q = ()
         for head in tl.static_range(KEY_WIDTH // KEY_RAW):
             raw_dims = head * KEY_RAW + tl.arange(0, KEY_RAW)
-            q = q + (load_rows(absorbed.query, at, row_inside, raw_dims, KEY_WIDTH, KEY_RAW, True),)
+            q = q + (  # type: ignore[assignment]  # noqa: RUF005
+                load_rows(absorbed.query, at, row_inside, raw_dims, KEY_WIDTH, KEY_RAW, True),
+            )
     else:
-        q = (load_rows(absorbed.query, at, row_inside, dims, KEY_WIDTH, block_d, True),)
+        q = (load_rows(absorbed.query, at, row_inside, dims, KEY_WIDTH, block_d, True),)  # type: ignore[assignment]
     if absorbed.shift is None:
         shift = None
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def unspecialised(run: Run, align: int) -> Run:
     """
     places = (0, 2, 3, 4)[align]
     strides = ("key_b", "key_h", "key_n", "value_b", "value_h", "value_n")
-    changes = {name: odd(getattr(run, name) >> places) for name in strides}
+    changes: dict[str, Any] = {name: odd(getattr(run, name) >> places) for name in strides}
     length = None if run.length is None else odd(run.length)
     return run._replace(length=length, stored=odd(run.stored), **changes)
 

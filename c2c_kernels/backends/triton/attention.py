@@ -150,7 +150,8 @@ def _decode(
     }  # fmt: skip
     run(Launch(split_kernel, batch * programs, common | shared | names, tile.warps, tile.stages), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
-    merged_rows, at_once, warps = tiles_table.combine_tile(tile.rows if folds else 1, common["BLOCK_V"])
+    merging = tiles_table.combine_tile(choice.target, tile.rows if folds else 1, common["BLOCK_V"])
+    merged_rows, at_once, warps = merging
     names = {
         "BLOCK_C": merged_rows,
         "BLOCK_S": at_once,
@@ -204,6 +205,7 @@ def _absorbed(
     folding = Folding(
         block_rows, columns, int(wide), 1 << (kv_heads * of_head - 1).bit_length(),
         tiles_table.raw_rows(q_heads * q_len, segment_width(segment), tile.warps),
+        int(target_of(query.device).backend == "cuda"),
     )  # fmt: skip
     single = absorbs_wide(segment, query)
     query_row = -(-width // 8) * 8

@@ -164,9 +164,10 @@ def combine_kernel(
                 absorbed[number], states, base + splits + first_raw, row, row_inside, kv_head, its_splits, reference,
                 VALUE_DIM, RAWS[4 * number + 3], BLOCK_V, BLOCK_S, BLOCK_W,
             )  # fmt: skip
-            clear_marks(
-                absorbed[number], batch_row, kv_head, kv_heads, RAWS[4 * number + 1], FOLDINGS, number, BLOCK_M
-            )  # fmt: skip
+            if program % tiles == 0:
+                clear_marks(
+                    absorbed[number], batch_row, kv_head, kv_heads, RAWS[4 * number + 1], FOLDINGS, number, BLOCK_M
+                )  # fmt: skip
             acc += raw
             first_raw += its_splits
         l += part

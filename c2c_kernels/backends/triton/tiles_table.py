@@ -134,15 +134,16 @@ def raw_rows(rows: int, block_width: int, warps: int) -> int:
     return min(max(16, 1 << (rows - 1).bit_length()), max(16, 2048 * warps // block_width))
 
 
-def combine_tile(block_rows: int, block_v: int) -> tuple[int, int, int]:
+def combine_tile(target: Target, block_rows: int, block_v: int) -> tuple[int, int, int]:
     """Rows of a KV head that one program combines, splits whose loads it has under way, and warps.
 
     One row in one warp up to a value dim of 128; where value projectors are absorbed all `block_rows`, so that they
-    are read once.
+    are read once, or what registers hold.
     """
-    if block_rows == 1:
-        return 1, 16, max(1, block_v // 128)
-    return block_rows, max(1, min(8, 16384 // (block_rows * block_v))), 8
+    block_rows = min(block_rows, max(16, 4096 // block_v))
+    at_once = 16 if block_rows == 1 else max(1, min(8, 16384 // (block_rows * block_v)))
+    warps = max(1, block_v // 128) if block_rows == 1 else 8
+    return block_rows, 1 if target.backend == "interpreter" else at_once, warps
 
 
 def merged_columns(block_v: int, proj: Tensor) -> int:
