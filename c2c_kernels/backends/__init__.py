@@ -78,6 +78,7 @@ def backends() -> tuple[Backend, ...]:
     if _records is None:
         from . import cuda, native
 
+        _modules.update(cuda=cuda, cpu=native)  # at hand where a traced call asks first
         _records = (
             cuda.cuda_record(),
             triton_record(),

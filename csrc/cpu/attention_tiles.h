@@ -99,7 +99,9 @@ static void softmax_panel(const Tile &tile, const TilePanel &panel, const float 
     const Raise raise = raise_max(s, ld, n, load(x.row_max + r), scale);
     V total = load(x.row_sum + r) * raise.factor;
     auto weight = [&](int64_t t) __attribute__((always_inline)) {
-      const V found = exp_of_difference(load(s + t * ld) * scale - raise.base);
+      V score = load(s + t * ld) * scale;
+      keep_in_register(score);  // rounded as the maximum is: a fused difference may be half an ulp of the score above 0
+      const V found = exp_of_difference(score - raise.base);
       total += found;
       return found;
     };
