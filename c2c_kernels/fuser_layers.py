@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -15,6 +15,7 @@ from .fuser_weights import FuserWeights, Pair
 from .ops.fuse_kv import fuse_kv
 
 _TINY = 1e-20  # keeps the logarithms of Gumbel noise finite, as the reference implementation does
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class FuserShape:
 
 def check_temperature(name: str, value: object) -> None:
     """ValueError unless it is a number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 

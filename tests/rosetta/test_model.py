@@ -171,6 +171,8 @@ def test_what_does_not_fit_is_refused():
         ours.prefill([ids, ids[:, 1:]])
     with pytest.raises(ValueError, match="padding goes left"):
         ours.prefill(ids, None, torch.tensor([[1] * 10 + [0]]))
+    with pytest.raises(ValueError, match="attention_mask of model 0 has values other than 0 and 1"):
+        ours.prefill(ids, None, torch.full((1, 11), 2))
     with pytest.raises(ValueError, match="past_key_values cannot be given"):
         ours.generate(ids, past_key_values=object())
     with pytest.raises(ValueError, match="include_response takes one beam"):

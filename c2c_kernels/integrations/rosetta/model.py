@@ -178,6 +178,8 @@ class C2CModel(nn.Module):
                     f"model {number} has input_ids {tuple(tokens.shape)} and attention_mask {tuple(mask.shape)}, "
                     f"wanted both (batch, len) = {tuple(ids[0].shape)}"
                 )
+            if bool(((mask != 0) & (mask != 1)).any()):
+                raise ValueError(f"attention_mask of model {number} has values other than 0 and 1")
             if bool((mask[:, 1:] < mask[:, :-1]).any()):
                 raise ValueError(f"attention_mask of model {number} has padding after a token: padding goes left")
         length = ids[0].shape[1]
