@@ -123,7 +123,7 @@ def test_rows_nearby_keep_their_bits():
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scores_beyond_a_billion(dtype):
-    """Half an ulp of such a score is a difference of hundreds: a score and its row's maximum have to be rounded alike."""
+    """Half an ulp of such a score is a difference of hundreds: a score and its maximum have to be rounded alike."""
     query, key, value = (torch.randn(1, heads, n, 96).to(dtype) for heads, n in ((2, 40), (1, 77), (1, 77)))
     query, key = query * 1e5, key * 1e5
     out, lse = c2c.merged_attention(query, key, value, return_lse=True, backend="cpu")
