@@ -56,7 +56,7 @@ class Simulator:
     def __call__(self, launch: launching.Launch) -> None:
         built = compiled(launch, self.target)
         module = self.ptxsim.Module.from_triton(built.kernel)
-        counters = module.launch_triton((launch.grid,), built.arguments, **self.checks)
+        counters = module.launch_triton((launch.grid,), built.arguments, ranges=launch.reached, **self.checks)
         self.ran.append(Ran(launch, built, counters))
 
     @contextlib.contextmanager

@@ -11,16 +11,17 @@ from dataclasses import dataclass, replace
 import torch
 
 import c2c_kernels as c2c
-from c2c_kernels.backends import reference
+from c2c_kernels.backends import reference, reference_fuse
 from c2c_kernels.bench import measure, shapes
 from c2c_kernels.bench.alternatives import sdpa
 from c2c_kernels.bench.attention import direct_cost
-from c2c_kernels.bench.check import attention_problem
+from c2c_kernels.bench.check import attention_problem, disagreement
 from c2c_kernels.bench.inputs import AttentionInputs, Random, storage_bytes
 from c2c_kernels.bench.shapes import DTYPES, GEMMA3, LLAMA3_2, QWEN2_5, QWEN3, QWEN3_4B, SMOLLM2, Case, Receiver
 from c2c_kernels.bench.work import Cost
 
 GEMMA = Receiver("Gemma-3-270M", 4, 1, 256, 18)
+HIDDEN = 1024  # of fusers, also between the two products of a block
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Task:
         call: our call.
         problem: makes it and returns why its result is wrong, "" where it is right.
         least: bytes and FLOPs that any way to compute it needs.
+        cut: what there is to do where that is less than the case, "" elsewhere.
     """
 
     call: Callable[[], object]
     problem: Callable[[], str]
     least: Cost
+    cut: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ def task(case: StaticCase, shape: Case) -> Task:
     """What to run for `case` at the size of `shape`."""
     if case.shape.family == "quantise":
         return _quantising(shape)
+    if case.shape.family == "fuse":
+        return _fusing(shape)
     if case.storage:
         return _stored(case.storage, shape)
     work = measure.build(shape)
@@ -129,6 +134,63 @@ def _quantising(shape: Case) -> Task:
     return Task(call, problem, Cost(storage_bytes(key, value) + codes + 4 * scales, 0.0))
 
 
+def _fusing(shape: Case) -> Task:
+    """`fuse_kv` of all layers in place: one half has an open gate, the others cost nothing."""
+    random, receiver, sharer = Random(shape), shape.receiver, shape.sharer
+    assert sharer is not None
+    opened = _fuser_half(random, receiver, sharer.width, 1.0)
+    closed = replace(opened, gate_logit=-opened.gate_logit)
+    caches = [
+        [random(1, heads, shape.own, dim) for heads, dim in 2 * [(receiver.kv_heads, receiver.head_dim)]]
+        + [random(1, heads, shape.own, dim) for heads, dim in 2 * [(sharer.heads, sharer.head_dim)]]
+        for _ in range(shape.layers)
+    ]
+    weights = [c2c.FuserWeights(opened, closed), c2c.FuserWeights(closed, closed)]
+    calls = [
+        c2c.FuseCall(*layer, weights[min(number, 1)], out=(layer[0], layer[1])) for number, layer in enumerate(caches)
+    ]
+
+    def call() -> object:
+        return c2c.fuse_layers(calls)
+
+    def problem() -> str:
+        before = [tensor.clone() for layer in caches for tensor in layer[:2]]
+        call()
+        oracle, torchs = (
+            reference_fuse.fuse_half(before[0], caches[0][2], half, None, None, None, dtype)
+            for half, dtype in ((_double(opened), torch.float64), (opened, DTYPES[shape.dtype]))
+        )
+        after = [tensor for layer in caches for tensor in layer[:2]]
+        if not all(torch.equal(mine, old) for mine, old in zip(after[1:], before[1:], strict=True)):
+            return "a half whose gate is closed has changed"
+        return disagreement("key", after[0], torchs, oracle)
+
+    matrices = [tensor for tensor in opened.tensors if tensor.dim() == 2]
+    moved = storage_bytes(*opened.tensors, *2 * [caches[0][0]], caches[0][2])  # keys are read and written
+    flops = 2.0 * shape.own * sum(matrix.numel() for matrix in matrices)
+    return Task(call, problem, Cost(moved, flops), "keys of one layer")
+
+
+def _fuser_half(random: Random, receiver: Receiver, sharer_width: int, logit: float) -> c2c.FuserHalf:
+    width = receiver.kv_heads * receiver.head_dim
+
+    def weight(*shape: int) -> torch.Tensor:
+        return random(*shape, spread=shape[-1] ** -0.5)
+
+    def block() -> c2c.FuserBlock:
+        return c2c.FuserBlock(1 + random(HIDDEN, spread=0.2), weight(HIDDEN, HIDDEN), weight(HIDDEN, HIDDEN))
+
+    return c2c.FuserHalf(
+        weight(HIDDEN, sharer_width + width), weight(HIDDEN), block(), (block(),), weight(width, HIDDEN),
+        weight(width), block(), weight(receiver.kv_heads, HIDDEN), weight(receiver.kv_heads),
+        torch.full_like(random(1)[0], logit),
+    )  # fmt: skip
+
+
+def _double(half: c2c.FuserHalf) -> c2c.FuserHalf:
+    return c2c.FuserHalf.of([tensor.double() for tensor in half.tensors])
+
+
 def _case(family: str, receiver: Receiver, dtype: str = "bfloat16", **fields: object) -> Case:
     return Case(family, receiver, dtype, **fields)  # type: ignore[arg-type]
 
@@ -171,5 +233,7 @@ def cases() -> list[StaticCase]:
         StaticCase(_case("merge", SMOLLM2, q_len=64, states=8)),
         StaticCase(_case("quantise", QWEN3, own=512)),
         StaticCase(_case("quantise", SMOLLM2, own=512)),
+        StaticCase(_case("fuse", QWEN3, sharer=QWEN2_5, own=64)),
+        StaticCase(_case("fuse", QWEN3, sharer=QWEN2_5, own=64, layers=28)),
     ]
     return list(dict.fromkeys(found))

@@ -45,7 +45,7 @@ def figures(case: StaticCase, arch: int) -> Figures:
     return Figures(
         case.name,
         arch,
-        cut=f"{case.heads} of {receiver.kv_heads} KV heads" if shape != case.shape else "",
+        cut=f"{case.heads} of {receiver.kv_heads} KV heads" if shape != case.shape else made.cut,
         kernels=tuple(
             _kernel(ran, usage(kernel, simulated.target)) for ran, kernel in zip(simulated.ran, built, strict=True)
         ),

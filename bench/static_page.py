@@ -25,6 +25,7 @@ reference before anything is counted.
   lanes read the same).
 - *conflicts*: passes through the shared-memory banks beyond the fewest possible, over requests.
 - *warps*: of a block / resident on a multiprocessor at once, by registers and shared memory.
+- Of *fuse* the keys of one layer have an open gate, and the least is theirs; programs of closed halves return at once.
 - Where some of the KV heads were simulated the line says so: they do the same work each, and the script sees to it
   that they are compiled to the same code.
 """

@@ -7,8 +7,6 @@ Nothing is unpickled. Needs the package safetensors.
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import tensor_file
+
 if TYPE_CHECKING:
     from .projectors import CacheProjector
 
 FORMAT = "c2c-kernels cache projector"
 VERSION = 1
 STORAGES = ("float32", "bfloat16", "int8")
-_HEADER = "c2c"
 _ROWS, _COLUMNS = ".rows", ".columns"
 
 
@@ -38,7 +37,6 @@ def save(projector: CacheProjector, path: str | Path, *, storage: str = "float32
         path: of the file.
         storage: "float32", "bfloat16", or "int8" for matrices (biases and gates stay float32).
     """
-    _, save_file = _safetensors()
     if storage not in STORAGES:
         raise ValueError(f"storage must be one of {', '.join(STORAGES)}; got {storage!r}")
     tensors: dict[str, Tensor] = {}
@@ -50,13 +48,7 @@ def save(projector: CacheProjector, path: str | Path, *, storage: str = "float32
             tensors[name] = tensor.bfloat16()
         else:
             tensors[name], tensors[name + _ROWS], tensors[name + _COLUMNS] = _to_int8(tensor.float())
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata={_HEADER: json.dumps(_header(projector), ensure_ascii=False)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensor_file.write(Path(path), tensors, _header(projector))
 
 
 def load(path: str | Path) -> CacheProjector:
@@ -69,11 +61,8 @@ def load(path: str | Path) -> CacheProjector:
     """
     from .projectors import CacheProjector, CacheShape, Identity, Source
 
-    safe_open, _ = _safetensors()
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: a projector file is wanted")
-    header, tensors = _read(safe_open, path)
+    header, tensors = tensor_file.read(path, "projector", (FORMAT, VERSION), ProjectorFileError)
     try:
         projector = CacheProjector(
             CacheShape(**_tuples(header["sharer"])),
@@ -129,25 +118,6 @@ def _header(projector: CacheProjector) -> dict[str, Any]:
     }
 
 
-def _read(safe_open: Any, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-    except OSError as error:
-        raise ProjectorFileError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # SafetensorError is no subclass of anything narrower
-        raise ProjectorFileError(f"{path} is truncated, damaged or no safetensors file: {error}") from error
-    try:
-        header = json.loads(metadata[_HEADER])
-        found = (header["format"], header["version"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ProjectorFileError(f"{path} is a safetensors file without the header of a projector") from error
-    if found != (FORMAT, VERSION):
-        raise ProjectorFileError(f"{path} is {found[0]!r} version {found[1]}, wanted {FORMAT!r} version {VERSION}")
-    return header, tensors
-
-
 def _to_int8(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Whole numbers -127 .. 127, the scale of each row (..., 1) and of each column (columns,)."""
     columns = _nonzero(tensor.abs().flatten(0, -2).amax(dim=0))
@@ -168,13 +138,3 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
         return tuple(convert(item) for item in value) if isinstance(value, list) else value
 
     return {name: convert(value) for name, value in fields.items()}
-
-
-def _safetensors() -> tuple[Any, Any]:
-    """(safe_open, save_file); ImportError that says what to install."""
-    try:
-        from safetensors import safe_open
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError("projector files need the package safetensors: pip install 'c2c-kernels[hf]'") from error
-    return safe_open, save_file

@@ -67,6 +67,20 @@ int quantize(const py::list &numbers) {
   return encode(c2c_quantize_cpu(&p));
 }
 
+int fuse_kv(const py::list &numbers) {
+  Reader in(numbers);
+  c2c_fuse_params p;
+  p.half_count = static_cast<int32_t>(in.number());
+  p.threads = static_cast<int32_t>(in.number());
+  std::vector<std::vector<c2c_fuse_block>> blocks;
+  std::vector<c2c_fuse_half> halves;
+  for (int32_t i = 0; i < p.half_count; ++i) halves.push_back(in.fuse_half(blocks));
+  in.end();
+  p.halves = halves.data();
+  py::gil_scoped_release release;
+  return encode(c2c_fuse_kv_cpu(&p));
+}
+
 void set_isa(const py::object &name) {
   std::string text = name.is_none() ? "" : py::cast<std::string>(name);
   if (c2c_set_cpu_isa(name.is_none() ? nullptr : text.c_str()))
@@ -83,6 +97,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("project_kv", &project_kv);
   m.def("merge_states", &merge_states);
   m.def("quantize", &quantize);
+  m.def("fuse_kv", &fuse_kv);
   m.def("isa", &c2c_cpu_isa);
   m.def("set_isa", &set_isa);
   m.def("status_text", [](int code) { return c2c_status_text(static_cast<c2c_status_code>(code)); });

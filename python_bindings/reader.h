@@ -44,6 +44,25 @@ class Reader {
     return s;
   }
 
+  c2c_fuse_half fuse_half(std::vector<std::vector<c2c_fuse_block>> &blocks) {
+    c2c_fuse_half h;
+    for (c2c_tensor *t : {&h.receiver, &h.sharer, &h.residual, &h.out, &h.index, &h.gate, &h.in_weight, &h.in_bias,
+                          &h.out_weight, &h.out_bias, &h.scale_weight, &h.scale_bias, &h.gate_logit})
+      *t = tensor();
+    for (int64_t *n : {&h.batch, &h.len, &h.kv_heads, &h.dim, &h.sharer_len, &h.sharer_heads, &h.sharer_dim, &h.hidden})
+      *n = number();
+    h.project_count = static_cast<int32_t>(number());
+    blocks.emplace_back();
+    for (int32_t i = 0; i < 2 + h.project_count; ++i) {
+      c2c_fuse_block block;
+      for (c2c_tensor *t : {&block.norm, &block.w1, &block.w2}) *t = tensor();
+      block.inner = number();
+      blocks.back().push_back(block);
+    }
+    h.blocks = blocks.back().data();
+    return h;
+  }
+
   void end() const {
     if (next_ != size_) throw py::value_error("the parameter list is too long");
   }

@@ -14,6 +14,13 @@ settings.register_profile("fresh", **_COMMON)
 settings.load_profile("fresh" if os.environ.get("C2C_FRESH_EXAMPLES") == "1" else "fixed")
 
 
+def pytest_collection_modifyitems(items):
+    """For pytest-xdist's `--dist loadgroup`: a file's tests share a process, and so its fixtures, if not said else."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(1234)

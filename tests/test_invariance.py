@@ -103,7 +103,7 @@ def test_threads_and_runs_do_not_matter(name):
 
 def available_sets() -> list[str]:
     found = []
-    for name in ("avx512_bf16", "avx512", "avx2", "baseline", "neon"):
+    for name in ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline", "neon"):
         try:
             _cpu.set_isa(name)
         except ValueError:

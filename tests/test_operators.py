@@ -164,7 +164,7 @@ def test_dispatch_overhead(segments):
     query, key = torch.randn(1, 9, 1, 64), torch.randn(1, 3, 8, 64)
     parts = [c2c.SharerSegment(key, key, gate=torch.ones(1, 9, 1))] * segments
     out, keep = torch.empty_like(query), []
-    numbers = native.attention_numbers(
+    numbers = native._attention_numbers(
         query, key, key, [to_tensors(s) for s in parts], [False] * segments, None, False, None, None, None, None, None,
         out, None, None, keep,
     )  # fmt: skip
@@ -225,7 +225,8 @@ def test_float64_runs_on_the_reference():
 def test_records():
     records = {record.name: record for record in c2c.backends()}
     assert set(records) == {"reference", "cpu", "triton", "cuda"}
-    assert records["cpu"].available and records["cpu"].isa in ("avx512_bf16", "avx512", "avx2", "baseline", "neon")
+    sets = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline", "neon")
+    assert records["cpu"].available and records["cpu"].isa in sets
     assert all(record.available or record.reason for record in records.values())
 
 

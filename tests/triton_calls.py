@@ -46,6 +46,22 @@ def _quantised(tokens: int) -> c2c.SharerSegment:
     return c2c.SharerSegment(key, value, key_scale=scales[0], value_scale=scales[1])
 
 
+def _fused() -> Call:
+    def half() -> c2c.FuserHalf:
+        def weight(*shape: int) -> torch.Tensor:
+            return _numbers(*shape) / shape[-1] ** 0.5
+
+        blocks = [c2c.FuserBlock(_numbers(64), weight(96, 64), weight(64, 96)) for _ in range(3)]
+        return c2c.FuserHalf(
+            weight(64, 96 + 128), weight(64), blocks[0], (blocks[1],), weight(128, 64), weight(128), blocks[2],
+            weight(2, 64), weight(2), torch.tensor(1, dtype=_DTYPE),
+        )  # fmt: skip
+
+    caches = [_numbers(2, 2, 70, 64) for _ in range(2)] + [_numbers(2, 3, 90, 32) for _ in range(2)]
+    index = torch.randint(90, (2, 70))
+    return c2c.fuse_kv, (*caches, c2c.FuserWeights(half(), half())), {"index": index}
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "decode": lambda: _attention(1, 300, [_plain(130)]),
     "decode raw": lambda: _attention(1, 300, [_raw(130)]),
@@ -54,5 +70,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "prefill raw": lambda: _attention(100, 150, [_raw(130)]),
     "project": lambda: (c2c.project_kv, (_raw(130),), {}),
     "merge": lambda: (c2c.merge_states, ([_numbers(2, 4, 9, 64)] * 2, [torch.randn(2, 4, 9) for _ in range(2)]), {}),
+    "fuse": _fused,
     "quantise": lambda: (c2c.quantize_kv, (_numbers(2, 2, 70, 64), _numbers(2, 2, 70, 64)), {}),
 }

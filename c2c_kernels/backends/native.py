@@ -1,7 +1,4 @@
-"""The compiled backends: hands pointers, strides and sizes to the kernels of `csrc` and turns statuses into errors.
-
-Kernels read rows whose last dimension is contiguous; tensors that are laid out otherwise are copied first.
-"""
+"""The compiled backends: hands pointers, strides and sizes to the kernels of `csrc` and turns statuses into errors."""
 
 from __future__ import annotations
 
@@ -12,6 +9,9 @@ from torch import Tensor
 
 from ..segment import SLOTS, Rope, SegmentTensors
 from . import Backend, cost, reference
+from .native_arguments import ABSENT, as_rows, broadcast, raise_status, readable, supported, tensor_numbers
+from .native_fuse import fuse_kv as fuse_kv
+from .native_fuse import fuse_kv_layers as fuse_kv_layers
 
 try:
     from .. import _cpu
@@ -20,96 +20,21 @@ except ImportError as error:
 else:
     _why_not = ""
 
-_DTYPES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.int8: 3,
-    torch.float8_e4m3fn: 4,
-    torch.int32: 5,
-    torch.int64: 6,
-    torch.bool: 7,
-}
-_ABSENT = (0, 0, 0, 0, 0, 0)
-_QUERY, _KEY, _VALUE, _OUT = (place * len(_ABSENT) for place in (0, 1, 2, 7))  # in an attention call's numbers
-_KEY_OUT, _VALUE_OUT = (place * len(_ABSENT) for place in (4, 5))  # in a projection's numbers,
-_PROJECTED_SEGMENT = 6 * len(_ABSENT) + 7  # where six tensors and seven sizes go before the segment
+_QUERY, _KEY, _VALUE, _OUT = (place * len(ABSENT) for place in (0, 1, 2, 7))  # in an attention call's numbers
+_KEY_OUT, _VALUE_OUT = (place * len(ABSENT) for place in (4, 5))  # in a projection's numbers,
+_PROJECTED_SEGMENT = 6 * len(ABSENT) + 7  # where six tensors and seven sizes go before the segment
 # The tensors of a segment that a repeated projection may have.
 PROJECTED = ("key", "value", "key_proj", "value_proj", "key_bias", "value_bias", "key_scale", "value_scale")
-_NO_OPTIONS = _ABSENT * 4
-_NO_PROJECTORS = _ABSENT * 6
-_NO_SELECTION = _ABSENT * 3
-_PADDING = ((0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
+_NO_OPTIONS = ABSENT * 4
+_NO_PROJECTORS = ABSENT * 6
+_NO_SELECTION = ABSENT * 3
 
 
 def cpu_record() -> Backend:
     """The record of the `cpu` backend."""
     isa = _cpu.isa() if _cpu is not None else ""
-    return Backend("cpu", _cpu is not None, _why_not, ("cpu",), ("float32", "bfloat16", "float16"), isa)
-
-
-def _numbers(tensor: Tensor | None) -> tuple[int, ...]:
-    """One c2c_tensor: address, dtype, four strides."""
-    if tensor is None:
-        return _ABSENT
-    stride = tensor.stride()
-    return (tensor.data_ptr(), _DTYPES[tensor.dtype], *stride, *_PADDING[len(stride)])
-
-
-def _readable(tensor: Tensor | None, keep: list[Tensor]) -> tuple[int, ...]:
-    """The numbers of a tensor of rows; a copy is made, and kept, where rows are not contiguous or are float64."""
-    if tensor is None:
-        return _ABSENT
-    stride = tensor.stride()
-    if (stride[-1] != 1 and tensor.shape[-1] > 1) or tensor.dtype == torch.float64:
-        tensor = _rows(_supported(tensor))
-        keep.append(tensor)
-        stride = tensor.stride()
-    return (tensor.data_ptr(), _DTYPES[tensor.dtype], *stride, *_PADDING[len(stride)])
-
-
-def _broadcast(tensor: Tensor | None, shape: tuple[int, ...], keep: list[Tensor]) -> tuple[int, ...]:
-    """The numbers of a tensor expanded to `shape`."""
-    if tensor is None:
-        return _ABSENT
-    if tensor.dtype == torch.float64:
-        tensor = _supported(tensor)
-        keep.append(tensor)
-    size, stride = tensor.shape, tensor.stride()
-    if size != shape:
-        # What expand() would do, without making a tensor.
-        stride = (
-            *_PADDING[4 - len(shape) + len(size)],
-            *[0 if n == 1 else s for n, s in zip(size, stride, strict=True)],
-        )
-    return (tensor.data_ptr(), _DTYPES[tensor.dtype], *stride, *_PADDING[len(stride)])
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with a contiguous last dimension."""
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _supported(tensor: Tensor) -> Tensor:
-    """The tensor in a dtype that kernels read: float64 weights, gates and masks become float32."""
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
-
-
-def _raise(status: int, operator: str, segment: str = "") -> None:
-    """The error of a status. `segment` names the one segment of a call; in attention the status says which."""
-    code, where = status & 0xFF, (status >> 8) - 1
-    name = segment or f"segments[{where}]"
-    texts = {
-        1: "lengths has values outside 0..len",
-        2: f"{name}.lengths has values outside 0..len",
-        3: f"{name}.gate must be finite and >= 0 everywhere; it has negative, infinite or NaN values",
-        4: f"{name}.index has values outside 0..len - 1",
-    }
-    if code in texts:
-        raise ValueError(texts[code])
-    if code == 7:
-        raise MemoryError(f"{operator}: no memory for scratch")
-    raise ValueError(f"{operator}: {_cpu.status_text(code)}")
+    dtypes = ("float32", "bfloat16", "float16")
+    return Backend("cpu", _cpu is not None, _why_not, ("cpu",), dtypes, isa)
 
 
 def status_text(code: int) -> str:
@@ -125,21 +50,21 @@ def _segment_numbers(
      key_scale, value_scale, index, causal) = segment  # fmt: skip
     _, heads, raw_length, key_dim = key.shape
     length = raw_length if index is None else index.shape[-1]
-    numbers = [*_readable(key, keep), *_readable(value, keep)]
+    numbers = [*readable(key, keep), *readable(value, keep)]
     if key_proj is None and value_proj is None and key_bias is None and value_bias is None:
         numbers += _NO_PROJECTORS
     else:
         for tensor in (key_proj, key_proj_in, value_proj, value_proj_in, key_bias, value_bias):
-            numbers += _readable(tensor, keep)
-    numbers += _broadcast(gate, (batch, q_heads, length), keep)
-    numbers += _numbers(lengths)
-    numbers += _broadcast(positions, (batch, length), keep)
+            numbers += readable(tensor, keep)
+    numbers += broadcast(gate, (batch, q_heads, length), keep)
+    numbers += tensor_numbers(lengths)
+    numbers += broadcast(positions, (batch, length), keep)
     if key_scale is None and value_scale is None and index is None:
         numbers += _NO_SELECTION
     else:
-        numbers += _broadcast(key_scale, (batch, heads, raw_length), keep)
-        numbers += _broadcast(value_scale, (batch, heads, raw_length), keep)
-        numbers += _broadcast(index, (batch, length), keep)
+        numbers += broadcast(key_scale, (batch, heads, raw_length), keep)
+        numbers += broadcast(value_scale, (batch, heads, raw_length), keep)
+        numbers += broadcast(index, (batch, length), keep)
     key_rank = 0 if key_proj_in is None else key_proj_in.shape[0]
     value_rank = 0 if value_proj_in is None else value_proj_in.shape[0]
     numbers += (heads, key_dim, value.shape[3], length, raw_length, key_rank, value_rank, int(causal), int(materialize))
@@ -180,8 +105,12 @@ def plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensors
 
 def machine_for(segment: SegmentTensors) -> cost.Machine:
     """What the cpu backend reaches with a segment that has projectors."""
-    pairs = _cpu.isa() == "avx512_bf16"
-    return cost.CPU_BFLOAT16 if pairs and segment.key.dtype == segment.key_proj.dtype == torch.bfloat16 else cost.CPU
+    raw, weights, isa = segment.key.dtype, segment.key_proj.dtype, _cpu.isa()
+    if weights != torch.bfloat16:
+        return cost.CPU
+    if isa == "amx_bf16" and raw in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+        return cost.CPU_TILES
+    return cost.CPU_BFLOAT16 if isa == "avx512_bf16" and raw == torch.bfloat16 else cost.CPU
 
 
 def _materializes(segment: SegmentTensors, strategy: str, query: Tensor, value_dim: int) -> bool:
@@ -203,16 +132,16 @@ def attention_numbers(
 ) -> list[int]:  # fmt: skip
     batch, q_heads, q_len, head_dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
-    numbers = [*_readable(query, keep), *_readable(key, keep), *_readable(value, keep)]
+    numbers = [*readable(query, keep), *readable(key, keep), *readable(value, keep)]
     if attn_mask is None and lengths is None and query_positions is None and sinks is None:
         numbers += _NO_OPTIONS
     else:
-        numbers += _broadcast(attn_mask, (batch, q_heads, q_len, length), keep)
-        numbers += _numbers(lengths)
-        numbers += _broadcast(query_positions, (batch, q_len), keep)
-        numbers += _broadcast(sinks, (q_heads,), keep)
+        numbers += broadcast(attn_mask, (batch, q_heads, q_len, length), keep)
+        numbers += tensor_numbers(lengths)
+        numbers += broadcast(query_positions, (batch, q_len), keep)
+        numbers += broadcast(sinks, (q_heads,), keep)
     numbers += (
-        *_numbers(out), *_numbers(lse), *_numbers(mass),
+        *tensor_numbers(out), *tensor_numbers(lse), *tensor_numbers(mass),
         batch, q_heads, kv_heads, q_len, length, head_dim, value.shape[3], window or 0, segment_window or 0,
         len(segments), int(is_causal), torch.get_num_threads(),
     )  # fmt: skip
@@ -238,7 +167,7 @@ def run_plain(parameters: list[int], query, key, value, out, scale: float, softc
     numbers[_OUT] = out.data_ptr()
     status = _cpu.merged_attention(numbers, scale, softcap)
     if status:
-        _raise(status, "merged_attention")
+        raise_status(status, "merged_attention")
 
 
 def merged_attention(
@@ -260,7 +189,7 @@ def merged_attention(
     )  # fmt: skip
     status = _cpu.merged_attention(numbers, scale, softcap or 0.0)
     if status:
-        _raise(status, "merged_attention")
+        raise_status(status, "merged_attention")
     return out, lse, mass
 
 
@@ -298,7 +227,7 @@ def merged_attention_backward(
         segment_window, sinks, exact, lse, None, keep,
     )  # fmt: skip
     delta = score_delta(grad_out, grad_lse, grad_mass, exact, mass, 1 + len(segments))
-    grad_rows = _rows(grad_out)
+    grad_rows = as_rows(grad_out)
     grads = [query.new_empty(t.shape, dtype=torch.float32) for t in (query, key, value)]
     segment_grads = []
     for segment, wants in zip(direct, gate_needs(segments, needs), strict=True):
@@ -309,10 +238,10 @@ def merged_attention_backward(
     written = (*grads, sink_weight, *(t for group in segment_grads for t in group))
     pointers = [0 if t is None else t.data_ptr() for t in written]
     status = _cpu.merged_attention_backward(
-        numbers, [*_numbers(grad_rows), *_numbers(delta), *pointers], scale, softcap or 0.0
+        numbers, [*tensor_numbers(grad_rows), *tensor_numbers(delta), *pointers], scale, softcap or 0.0
     )
     if status:
-        _raise(status, "merged_attention")
+        raise_status(status, "merged_attention")
     grad_sinks = None
     if sinks is not None:
         grad_sinks = -(sink_weight * sink_delta(delta, grad_mass)).sum((0, 2))
@@ -390,7 +319,7 @@ def projection_numbers(
         ]
         keep += [table for table in tables if table is not None]
     return [
-        *(n for t in (*tables, *targets) for n in _numbers(t)),
+        *(n for t in (*tables, *targets) for n in tensor_numbers(t)),
         batch, kv_heads, head_dim, value_out.shape[3],
         0 if tables[0] is None else tables[0].shape[2],
         0 if tables[2] is None else tables[2].shape[2],
@@ -406,7 +335,7 @@ def project_kv(
     keep: list[Tensor] = []
     status = _cpu.project_kv(projection_numbers(segment, rope, key_out, value_out, keep))
     if status:
-        _raise(status, "project_kv", name)
+        raise_status(status, "project_kv", name)
 
 
 def projection_parameters(segment: SegmentTensors, key_out: Tensor, value_out: Tensor) -> list[int] | None:
@@ -418,7 +347,7 @@ def projection_parameters(segment: SegmentTensors, key_out: Tensor, value_out: T
 
 def projection_places(sources: Sequence[str]) -> list[int]:
     """Where the addresses of a segment's tensors, named as in SLOTS, and of the two results lie in the parameters."""
-    return [_PROJECTED_SEGMENT + SLOTS.index(name) * len(_ABSENT) for name in sources] + [_KEY_OUT, _VALUE_OUT]
+    return [_PROJECTED_SEGMENT + SLOTS.index(name) * len(ABSENT) for name in sources] + [_KEY_OUT, _VALUE_OUT]
 
 
 def run_projection(parameters: list[int], places: list[int], addresses: list[int]) -> None:
@@ -428,11 +357,11 @@ def run_projection(parameters: list[int], places: list[int], addresses: list[int
         numbers[place] = address
     status = _cpu.project_kv(numbers)
     if status:
-        _raise(status, "project_kv", "segment")
+        raise_status(status, "project_kv", "segment")
 
 
 def _rope_table(table: Tensor | None, batch: int, length: int) -> Tensor | None:
-    return None if table is None else _rows(_supported(table)).expand(batch, length, table.shape[2])
+    return None if table is None else as_rows(supported(table)).expand(batch, length, table.shape[2])
 
 
 def project_kv_backward(
@@ -549,25 +478,27 @@ def _projector_grads(grad, x, proj, proj_in, wants_raw) -> tuple[Tensor | None, 
 
 def merge_states(backend: str, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Forward kernel."""
-    outs = [_rows(out) for out in outs]
-    lses = [_supported(lse) for lse in lses]
+    outs = [as_rows(out) for out in outs]
+    lses = [supported(lse) for lse in lses]
     out = outs[0].new_empty(outs[0].shape)
     lse = out.new_empty(out.shape[:3], dtype=torch.float32)
     numbers = [
-        *_numbers(out), *_numbers(lse), *out.shape, len(outs), torch.get_num_threads(),
-        *(n for t in (*outs, *lses) for n in _numbers(t)),
+        *tensor_numbers(out), *tensor_numbers(lse), *out.shape, len(outs), torch.get_num_threads(),
+        *(n for t in (*outs, *lses) for n in tensor_numbers(t)),
     ]  # fmt: skip
     status = _cpu.merge_states(numbers)
     if status:
-        _raise(status, "merge_states")
+        raise_status(status, "merge_states")
     return out, lse
 
 
 def quantize(backend: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Forward kernel."""
-    x = _rows(x)
+    x = as_rows(x)
     out, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:3], dtype=torch.float32)
-    status = _cpu.quantize([*_numbers(x), *_numbers(out), *_numbers(scale), *x.shape, torch.get_num_threads()])
+    status = _cpu.quantize(
+        [*tensor_numbers(x), *tensor_numbers(out), *tensor_numbers(scale), *x.shape, torch.get_num_threads()]
+    )
     if status:
-        _raise(status, "quantize_kv")
+        raise_status(status, "quantize_kv")
     return out, scale

@@ -60,7 +60,7 @@ def unrotate_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _on_rotary_dims(grad, cos, lambda part: part * cos / norm + rotate_half(part * sin / norm))
 
 
-def _gather_tokens(x: Tensor, index: Tensor | None) -> Tensor:
+def gather_tokens(x: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         return x
     index = index.expand(x.shape[0], index.shape[-1]).long()
@@ -87,7 +87,7 @@ def prepare_raw(
         x = x * scale.to(dtype).expand(x.shape[:3]).unsqueeze(-1)
     if remove is not None:
         x = unrotate(x, *remove)
-    return zero_beyond(_gather_tokens(x, index), lengths)
+    return zero_beyond(gather_tokens(x, index), lengths)
 
 
 def zero_beyond(x: Tensor, lengths: Tensor | None) -> Tensor:

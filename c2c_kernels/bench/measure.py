@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from c2c_kernels.bench import attention, backward, gpu, merging, projection, reading, topology
+from c2c_kernels.bench import attention, backward, fusing, gpu, merging, projection, reading, topology
 from c2c_kernels.bench.check import WrongResultError
 from c2c_kernels.bench.inputs import Device
 from c2c_kernels.bench.machine import Floor, Machine
@@ -30,6 +30,7 @@ def build(case: Case, device: Device = "cpu") -> Work:
         "backward": backward.build,
         "project": projection.build,
         "merge": merging.build,
+        "fuse": fusing.build,
     }
     return builders.get(case.family.partition("-")[0], attention.build)(case, device)
 
@@ -140,6 +141,8 @@ def _missing_memory(case: Case, device: torch.device) -> str:
     tokens = case.own + case.shared
     numbers = 2 * case.batch * receiver.kv_heads * tokens * receiver.head_dim * case.layers
     wanted, room = _COPIES * numbers * DTYPES[case.dtype].itemsize, _free(device)
+    if case.family.startswith("fuse"):
+        wanted += fusing.weight_bytes(case)
     if room is None or wanted <= room:
         return ""
     return f"needs {wanted / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are there"

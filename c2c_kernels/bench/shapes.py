@@ -23,6 +23,8 @@ FAMILIES = {
     "project": "project_kv; one token: every layer's weights in turn",
     "project-int8": "project_kv from int8 storage",
     "merge": "merge_states",
+    "fuse": "fuse_kv of one layer; one token: every layer's weights in turn",
+    "fuse-model": "fuse_kv of every layer in one call",
 }
 
 
@@ -58,6 +60,18 @@ LLAMA3_2 = Sharer("Llama-3.2-1B", 8, 64)
 QWEN3_4B = Sharer("Qwen3-4B", 8, 128)
 GEMMA3 = Sharer("Gemma-3-270M", 1, 256)
 RECEIVERS = (QWEN3, SMOLLM2)
+_QWEN3_1_7B = Receiver("Qwen3-1.7B", 16, 8, 128, 28)
+_QWEN3_8B = Receiver("Qwen3-8B", 32, 8, 128, 36)
+# The pairs of the fusers that the paper's authors publish.
+FUSED_PAIRS = (
+    (QWEN3, QWEN2_5),
+    (QWEN3, LLAMA3_2),
+    (QWEN3, Sharer("Qwen2.5-Math-1.5B", 2, 128)),
+    (QWEN3, QWEN3_4B),
+    (QWEN3, Sharer("Qwen3-4B-Base", 8, 128)),
+    (_QWEN3_1_7B, Sharer("Qwen2.5-1.5B", 2, 128)),
+    (_QWEN3_8B, Sharer("Qwen2.5-7B", 4, 128)),
+)
 _WITH_FLEX = ("decode", "prefill")  # forward attention; compiling takes seconds for every shape
 PAIRS = ((QWEN3, QWEN2_5), (QWEN3, LLAMA3_2), (QWEN3, QWEN3_4B), (SMOLLM2, GEMMA3))
 
@@ -78,6 +92,7 @@ class Case:
         layers: how many sets of inputs take turns.
         states: attention states to merge.
         flex: whether flex_attention, compiled for the shape, stands beside.
+        compiled: whether torch.compile of the formula stands beside.
     """
 
     family: str
@@ -91,6 +106,7 @@ class Case:
     layers: int = 1
     states: int = 0
     flex: bool = False
+    compiled: bool = False
 
     @property
     def gradients(self) -> bool:
@@ -177,6 +193,8 @@ def _quick() -> Iterator[Case]:
         yield from _project(_of("project", shared=tokens), ("bfloat16",))
     yield from _pairs(_of("project-int8", shared=512), ("bfloat16",))
     yield from _each(_of("merge", q_len=512, states=2), ("float32",))
+    yield _fused(_of("fuse", shared=64), QWEN3, QWEN3_4B, "float32")
+    yield _fused(_of("fuse-model", shared=1), QWEN3, QWEN2_5, "bfloat16")
 
 
 def _full() -> Iterator[Case]:
@@ -213,6 +231,25 @@ def _full() -> Iterator[Case]:
     yield from _pairs(_of("project-int8", shared=512), low)
     for states, tokens in ((2, 1), (2, 512), (8, 64)):
         yield from _each(_of("merge", q_len=tokens, states=states), low)
+    yield from _fuse()
+
+
+def _fused(case: Case, receiver: Receiver, sharer: Sharer, dtype: str) -> Case:
+    """Whole models, and single layers at one token, have every layer's weights: those of one would stay cached."""
+    whole = case.family == "fuse-model" or case.shared == 1
+    return replace(case, receiver=receiver, sharer=sharer, dtype=dtype, layers=receiver.layers if whole else 1)
+
+
+def _fuse() -> Iterator[Case]:
+    """Every published pair; of a whole model with many tokens the smallest, as a call takes seconds."""
+    for tokens, (receiver, sharer) in product((1, 64, 512, 2048), FUSED_PAIRS):
+        for dtype in DTYPES if tokens == 64 else ("float32", "bfloat16"):
+            case = replace(_of("fuse", shared=tokens), compiled=True)
+            yield _fused(case, receiver, sharer, dtype)
+    for (receiver, sharer), dtype in product(FUSED_PAIRS, ("float32", "bfloat16")):
+        yield _fused(replace(_of("fuse-model", shared=1), compiled=True), receiver, sharer, dtype)
+    for tokens, dtype in product((64, 512), DTYPES):
+        yield _fused(replace(_of("fuse-model", shared=tokens), compiled=True), QWEN3, QWEN2_5, dtype)
 
 
 def _project(case: Case, dtypes: Iterable[str]) -> Iterator[Case]:

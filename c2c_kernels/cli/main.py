@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from c2c_kernels._version import __version__
-from c2c_kernels.cli import corpus, evaluate, inspect, known_pairs, questions, train, tune
+from c2c_kernels.cli import corpus, evaluate, fuser_convert, inspect, known_pairs, questions, train, tune
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.fit_arguments import add_fit_arguments
 
@@ -22,6 +22,7 @@ _COMMANDS: dict[str, Any] = {
     "train": train,
     "evaluate": evaluate,
     "inspect": inspect,
+    "convert": fuser_convert,
     "tune": tune,
 }
 

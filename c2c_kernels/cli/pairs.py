@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 SHARER, RECEIVER = "google/gemma-3-270m", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What names a projector and its models."""
-    parser.add_argument("projector", metavar="FILE.safetensors", help="what `c2c-kernels fit` wrote")
+def add_arguments(parser: argparse.ArgumentParser, *, optional: str = "") -> None:
+    """What names a projector and its models. `optional`: what is said of a file that need not be given."""
+    parser.add_argument(
+        "projector",
+        metavar="FILE.safetensors",
+        nargs="?" if optional else None,
+        help=optional or "what `c2c-kernels fit` wrote",
+    )
     model = "Hugging Face id, model folder or .gguf file"
     parser.add_argument("--sharer", default=SHARER, metavar="MODEL", help=f"{model} ({SHARER})")
     parser.add_argument("--receiver", default=RECEIVER, metavar="MODEL", help=f"{model} ({RECEIVER})")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from c2c_kernels import corpus
-from c2c_kernels.cli import outputs, pairs, texts
+from c2c_kernels.cli import outputs, pairs, texts, train_fuser
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.progress import note, watch
 
@@ -22,20 +22,24 @@ if TYPE_CHECKING:
 
 _MADE_UP = "made-up"
 _MADE_UP_COUNT = 20_000
+_LR, _DISTILL = 4e-4, 0.8
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command's arguments."""
     parser = commands.add_parser(
         "train",
-        help="train a fitted projector by gradients",
+        help="train a fitted projector, or the paper's fuser, by gradients",
         description="Both models are frozen; the maps and gates of the projector are trained so that the receiver says "
-        "what follows a text that only the sharer has read, and answers questions about it. An interrupted run goes on "
+        "what follows a text that only the sharer has read, and answers questions about it. With --fuser c2c both have "
+        "read the text, and what is trained rewrites the receiver's cache. An interrupted run goes on "
         "where it was: give the same command again. `torchrun --nproc-per-node N -m c2c_kernels.cli train ...` runs "
         "N processes.",
     )
-    pairs.add_arguments(parser)
-    parser.add_argument("--output", required=True, metavar="FILE.safetensors", help="the trained projector")
+    pairs.add_arguments(
+        parser, optional="what `c2c-kernels fit` wrote; with --fuser a fuser to go on from, where there is one"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE.safetensors", help="the trained projector, or fuser")
     parser.add_argument(
         "--corpus", action="append", metavar="TEXTS", help=f"plain text to train on (repeatable): {texts.HELP}"
     )
@@ -54,13 +58,10 @@ def add_parser(commands: Any) -> None:
         ("--accumulate", int, 2, "such batches in a step"),
         ("--question-weight", float, 0.3, "share of the batches that are questions"),
         ("--most-questions", int, _MADE_UP_COUNT, "of each set"),
-        ("--lr", float, 4e-4, "learning rate of the maps, in whitened coordinates"),
         ("--bias-lr", float, 1e-2, "learning rate of the biases, in standard deviations"),
         ("--gate-lr", float, 1e-2, "learning rate of the gates"),
         ("--context", int, 480, "most receiver tokens read through the projector"),
         ("--continuation", int, 128, "tokens after it"),
-        ("--distill", float, 0.8, "weight of the divergence from the receiver that has read the text, the rest is "
-         "cross-entropy"),
         ("--match", float, 0.0, "weight of the error of projected keys and values"),
         ("--held-out", int, 8, "windows of each kind kept to look at in between"),
         ("--validations", int, 6, "how often"),
@@ -69,15 +70,25 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     for name, kind, default, text in numbers:
         parser.add_argument(name, type=kind, default=default, metavar="N", help=f"{text} ({default:g})")
+    parser.add_argument(
+        "--lr", type=float, metavar="N",
+        help=f"learning rate of the maps, in whitened coordinates ({_LR:g}), or of a fuser ({train_fuser.LR:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--distill", type=float, metavar="N",
+        help="weight of the divergence from the receiver that has read the text, the rest is cross-entropy "
+        f"({_DISTILL:g}; none with --fuser)",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the models (float32)")
     parser.add_argument("--backend", metavar="NAME", help="kernels to use (default: the fastest that runs here)")
     parser.add_argument(
-        "--storage", choices=("float32", "bfloat16", "int8"), default="int8", help="of matrices in the file (int8)"
+        "--storage", choices=("float32", "bfloat16", "int8"), help="of matrices in the file (int8; a fuser's: float32)"
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of each process (default: torch's choice)"
     )
     parser.add_argument("--json", action="store_true", help="print what was done as one JSON object")
+    train_fuser.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -86,11 +97,13 @@ def run(options: argparse.Namespace) -> int:
     _check(options, output)
     documents = _documents(options)
     asked = _questions(options)
+    if options.fuser:
+        return train_fuser.run(options, documents, asked, output)
     with _processes() as first:
         projector = _train(options, documents, asked, output, first)
         if first:
             try:
-                projector.save(output, storage=options.storage)
+                projector.save(output, storage=options.storage or "int8")
                 output.with_name(output.name + ".checkpoint").unlink(missing_ok=True)
             except OSError as error:
                 raise outputs.unwritten("--output", output, error) from error
@@ -101,8 +114,17 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace, output: Path) -> None:
     """What can be refused before anything is read."""
     outputs.check("--output", output, ".safetensors")
-    pairs.check_file(options.projector)
-    if output.resolve() == Path(options.projector).resolve():
+    if options.fuser:
+        train_fuser.check(options)
+    elif options.projector is None:
+        raise CommandError("a projector file is wanted: what `c2c-kernels fit` wrote, or --fuser c2c to train a fuser")
+    else:
+        train_fuser.refuse(options)
+        options.lr = _LR if options.lr is None else options.lr
+        options.distill = _DISTILL if options.distill is None else options.distill
+    if options.projector is not None:
+        pairs.check_file(options.projector)
+    if options.projector is not None and output.resolve() == Path(options.projector).resolve():
         raise CommandError(f"--output {output} is the projector to start from: another file is wanted")
     for name in ("threads", "most_questions"):
         value = getattr(options, name)
@@ -177,7 +199,7 @@ def _train(
         maps="float32",
         backend=options.backend,
     )
-    asked = [_asked(reader.receiver_tokenizer, question) for question in questions]
+    asked = [asked_of(reader.receiver_tokenizer, question) for question in questions]
     checkpoint = output.with_name(output.name + ".checkpoint")
     if first and checkpoint.exists():
         note(f"goes on from {checkpoint}")
@@ -210,7 +232,7 @@ def _check_settings(options: argparse.Namespace, settings: TrainOptions) -> None
         raise CommandError(str(error)) from error
 
 
-def _asked(tokenizer: Any, question: corpus.Question) -> Asked:
+def asked_of(tokenizer: Any, question: corpus.Question) -> Asked:
     from c2c_kernels.cli.prompts import answer_tokens, split_prompt
     from c2c_kernels.training import Asked
 

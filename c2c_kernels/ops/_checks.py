@@ -18,12 +18,12 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _expect(name: str, tensor: Tensor, wanted: tuple, words: str) -> None:
+def expect(name: str, tensor: Tensor, wanted: tuple, words: str) -> None:
     if tensor.shape != wanted:
         raise ValueError(f"{name} has shape {shape_of(tensor)}, wanted {words} = {tuple(wanted)}")
 
 
-def _expect_broadcastable(name: str, tensor: Tensor, wanted: tuple, words: str) -> None:
+def expect_broadcastable(name: str, tensor: Tensor, wanted: tuple, words: str) -> None:
     shape = tensor.shape
     missing = len(wanted) - len(shape)
     fits = missing >= 0
@@ -40,34 +40,34 @@ def _expect_tensor(name: str, tensor: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
 
 
-def _expect_integers(name: str, tensor: Tensor) -> None:
+def expect_integers(name: str, tensor: Tensor) -> None:
     _expect_tensor(name, tensor)
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name} has dtype {tensor.dtype}, wanted int32 or int64")
 
 
-def _expect_float(name: str, tensor: Tensor) -> None:
+def expect_float(name: str, tensor: Tensor) -> None:
     _expect_tensor(name, tensor)
     if tensor.dtype not in _FLOATS:
         raise TypeError(f"{name} has dtype {tensor.dtype}, wanted float32, bfloat16, float16 or float64")
 
 
-def _expect_device(name: str, tensor: Tensor, device: torch.device) -> None:
+def expect_device(name: str, tensor: Tensor, device: torch.device, like: str = "the query") -> None:
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, wanted {device} like the query")
+        raise ValueError(f"{name} is on {tensor.device}, wanted {device} like {like}")
 
 
 def _check_low_rank(name: str, proj: Tensor, proj_in: Tensor | None, kv_heads: int, dim: int, width: int) -> None:
-    _expect_float(name, proj)
+    expect_float(name, proj)
     if proj_in is None:
-        _expect(name, proj, (kv_heads, dim, width), "(kv_heads, head_dim, sharer_width)")
+        expect(name, proj, (kv_heads, dim, width), "(kv_heads, head_dim, sharer_width)")
         return
-    _expect_float(f"{name}[1]", proj_in)
+    expect_float(f"{name}[1]", proj_in)
     if proj_in.dim() != 2 or proj_in.shape[1] != width:
         raise ValueError(f"{name}[1] has shape {shape_of(proj_in)}, wanted (rank, sharer_width) = (rank, {width})")
     if proj_in.shape[0] == 0:
         raise ValueError(f"{name}[1] has rank 0, wanted at least 1")
-    _expect(f"{name}[0]", proj, (kv_heads, dim, proj_in.shape[0]), "(kv_heads, head_dim, rank)")
+    expect(f"{name}[0]", proj, (kv_heads, dim, proj_in.shape[0]), "(kv_heads, head_dim, rank)")
 
 
 def _check_tensors(name: str, segment: SegmentTensors, device: torch.device | None, like: str) -> None:
@@ -99,10 +99,10 @@ def check_raw(name: str, segment: SegmentTensors) -> None:
             if scale is None:
                 raise ValueError(f"{name}.{slot} is stored as {tensor.dtype}: {name}.{slot}_scale is needed")
         elif tensor.dtype not in _FLOATS:
-            _expect_float(f"{name}.{slot}", tensor)
+            expect_float(f"{name}.{slot}", tensor)
         if scale is not None:
-            _expect_float(f"{name}.{slot}_scale", scale)
-            _expect_broadcastable(f"{name}.{slot}_scale", scale, tuple(tensor.shape[:3]), "(batch, sharer_heads, len)")
+            expect_float(f"{name}.{slot}_scale", scale)
+            expect_broadcastable(f"{name}.{slot}_scale", scale, tuple(tensor.shape[:3]), "(batch, sharer_heads, len)")
     batch, heads, length, _ = key.shape
     value_shape = value.shape
     if batch != value_shape[0] or heads != value_shape[1] or length != value_shape[2]:
@@ -110,20 +110,20 @@ def check_raw(name: str, segment: SegmentTensors) -> None:
             f"{name}.value has shape {shape_of(value)}, wanted batch, heads and len of {name}.key {shape_of(key)}"
         )
     if segment.selected is not None:
-        _expect_integers(f"{name}.index", segment.selected)
+        expect_integers(f"{name}.index", segment.selected)
         if segment.selected.dim() not in (1, 2) or (segment.selected.dim() == 2 and segment.selected.shape[0] != batch):
             raise ValueError(
                 f"{name}.index has shape {shape_of(segment.selected)}, wanted (batch, n) or (n,) with batch = {batch}"
             )
     if segment.lengths is not None:
-        _expect_integers(f"{name}.lengths", segment.lengths)
-        _expect(f"{name}.lengths", segment.lengths, (batch,), "(batch,)")
+        expect_integers(f"{name}.lengths", segment.lengths)
+        expect(f"{name}.lengths", segment.lengths, (batch,), "(batch,)")
     if segment.positions is not None:
-        _expect_integers(f"{name}.positions", segment.positions)
+        expect_integers(f"{name}.positions", segment.positions)
         if segment.positions.dim() == 1:
-            _expect(f"{name}.positions", segment.positions, (segment.length,), "(len,)")
+            expect(f"{name}.positions", segment.positions, (segment.length,), "(len,)")
         else:
-            _expect(f"{name}.positions", segment.positions, (batch, segment.length), "(batch, len)")
+            expect(f"{name}.positions", segment.positions, (batch, segment.length), "(batch, len)")
     elif segment.causal:
         raise ValueError(f'{name}.visibility is "causal": {name}.positions is needed')
 
@@ -141,8 +141,8 @@ def check_segment(
     if not (fits and segment.plain):
         _check_halves(name, segment, kv_heads, head_dim, value_dim)
     if segment.gate is not None:
-        _expect_float(f"{name}.gate", segment.gate)
-        _expect_broadcastable(f"{name}.gate", segment.gate, (batch, q_heads, segment.length), "(batch, q_heads, len)")
+        expect_float(f"{name}.gate", segment.gate)
+        expect_broadcastable(f"{name}.gate", segment.gate, (batch, q_heads, segment.length), "(batch, q_heads, len)")
 
 
 def _check_halves(name: str, segment: SegmentTensors, kv_heads: int, head_dim: int, value_dim: int) -> None:
@@ -160,8 +160,8 @@ def _check_halves(name: str, segment: SegmentTensors, kv_heads: int, head_dim: i
         else:
             _check_low_rank(f"{name}.{slot}_proj", proj, proj_in, kv_heads, dim, raw.shape[1] * raw.shape[3])
         if bias is not None:
-            _expect_float(f"{name}.{slot}_bias", bias)
-            _expect(f"{name}.{slot}_bias", bias, (kv_heads, dim), "(kv_heads, head_dim)")
+            expect_float(f"{name}.{slot}_bias", bias)
+            expect(f"{name}.{slot}_bias", bias, (kv_heads, dim), "(kv_heads, head_dim)")
 
 
 def check_merged_attention(
@@ -207,7 +207,7 @@ def check_merged_attention(
         raise ValueError(f"query has {q_heads} heads, wanted a positive multiple of the {kv_heads} heads of key")
     if head_dim == 0 or value_dim == 0:
         raise ValueError(f"head_dim must be positive, got key {shape_of(key)} and value {shape_of(value)}")
-    _expect_float("query", query)
+    expect_float("query", query)
     device = query.device
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
@@ -217,21 +217,21 @@ def check_merged_attention(
     if attn_mask is not None:
         _expect_tensor("attn_mask", attn_mask)
         if attn_mask.dtype != torch.bool:
-            _expect_float("attn_mask", attn_mask)
-        _expect_device("attn_mask", attn_mask, device)
-        _expect_broadcastable("attn_mask", attn_mask, (batch, q_heads, q_len, length), "(batch, q_heads, q_len, len)")
+            expect_float("attn_mask", attn_mask)
+        expect_device("attn_mask", attn_mask, device)
+        expect_broadcastable("attn_mask", attn_mask, (batch, q_heads, q_len, length), "(batch, q_heads, q_len, len)")
     if query_positions is not None:
-        _expect_integers("query_positions", query_positions)
-        _expect_device("query_positions", query_positions, device)
-        _expect_broadcastable("query_positions", query_positions, (batch, q_len), "(batch, q_len)")
+        expect_integers("query_positions", query_positions)
+        expect_device("query_positions", query_positions, device)
+        expect_broadcastable("query_positions", query_positions, (batch, q_len), "(batch, q_len)")
     if lengths is not None:
-        _expect_integers("lengths", lengths)
-        _expect_device("lengths", lengths, device)
-        _expect("lengths", lengths, (batch,), "(batch,)")
+        expect_integers("lengths", lengths)
+        expect_device("lengths", lengths, device)
+        expect("lengths", lengths, (batch,), "(batch,)")
     if sinks is not None:
-        _expect_float("sinks", sinks)
-        _expect_device("sinks", sinks, device)
-        _expect("sinks", sinks, (q_heads,), "(q_heads,)")
+        expect_float("sinks", sinks)
+        expect_device("sinks", sinks, device)
+        expect("sinks", sinks, (q_heads,), "(q_heads,)")
     for name, size in (("window", window), ("segment_window", segment_window)):
         if size is None:
             continue
@@ -287,8 +287,8 @@ def _check_rope(name: str, tables: tuple[Tensor, Tensor] | None, batch: int, len
     for part, table in zip(("cos", "sin"), tables, strict=True):
         _expect_tensor(f"{name} {part}", table)
     for part, table in zip(("cos", "sin"), tables, strict=True):
-        _expect_float(f"{name} {part}", table)
-        _expect_device(f"{name} {part}", table, device)
+        expect_float(f"{name} {part}", table)
+        expect_device(f"{name} {part}", table, device)
         if table.dim() != 3 or table.shape[0] not in (1, batch) or table.shape[1] != length:
             raise ValueError(
                 f"{name} {part} has shape {shape_of(table)}, wanted (batch or 1, len, rotary_dim) = "
@@ -323,8 +323,8 @@ def check_project_kv(
             kv_heads, dim = proj.shape[0], proj.shape[1]
             _check_low_rank(f"segment.{slot}_proj", proj, proj_in, kv_heads, dim, raw.shape[1] * raw.shape[3])
         if bias is not None:
-            _expect_float(f"segment.{slot}_bias", bias)
-            _expect(f"segment.{slot}_bias", bias, (kv_heads, dim), "(kv_heads, head_dim)")
+            expect_float(f"segment.{slot}_bias", bias)
+            expect(f"segment.{slot}_bias", bias, (kv_heads, dim), "(kv_heads, head_dim)")
         shapes.append((batch, kv_heads, segment.length, dim))
     if shapes[0][1] != shapes[1][1]:
         raise ValueError(f"segment.value_proj gives {shapes[1][1]} heads, segment.key_proj gives {shapes[0][1]}")
@@ -337,31 +337,34 @@ def check_project_kv(
         if not isinstance(out, (tuple, list)) or len(out) != 2:
             raise TypeError(f"out must be a pair (key, value) of tensors, got {type(out).__name__}")
         for slot, tensor, wanted in zip(("key", "value"), out, shapes, strict=True):
-            _expect_float(f"out {slot}", tensor)
-            _expect_device(f"out {slot}", tensor, device)
-            _expect(f"out {slot}", tensor, wanted, "(batch, kv_heads, len, head_dim)")
+            expect_float(f"out {slot}", tensor)
+            expect_device(f"out {slot}", tensor, device)
+            expect(f"out {slot}", tensor, wanted, "(batch, kv_heads, len, head_dim)")
             if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
                 raise ValueError(f"out {slot} has stride 0 {tensor.stride()}: its elements share memory")
-            if _may_overlap(tensor, segment.tensors):
+            if may_overlap(tensor, segment.tensors):
                 raise ValueError(f"out {slot} shares memory with the segment: project into other memory")
         if out[0].numel() and out[0].data_ptr() == out[1].data_ptr():
             raise ValueError("out key and out value are the same memory")
     return shapes[0], shapes[1]
 
 
-def _may_overlap(out: Tensor, sources: tuple[Tensor | None, ...]) -> bool:
+def may_overlap(out: Tensor, sources: tuple[Tensor | None, ...]) -> bool:
     """Whether the addresses of a tensor meet those of another; of interleaved views of one buffer this says yes."""
     if torch.compiler.is_compiling() or out.numel() == 0 or out.device.type == "meta":
         return False
 
-    def end(t: Tensor) -> int:
-        reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        return t.data_ptr() + (reach + 1) * t.element_size()
-
-    first, last = out.data_ptr(), end(out)
+    first, last = out.data_ptr(), end_of(out)
     return any(
-        source is not None and source.data_ptr() < last and source.numel() and first < end(source) for source in sources
+        source is not None and source.data_ptr() < last and source.numel() and first < end_of(source)
+        for source in sources
     )
+
+
+def end_of(tensor: Tensor) -> int:
+    """The address behind the last element of a tensor that has some."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def check_merge_states(outs: list[Tensor], lses: list[Tensor]) -> None:
@@ -372,24 +375,24 @@ def check_merge_states(outs: list[Tensor], lses: list[Tensor]) -> None:
     if first.dim() != 4:
         raise ValueError(f"outs[0] has shape {shape_of(first)}, wanted (batch, q_heads, q_len, head_dim)")
     for number, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        _expect_float(f"outs[{number}]", out)
-        _expect_float(f"lses[{number}]", lse)
-        _expect(f"outs[{number}]", out, tuple(first.shape), "the shape of outs[0]")
-        _expect(f"lses[{number}]", lse, tuple(first.shape[:3]), "(batch, q_heads, q_len)")
+        expect_float(f"outs[{number}]", out)
+        expect_float(f"lses[{number}]", lse)
+        expect(f"outs[{number}]", out, tuple(first.shape), "the shape of outs[0]")
+        expect(f"lses[{number}]", lse, tuple(first.shape[:3]), "(batch, q_heads, q_len)")
         if out.dtype != first.dtype:
             raise TypeError(f"outs[{number}] has dtype {out.dtype}, wanted {first.dtype} like outs[0]")
-        _expect_device(f"outs[{number}]", out, first.device)
-        _expect_device(f"lses[{number}]", lse, first.device)
+        expect_device(f"outs[{number}]", out, first.device)
+        expect_device(f"lses[{number}]", lse, first.device)
 
 
 def check_quantize_kv(key: Tensor, value: Tensor) -> None:
     """Shapes, dtypes and devices of a `quantize_kv` call."""
     for name, tensor in (("key", key), ("value", value)):
-        _expect_float(name, tensor)
+        expect_float(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} has shape {shape_of(tensor)}, wanted (batch, heads, len, head_dim)")
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(f"value has shape {shape_of(value)}, wanted batch, heads and len of key {shape_of(key)}")
-    _expect_device("value", value, key.device)
+    expect_device("value", value, key.device)
     if value.dtype != key.dtype:
         raise TypeError(f"value has dtype {value.dtype}, wanted {key.dtype} like key")

@@ -4,7 +4,8 @@ projector = train_projector(sharer, receiver, fitted, Examples(texts), ..., opti
 """
 
 from c2c_kernels.training.examples import Asked
+from c2c_kernels.training.material import Examples
 from c2c_kernels.training.options import TrainOptions
-from c2c_kernels.training.train import Examples, Progress, train_projector
+from c2c_kernels.training.train import Progress, train_projector
 
 __all__ = ["Asked", "Examples", "Progress", "TrainOptions", "train_projector"]

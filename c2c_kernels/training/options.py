@@ -66,7 +66,7 @@ class TrainOptions:
         """Receiver tokens of a window: context and the continuation after it."""
         return self.context + self.continuation
 
-    def check(self, projector: CacheProjector) -> None:
+    def check(self, projector: CacheProjector | None = None) -> None:
         """ValueError naming the option that cannot be."""
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"either steps or minutes is wanted, got {self.steps} and {self.minutes}")
@@ -92,7 +92,7 @@ class TrainOptions:
             raise ValueError(f"context must be at least least_context ({self.least_context}), got {self.context}")
         if len(self.gate_temperature) != 2 or not min(self.gate_temperature) > 0:
             raise ValueError(f"gate_temperature must be two numbers above 0, got {self.gate_temperature}")
-        if self.match and projector.tokens != "receiver":
+        if self.match and projector is not None and projector.tokens != "receiver":
             raise ValueError(
                 f'match compares with the receiver\'s own tokens: it needs tokens="receiver", not {projector.tokens!r}'
             )

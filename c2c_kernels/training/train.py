@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from c2c_kernels._version import __version__
 from c2c_kernels.alignment import check_offsets
 from c2c_kernels.checkpoints import Checkpoint
-from c2c_kernels.fitting.texts import corpus_hash, text_hashes
+from c2c_kernels.fitting.texts import corpus_hash
 from c2c_kernels.identity import check_identity, identify
 from c2c_kernels.integrations.transformers import disable
 from c2c_kernels.integrations.transformers.attention import PATCH
@@ -24,7 +24,8 @@ from c2c_kernels.projectors import CacheProjector
 from c2c_kernels.training.batches import Batch, collate
 from c2c_kernels.training.coordinates import Coordinates, InputMoments
 from c2c_kernels.training.course import Course, rate, temperature
-from c2c_kernels.training.examples import Asked, Questions, Stream, Texts
+from c2c_kernels.training.examples import Stream
+from c2c_kernels.training.material import Examples, check_lengths, held_out, streams
 from c2c_kernels.training.options import TrainOptions
 from c2c_kernels.training.processes import Processes
 from c2c_kernels.training.trainee import Trainee
@@ -34,26 +35,6 @@ from c2c_kernels.training.validation import Validation
 _FOR_MOMENTS = 16
 _CURVE_POINTS = 48
 _DIGITS = 16  # of the SHA-256s that facts record, as a fit does
-# Of the documents, or texts with questions, at most one in so many is held out.
-_HELD_OUT_SHARE = 8
-
-
-@dataclass(frozen=True)
-class Examples:
-    """What is trained on.
-
-    Attributes:
-        texts: documents; each window continues in several places.
-        questions: about texts; the answers are scored.
-    """
-
-    texts: Sequence[str] = ()
-    questions: Sequence[Asked] = ()
-
-    @property
-    def hashes(self) -> list[str]:
-        """SHA-256 of every text that is read, once each, in order."""
-        return list(dict.fromkeys(text_hashes([*self.texts, *(one.context for one in self.questions)])))
 
 
 @dataclass(frozen=True)
@@ -137,10 +118,10 @@ def train_projector(
         check_offsets(tokenizer, name)
     options.check(projector)
     _check_projector(projector, sharer, receiver, sharer_tokenizer, receiver_tokenizer)
-    _check_lengths(options, examples, projector, sharer, receiver, sharer_tokenizer, receiver_tokenizer)
-    trained, kept = _held_out(examples, options)
+    check_lengths(options, examples, projector.prefix, sharer, receiver, sharer_tokenizer, receiver_tokenizer)
+    trained, kept = held_out(examples, options)
     tokenizers = (sharer_tokenizer, receiver_tokenizer)
-    streams = _streams(trained, projector, tokenizers, options)
+    dealt = streams(trained, projector.prefix, tokenizers, options)
     projector = copy.deepcopy(projector).requires_grad_(True)
     if projector.gate_logits is None:
         projector.add_gates(int(receiver.config.num_attention_heads))
@@ -155,7 +136,7 @@ def train_projector(
         keeper = None
         if checkpoint is not None:
             keeper = Checkpoint(Path(checkpoint), "training", made_for, options.checkpoint_seconds)
-        run = _train(trainee, streams, validation, options, processes, keeper, update)
+        run = _train(trainee, dealt, validation, options, processes, keeper, update)
     finally:
         if not was_enabled:
             disable(receiver.base_model)
@@ -313,80 +294,6 @@ def _check_projector(
         check_identity(role, getattr(projector, f"{role}_identity"), identify(model, tokenizer))
 
 
-def _check_lengths(
-    options: TrainOptions,
-    examples: Examples,
-    projector: CacheProjector,
-    sharer: Any,
-    receiver: Any,
-    sharer_tokenizer: Any,
-    receiver_tokenizer: Any,
-) -> None:
-    """ValueError for what is longer than a model's context, or empty."""
-    if not examples.texts and not examples.questions:
-        raise ValueError("examples are empty: texts or questions to train on are wanted")
-    for number, text in enumerate(examples.texts):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"texts[{number}] is empty: a document is wanted")
-    limits = [
-        (name, int(longest), tokenizer)
-        for name, model, tokenizer in (("sharer", sharer, sharer_tokenizer), ("receiver", receiver, receiver_tokenizer))
-        if (longest := getattr(model.config, "max_position_embeddings", None)) is not None
-    ]
-    own = len(projector.prefix) + options.continuation
-    for name, longest, _ in limits:
-        # another tokenizer may need more tokens for the same text
-        if examples.texts and 2 * options.context + own > longest:
-            raise ValueError(
-                f"context is {options.context} tokens, the {name}'s own {longest} with a continuation of "
-                f"{options.continuation}: at most {(longest - own) // 2} is wanted"
-            )
-    asked: dict[str, tuple[int, int]] = {}  # per text the first question, and most tokens around it
-    for number, one in enumerate(examples.questions):
-        if not one.context.strip() or not one.rest or not one.answer:
-            raise ValueError(f"questions[{number}] has an empty context, prompt or answer")
-        first, around = asked.get(one.context, (number, 0))
-        asked[one.context] = (first, max(around, len(one.head) + len(one.rest) + len(one.answer)))
-    for context, (number, around) in asked.items():
-        for name, longest, tokenizer in limits:
-            count = len(tokenizer(context)["input_ids"]) + (around if name == "receiver" else 0)
-            if count > longest:
-                raise ValueError(
-                    f"questions[{number}] takes {count} tokens of the {name}, whose context is {longest} tokens long"
-                )
-
-
-def _held_out(examples: Examples, options: TrainOptions) -> tuple[Examples, Examples]:
-    """Examples to train on and to look at: texts with the smallest hashes are kept from training."""
-
-    def split(texts: list[str]) -> set[str]:
-        hashes = dict(zip(text_hashes(texts), texts, strict=True))
-        count = min(options.held_out, len(hashes) // _HELD_OUT_SHARE) if options.validations else 0
-        return {hashes[digest] for digest in sorted(hashes)[:count]}
-
-    texts = split(list(examples.texts))
-    contexts = split(list(dict.fromkeys(one.context for one in examples.questions)))
-    parts = [
-        Examples(
-            [text for text in examples.texts if (text in texts) == kept],
-            [one for one in examples.questions if (one.context in contexts) == kept],
-        )
-        for kept in (False, True)
-    ]
-    return parts[0], parts[1]
-
-
-def _streams(
-    examples: Examples, projector: CacheProjector, tokenizers: tuple[Any, Any], options: TrainOptions
-) -> list[Stream]:
-    streams: list[Stream] = []
-    if examples.texts:
-        streams.append(Texts(examples.texts, *tokenizers, projector.prefix, options))
-    if examples.questions:
-        streams.append(Questions(examples.questions, *tokenizers, options))
-    return streams
-
-
 def _validation(
     kept: Examples, projector: CacheProjector, tokenizers: tuple[Any, Any], options: TrainOptions
 ) -> Validation:
@@ -394,10 +301,10 @@ def _validation(
     settings = replace(options, seed=0)
     for part in (replace(kept, questions=()), replace(kept, texts=())):
         try:
-            streams = _streams(part, projector, tokenizers, settings)
+            found = streams(part, projector.prefix, tokenizers, settings)
         except ValueError:  # the documents held out are all too short
             continue
-        for stream in streams:
+        for stream in found:
             windows = [stream.window(number) for number in range(options.held_out)]
             batches[stream.kind] = [collate([window], projector) for window in windows]
     return Validation(batches)

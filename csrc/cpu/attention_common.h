@@ -2,6 +2,7 @@
 // Included inside an instruction set's namespace.
 
 constexpr int64_t BLOCK = 64;           // tokens handled between two softmax updates
+constexpr int64_t TILED_BLOCK = 256;    // the same where matrix tiles multiply (attention_tiles.h)
 constexpr int64_t STAGED_TOKENS = 512;  // projected between two rounds of attention
 constexpr int64_t TARGET_ROWS = 128;    // query rows of a register-blocked tile
 
@@ -125,10 +126,11 @@ struct Tile {
   int64_t begin, end;  // tokens
   int64_t rows = run.group_heads * queries;
   Limits limits = {};
-  int64_t *coordinate = nullptr;  // [BLOCK] of the current block
+  int64_t block = BLOCK;          // tokens at a time, at most
+  int64_t *coordinate = nullptr;  // [block] of the current block
   int32_t *row_lo = nullptr;      // nullable, [rows, padded]: limits of a limited block without positions,
   int32_t *row_hi = nullptr;      // relative to its first token
-  float *gates = nullptr;         // [group_heads][BLOCK] of the current block: ln g, or g itself for the backward pass
+  float *gates = nullptr;         // [group_heads][block] of the current block: ln g, or g itself for the backward pass
   bool backward = false;
   bool keep_closed = false;  // the backward pass wants tokens whose gate is 0 too, where the gate has a gradient
   bool gated = false, limited = false;
@@ -175,7 +177,7 @@ struct Tile {
   }
 
   void limit_rows() {
-    const int64_t padded = round_up(rows, PANEL), longest = BLOCK;
+    const int64_t padded = round_up(rows, PANEL), longest = block;
     for (int64_t i = 0; i < queries; ++i) {
       row_lo[i] = (int32_t)most<int64_t>(-1, least(longest, limits.lo[i] - first_token));
       row_hi[i] = (int32_t)most<int64_t>(-1, least(longest, limits.hi[i] - first_token));
@@ -205,9 +207,9 @@ struct Tile {
     const c2c_tensor &gate = run.segment->gate;
     bool open = false;
     for (int64_t g = 0; g < run.group_heads; ++g) {
-      float *to = gates + g * BLOCK;
+      float *to = gates + g * block;
       if (g > 0 && gate.stride[1] == 0) {
-        memcpy(to, gates, BLOCK * sizeof(float));
+        memcpy(to, gates, block * sizeof(float));
         continue;
       }
       int64_t offset = b * gate.stride[0] + head(g) * gate.stride[1] + j * gate.stride[2];
@@ -226,13 +228,13 @@ static ALWAYS_INLINE float mask_at(const c2c_tensor &mask, int64_t offset) {
   return mask.dtype == C2C_BOOL ? (((const uint8_t *)mask.data)[offset] ? 0.0f : -INF) : number_at(mask, offset);
 }
 
-// The mask of a block with tokens outside and queries inside, [heads or 1][BLOCK][queries]; false where it hides
+// The mask of a block with tokens outside and queries inside, [heads or 1][block][queries]; false where it hides
 // everything. A mask that is the same for all heads is stored once.
 static bool load_mask(const Tile &tile, int64_t j, int64_t n, float *to) {
   const c2c_tensor &mask = tile.p.mask;
   int64_t heads = mask.stride[1] == 0 ? 1 : tile.run.group_heads;
   bool any = false;
-  for (int64_t g = 0; g < heads; ++g, to += BLOCK * tile.queries)
+  for (int64_t g = 0; g < heads; ++g, to += tile.block * tile.queries)
     for (int64_t i = 0; i < tile.queries; ++i) {
       int64_t offset =
           tile.b * mask.stride[0] + tile.head(g) * mask.stride[1] + (tile.i0 + i) * mask.stride[2] + j * mask.stride[3];
@@ -245,22 +247,25 @@ static bool load_mask(const Tile &tile, int64_t j, int64_t n, float *to) {
   return any;
 }
 
-// Scores of a block of which rows see different tokens. Those that no row of a panel sees are left as they are.
-static void limit_columns(const Tile &tile, int64_t n, float *s, int64_t ld) {
-  for (int64_t panel = 0; panel < tile.rows; panel += PANEL) {
-    const int64_t tokens = tile.visible(panel, n);
-    for (int64_t r = panel; r < least(panel + PANEL, tile.rows); r += LANES) {
-      const VI lo = *(const UnalignedVI *)(tile.row_lo + r), hi = *(const UnalignedVI *)(tile.row_hi + r);
-      for (int64_t t = 0; t < tokens; ++t) {
-        const VI token = VI{} + (int32_t)t;
-        float *column = s + t * ld + r;
-        store(column, select((token > lo) & (token <= hi), load(column), set1(-INF)));
-      }
+// Scores of the leading tokens, s[tokens][ld], of a panel of rows that see different ones of them.
+static void limit_panel(const Tile &tile, int64_t panel, int64_t tokens, float *s, int64_t ld) {
+  for (int64_t r = panel; r < least(panel + PANEL, tile.rows); r += LANES) {
+    const VI lo = *(const UnalignedVI *)(tile.row_lo + r), hi = *(const UnalignedVI *)(tile.row_hi + r);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const VI token = VI{} + (int32_t)t;
+      float *column = s + t * ld + r - panel;
+      store(column, select((token > lo) & (token <= hi), load(column), set1(-INF)));
     }
   }
 }
 
-// Scores of a block with tokens outside and rows inside, s[BLOCK][ld]: bias of absorbed rows, soft cap, gates, mask,
+// Scores of a block of which rows see different tokens. Those that no row of a panel sees are left as they are.
+static void limit_columns(const Tile &tile, int64_t n, float *s, int64_t ld) {
+  for (int64_t panel = 0; panel < tile.rows; panel += PANEL)
+    limit_panel(tile, panel, tile.visible(panel, n), s + panel, ld);
+}
+
+// Scores of a block with tokens outside and rows inside, s[block][ld]: bias of absorbed rows, soft cap, gates, mask,
 // limits. `cap_slope` (nullable, same shape) receives the derivative of the cap; the backward pass wants weights
 // without gates.
 static void adjust_columns(const Tile &tile, int64_t n, float *s, int64_t ld, const float *row_bias, const float *mask,
@@ -286,11 +291,11 @@ static void adjust_columns(const Tile &tile, int64_t n, float *s, int64_t ld, co
     for (int64_t g = 0; g < tile.run.group_heads; ++g) {
       float *part = column + g * queries;
       if (tile.gated && !tile.backward) {
-        const float gate = tile.gates[g * BLOCK + t];
+        const float gate = tile.gates[g * tile.block + t];
         for (int64_t i = 0; i < queries; ++i) part[i] += gate;
       }
       if (mask) {
-        const float *add = mask + ((mask_shared ? 0 : g * BLOCK) + t) * queries;
+        const float *add = mask + ((mask_shared ? 0 : g * tile.block) + t) * queries;
         if (tile.p.mask.dtype == C2C_BOOL)
           for (int64_t i = 0; i < queries; ++i) part[i] = add[i] == 0.0f ? part[i] : -INF;
         else
@@ -335,13 +340,13 @@ static Upcoming upcoming_tokens(const Run &run, const c2c_tensor &t, int64_t dim
   return {(const char *)at(t, b, run.absorbed ? 0 : group, j), t.stride[1] * size, n * dim * size, run.parts};
 }
 
-// Query rows of a tile in float32, scaled, [rows][ld]; padding is zero.
-static void load_queries(const Tile &tile, float *to, int64_t ld) {
+// Query rows of a tile in float32 times `scale`, [rows][ld]; padding is zero.
+static void load_queries(const Tile &tile, float *to, int64_t ld, float scale) {
   const c2c_attention_params &p = tile.p;
   for (int64_t g = 0; g < tile.run.group_heads; ++g)
     for (int64_t i = 0; i < tile.queries; ++i, to += ld) {
       widen_row(to, p.query.dtype, at(p.query, tile.b, tile.head(g), tile.i0 + i), p.head_dim);
-      for (int64_t d = 0; d < p.head_dim; ++d) to[d] *= p.scale;
+      for (int64_t d = 0; d < p.head_dim; ++d) to[d] *= scale;
       for (int64_t d = p.head_dim; d < ld; ++d) to[d] = 0.0f;
     }
 }

@@ -3,8 +3,8 @@
 // Three phases over threads: fold (absorbed segments: q~ = Wk^T q), attend (each job is one run, one tile of query
 // rows, one part of the tokens, and leaves a softmax state), combine (states of a row merged in a fixed order,
 // absorbed sums taken through Wv, result rounded once). Few rows stream the cache (attention_stream.h); more rows go
-// through register-blocked products on transposed scores, s[token][row], which need no horizontal sums. Segments that
-// are not read as they are stored pass through a stage (stage.h) between fold and combine.
+// through products of blocks (attention_block.h, attention_tiles.h). Segments that are not read as they are stored pass
+// through a stage (stage.h) between fold and combine.
 
 constexpr int64_t QUERY_BLOCK = 16;  // queries of one head that are folded or combined together
 
@@ -19,119 +19,6 @@ struct Forward {
     return run_count == 1 && runs[0].splits == 1;  // the own cache alone
   }
 };
-
-// ---- many rows: register-blocked products ----
-
-// Column softmax of s[block][ld] over the tokens that rows see; leaves the factor of every row's sums so far.
-static bool softmax_columns(const Tile &tile, float *s, int64_t ld, int64_t block, int64_t rows, TileScratch &x) {
-  bool rescale = false;
-  for (int64_t r = 0; r < rows; r += LANES) {
-    const int64_t n = tile.visible(r / PANEL * PANEL, block);
-    V old = load(x.row_max + r), largest = old;
-    VI broken = {};
-    for (int64_t t = 0; t < n; ++t) {
-      V score = load(s + t * ld + r);
-      largest = vmax(score, largest);
-      broken |= score != score;
-    }
-    largest = select(broken, largest + __builtin_nanf(""), largest);
-    V base = select(largest == set1(-INF), V{}, largest);
-    V factor = select(old == largest, set1(1.0f), vexp(old - base));
-    V total = load(x.row_sum + r) * factor;
-    for (int64_t t = 0; t < n; ++t) {
-      V weight = vexp(load(s + t * ld + r) - base);
-      store(s + t * ld + r, weight);
-      total += weight;
-    }
-    store(x.row_max + r, largest);
-    store(x.row_sum + r, total);
-    store(x.factor + r, factor);
-    for (int l = 0; l < LANES; ++l) rescale = rescale || factor[l] != 1.0f;
-  }
-  return rescale;
-}
-
-// f(first row, count, tokens): rows in whole panels with the leading tokens of a block that they see. All rows at once
-// where they see the same.
-template <class F>
-static ALWAYS_INLINE void each_visible(const Tile &tile, int64_t n, F f) {
-  if (!tile.rows_limited()) return f(0, tile.rows, n);
-  for (int64_t r = 0; r < tile.rows; r += PANEL) {
-    const int64_t count = least<int64_t>(PANEL, tile.rows - r), tokens = tile.visible(r, n);
-    if (tokens) f(r, count, tokens);
-  }
-}
-
-// Scores of a block, s[token][ld]. Float32 tokens are read where they lie; others are widened a few at a time, so that
-// they are still in the first-level cache when they are multiplied.
-static void score_block(const Tile &tile, int64_t j, int64_t n, TileScratch &x, int64_t ld, Upcoming &upcoming) {
-  const Run &run = tile.run;
-  const bool direct = run.key->dtype == C2C_F32 && !run.key_scale;
-  const int64_t piece = direct ? n : WIDENED_TOKENS, parts = direct ? run.parts : 1, dim = run.key_width / parts;
-  for (int64_t t = 0; t < n; t += piece) {
-    if (!direct)
-      widen_tokens(run, *run.key, run.key_scale, run.key_dim, tile.b, tile.group, j + t, least(piece, n - t), x.k,
-                   run.key_ld);
-    each_visible(tile, n, [&](int64_t r, int64_t count, int64_t tokens) {
-      for (int64_t part = 0; part < parts; ++part) {
-        const float *keys = direct ? (const float *)at(*run.key, tile.b, run.absorbed ? part : tile.group, j) : x.k;
-        gemm(least(piece, tokens - t), count, dim, keys, direct ? run.key->stride[2] : run.key_ld, 1,
-             x.panels + r * run.key_width + part * dim * PANEL, PANEL, run.key_width * PANEL, x.s + t * ld + r, ld,
-             part > 0, &upcoming);
-      }
-    });
-  }
-}
-
-// Adds the block's values times weights, s[token][ld], to the sums of all rows.
-static void weigh_block(const Tile &tile, int64_t j, int64_t n, TileScratch &x, int64_t ld, Upcoming &upcoming) {
-  const Run &run = tile.run;
-  const bool direct = run.value->dtype == C2C_F32 && !run.value_scale && run.value_dim % LANES == 0;
-  const int64_t parts = direct ? run.parts : 1, dim = run.value_width / parts;
-  if (!direct)
-    widen_tokens(run, *run.value, run.value_scale, run.value_dim, tile.b, tile.group, j, n, x.v, run.value_ld);
-  each_visible(tile, n, [&](int64_t r, int64_t count, int64_t tokens) {
-    for (int64_t part = 0; part < parts; ++part) {
-      const float *values = direct ? (const float *)at(*run.value, tile.b, run.absorbed ? part : tile.group, j) : x.v;
-      gemm(count, dim, tokens, x.s + r, 1, ld, values, direct ? run.value->stride[2] : run.value_ld, PANEL,
-           x.acc + r * run.value_ld + part * dim, run.value_ld, true, &upcoming);
-    }
-  });
-}
-
-static void block_tile(Tile &tile, TileScratch &x) {
-  const Run &run = tile.run;
-  const int64_t padded = round_up(tile.rows, LANES), ld = round_up(tile.rows, PANEL) + 16;
-  const bool masked = !run.segment && tile.p.mask.data;
-  tile.row_lo = x.row_lo;
-  tile.row_hi = x.row_hi;
-  pack_panels_transposed(x.panels, x.q, run.key_ld, run.key_width, tile.rows);
-  for (int64_t r = 0; r < padded; ++r) {
-    x.row_max[r] = r < tile.rows ? x.state[r].max : -INF;
-    x.row_sum[r] = r < tile.rows ? x.state[r].sum : 0.0f;
-  }
-  for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
-    int64_t n = least(BLOCK, tile.end - j);
-    if (!tile.enter_block(j, n) || (masked && !load_mask(tile, j, n, x.mask))) continue;
-    const int64_t next = least(BLOCK, tile.end - j - BLOCK);
-    Upcoming keys = upcoming_tokens(run, *run.key, run.key_dim, tile.b, tile.group, j + BLOCK, next);
-    Upcoming values = upcoming_tokens(run, *run.value, run.value_dim, tile.b, tile.group, j + BLOCK, next);
-    score_block(tile, j, n, x, ld, keys);
-    for (int64_t t = 0; t < n; ++t)
-      for (int64_t r = tile.rows; r < padded; ++r) x.s[t * ld + r] = 0.0f;
-    adjust_columns(tile, n, x.s, ld, run.absorbed ? x.row_bias : nullptr, masked ? x.mask : nullptr, nullptr);
-    if (softmax_columns(tile, x.s, ld, n, padded, x))
-      for (int64_t r = 0; r < tile.rows; ++r)
-        if (x.factor[r] != 1.0f)
-          for (int64_t d = 0; d < run.value_ld; d += LANES)
-            store(x.acc + r * run.value_ld + d, load(x.acc + r * run.value_ld + d) * x.factor[r]);
-    weigh_block(tile, j, n, x, ld, values);
-  }
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    x.state[r].max = x.row_max[r];
-    x.state[r].sum = x.row_sum[r];
-  }
-}
 
 // ---- phases ----
 
@@ -222,7 +109,7 @@ static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b
   const int64_t i0 = tile_index * run.tile_queries, queries = least(run.tile_queries, p.q_len - i0);
   Tile tile{p, run, b, group, i0, queries, least(length, begin), least(length, end)};
   tile.prepare(x.lo, x.hi, x.coordinate, x.gates, length);
-  const bool empty = tile.begin >= tile.end;
+  const bool empty = tile.begin >= tile.end, tiled = tile.rows > FEW_ROWS && reads_tiles(run, p);
   if (resume && empty) return;
   auto stored = [&](int64_t r) {
     return ((b * p.q_heads + tile.head(r / queries)) * p.q_len + i0 + r % queries) * run.splits + split;
@@ -240,9 +127,11 @@ static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b
     if (run.absorbed)
       load_folded(tile, x);
     else
-      load_queries(tile, x.q, run.key_ld);
+      load_queries(tile, x.q, run.key_ld, tiled ? 1.0f : p.scale);
     if (tile.rows <= FEW_ROWS)
       stream_tile(tile, x);
+    else if (tiled)
+      attend_by_tiles(tile, x);
     else
       block_tile(tile, x);
   }
@@ -362,13 +251,27 @@ static int64_t shared_size(const c2c_attention_params &p, Run &run, Carver &carv
   return carver.used;
 }
 
+// Floats that the stages of a run share: tokens and packed weights.
+static int64_t staged_memory(const c2c_attention_params &p, const Run &run) {
+  Carver carver{nullptr};
+  TiledWeights weights[2];
+  carver.take(stage_size(p, run));
+  take_stage_weights(carver, p, run, weights);
+  return carver.used;
+}
+
 // A run whose tokens are projected, or de-quantised and gathered, on the way: STAGED_TOKENS at a time, into memory that
 // all threads share, so that a call needs no more of it for a longer cache. Called by every thread of the team.
 static void attend_staged(const c2c_attention_params &p, const Run &run, float *memory, int threads, float *scratch) {
+  Carver carver{memory};
+  TiledWeights weights[2];
+  float *const tokens = carver.take(stage_size(p, run));
+  take_stage_weights(carver, p, run, weights);
+  pack_stage_weights(p, run, weights);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t length = run_length(run, p, b);
     for (int64_t start = 0; start == 0 || start < length; start += STAGED_TOKENS) {
-      const Stage stage(p, run, memory, start, least(length, start + STAGED_TOKENS));
+      const Stage stage(p, run, weights, tokens, start, least(length, start + STAGED_TOKENS));
       const int64_t units = stage.units(threads), jobs = run.groups * run.tiles * run.splits;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t unit = 0; unit < units; ++unit) stage.fill(unit, b, threads, scratch);
@@ -398,7 +301,7 @@ static c2c_status_code merged_attention(const c2c_attention_params &p) {
     work += (double)p.batch * p.q_heads * p.q_len * run.len * (run.key_width + run.value_width);
     if (!run.staged) continue;
     forward.scratch = most(forward.scratch, stage_scratch(p, run));
-    staged_floats = most(staged_floats, stage_size(p, run));
+    staged_floats = most(staged_floats, staged_memory(p, run));
     work += stage_work(p, run);
   }
   Carver sizing{nullptr};

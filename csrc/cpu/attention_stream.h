@@ -14,29 +14,36 @@ struct TileScratch {
   int64_t *lo, *hi, *coordinate;
   int32_t *row_lo, *row_hi;
   SoftmaxState *state;
+  bf16 *key_tiles, *value_tiles, *weight_tiles;  // of a block and of a panel's rows (attention_tiles.h)
+  float *columns;                                // sums of these, [value_ld][rows]
 
   TileScratch(Carver &carver, const Run &run, const c2c_attention_params &p) {
-    int64_t rows = round_up(run.group_heads * run.tile_queries, PANEL);
+    const int64_t rows = round_up(run.group_heads * run.tile_queries, PANEL);
+    const int64_t tiled = MATRIX_TILES && p.query.dtype == C2C_BF16 ? TILED_BLOCK : 0, block = most(BLOCK, tiled);
     q = carver.take(rows * run.key_ld);
     panels = carver.take(rows * run.key_ld);
-    s = carver.take(BLOCK * (rows + 16));
+    s = carver.take(block * (rows + 16));
     scaled = carver.take(run.key_scale || run.value_scale ? BLOCK * FEW_ROWS : 0);
     scales = carver.take(BLOCK);
     acc = carver.take(rows * run.value_ld);
     k = carver.take(most(WIDENED_TOKENS * run.key_ld, (BLOCK + LANES) * round_up(run.key_dim, PANEL)));
     v = carver.take(BLOCK * run.value_ld);
-    mask = carver.take(!run.segment && p.mask.data ? BLOCK * rows : 0);
-    gates = carver.take(BLOCK * run.group_heads);
+    mask = carver.take(!run.segment && p.mask.data ? block * rows : 0);
+    gates = carver.take(block * run.group_heads);
     row_bias = carver.take(rows);
     row_max = carver.take(rows);
     row_sum = carver.take(rows);
     factor = carver.take(rows);
     lo = (int64_t *)carver.take(2 * rows);
     hi = (int64_t *)carver.take(2 * rows);
-    coordinate = (int64_t *)carver.take(2 * BLOCK);
+    coordinate = (int64_t *)carver.take(2 * block);
     row_lo = (int32_t *)carver.take(rows);
     row_hi = (int32_t *)carver.take(rows);
     state = (SoftmaxState *)carver.take(2 * rows);
+    key_tiles = (bf16 *)carver.take(tiled * run.key_ld / 2);
+    value_tiles = (bf16 *)carver.take(tiled * run.value_ld / 2);
+    weight_tiles = (bf16 *)carver.take(tiled * PANEL / 2);
+    columns = carver.take(tiled ? rows * run.value_ld : 0);
   }
 };
 

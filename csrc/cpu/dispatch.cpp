@@ -3,7 +3,16 @@
 
 #include "kernels.h"
 
+#if defined(C2C_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 static const Kernels *const all_kernels[] = {
+#if defined(C2C_HAS_AMX)
+    &c2c_amx_bf16::kernels,
+#endif
 #if defined(__x86_64__)
     &c2c_avx512_bf16::kernels, &c2c_avx512::kernels, &c2c_avx2::kernels, &c2c_baseline::kernels
 #elif defined(__aarch64__)
@@ -13,9 +22,27 @@ static const Kernels *const all_kernels[] = {
 #endif
 };
 
+#if defined(C2C_HAS_AMX)
+// Tiles of bfloat16: in the processor, kept by the system across switches of threads, and granted to this process.
+static bool tiles_are_usable() {
+  unsigned a, b, c, d;
+  const unsigned bf16_and_tiles = 1u << 22 | 1u << 24, xsave = 1u << 27, tile_state = 3u << 17;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & bf16_and_tiles) != bf16_and_tiles) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & xsave)) return false;
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & tile_state) != tile_state) return false;
+  const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
 static bool machine_has(const char *isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+#if defined(C2C_HAS_AMX)
+  if (!strcmp(isa, "amx_bf16")) return machine_has("avx512_bf16") && tiles_are_usable();
+#endif
   if (!strcmp(isa, "avx512_bf16")) return __builtin_cpu_supports("avx512bf16") && machine_has("avx512");
   if (!strcmp(isa, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -169,6 +196,25 @@ static c2c_status check_attention(const c2c_attention_params &p) {
   return status(C2C_OK);
 }
 
+static c2c_status_code check_fuse_half(const c2c_fuse_half &half) {
+  const c2c_tensor *const floats[] = {&half.receiver,     &half.sharer,     &half.residual,   &half.out,
+                                      &half.in_weight,    &half.in_bias,    &half.out_weight, &half.out_bias,
+                                      &half.scale_weight, &half.scale_bias, &half.gate_logit};
+  for (const c2c_tensor *t : floats)
+    if (!is_float(*t)) return C2C_BAD_DTYPE;
+  if (!float_or_absent(half.gate) || !integer_or_absent(half.index)) return C2C_BAD_DTYPE;
+  if (half.batch < 0 || half.len < 0 || half.len > LENGTH_LIMIT || half.kv_heads <= 0 || half.dim <= 0 ||
+      half.sharer_len < 0 || half.sharer_heads <= 0 || half.sharer_dim <= 0 || half.hidden <= 0 ||
+      half.project_count < 1 || (!half.index.data && half.sharer_len < half.len))
+    return C2C_BAD_SHAPE;
+  for (int32_t i = 0; i < 2 + half.project_count; ++i) {
+    const c2c_fuse_block &block = half.blocks[i];
+    if (!is_float(block.norm) || !is_float(block.w1) || !is_float(block.w2)) return C2C_BAD_DTYPE;
+    if (block.inner <= 0) return C2C_BAD_SHAPE;
+  }
+  return within(half.index, half.batch, half.len, 0, half.sharer_len - 1) ? C2C_OK : C2C_BAD_INDEX;
+}
+
 // ---- entries ----
 
 extern "C" c2c_status c2c_merged_attention_cpu(const c2c_attention_params *params) {
@@ -202,6 +248,14 @@ extern "C" c2c_status c2c_quantize_cpu(const c2c_quantize_params *params) {
   if (p.batch < 0 || p.heads < 0 || p.len < 0 || p.dim < 0) return status(C2C_BAD_SHAPE);
   if (!is_float(p.x) || p.out.dtype != C2C_I8 || p.scale.dtype != C2C_F32) return status(C2C_BAD_DTYPE);
   return status(active().quantize(p));
+}
+
+extern "C" c2c_status c2c_fuse_kv_cpu(const c2c_fuse_params *params) {
+  for (int32_t i = 0; i < params->half_count; ++i) {
+    const c2c_status_code found = check_fuse_half(params->halves[i]);
+    if (found != C2C_OK) return status(found, i);
+  }
+  return status(active().fuse_kv(*params));
 }
 
 extern "C" c2c_status c2c_merge_states_cpu(const c2c_merge_params *params) {

@@ -9,7 +9,7 @@ constexpr int PANEL = 2 * LANES;
 // 32, 6 x 4 over two panels take 10 loads for 24 multiply-adds, 8 x 2 take 10 for 16.
 template <int VECTORS>
 constexpr int tile_rows() {
-  return LANES == 16 && VECTORS <= 2 ? 8 : 6;
+  return LANES == 16 && VECTORS <= 3 ? 8 : 6;
 }
 constexpr int TILE_ROWS = tile_rows<2>();
 
@@ -104,7 +104,10 @@ static inline void gemm_strided(int64_t M, int64_t N, int64_t K, const float *a,
   };
   int64_t n = 0;
 #if LANES == 16
-  for (; n + 2 * PANEL <= N; n += 2 * PANEL, b += 2 * panel_stride) panel(Count<4>{}, n, b);
+  // Five vectors are two and three.
+  for (; n + 2 * PANEL <= N && N - n != 5 * LANES; n += 2 * PANEL, b += 2 * panel_stride) panel(Count<4>{}, n, b);
+  if (N - n == 5 * LANES) panel(Count<2>{}, n, b), n += PANEL, b += panel_stride;
+  if (N - n == 3 * LANES) return panel(Count<3>{}, n, b);
 #endif
   for (; n + PANEL <= N; n += PANEL, b += panel_stride) panel(Count<2>{}, n, b);
   if (N - n == LANES) return panel(Count<1>{}, n, b);

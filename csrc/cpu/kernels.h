@@ -14,6 +14,13 @@
 #include <arm_neon.h>
 #endif
 
+// Compilers before GCC 11 and clang 12 have no word for tiles; only Linux hands them out (dispatch.cpp).
+#if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>)
+#define C2C_HAS_AMX
+#endif
+#endif
+
 struct Kernels {
   const char *isa;
   c2c_status_code (*merged_attention)(const c2c_attention_params &);
@@ -21,6 +28,7 @@ struct Kernels {
   c2c_status_code (*project_kv)(const c2c_project_params &);
   c2c_status_code (*merge_states)(const c2c_merge_params &);
   c2c_status_code (*quantize)(const c2c_quantize_params &);
+  c2c_status_code (*fuse_kv)(const c2c_fuse_params &);
 };
 
 // Whether attention cannot read a segment as it is stored, and passes it through a stage (stage.h).
@@ -31,6 +39,9 @@ static inline bool is_staged(const c2c_segment &s) {
 #if defined(__x86_64__)
 namespace c2c_baseline { extern const Kernels kernels; }
 namespace c2c_avx2 { extern const Kernels kernels; }
+#if defined(C2C_HAS_AMX)
+namespace c2c_amx_bf16 { extern const Kernels kernels; }
+#endif
 namespace c2c_avx512_bf16 { extern const Kernels kernels; }
 namespace c2c_avx512 { extern const Kernels kernels; }
 #elif defined(__aarch64__)

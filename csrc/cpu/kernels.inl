@@ -6,6 +6,8 @@ namespace C2C_NAMESPACE {
 
 #include "gemm.h"
 
+#include "amx.h"
+
 #include "rows.h"
 
 #include "softmax.h"
@@ -14,9 +16,17 @@ namespace C2C_NAMESPACE {
 
 #include "project.h"
 
+#include "project_tiles.h"
+
+#include "project_kv.h"
+
 #include "stage.h"
 
 #include "attention_stream.h"
+
+#include "attention_block.h"
+
+#include "attention_tiles.h"
 
 #include "attention_forward.h"
 
@@ -24,11 +34,21 @@ namespace C2C_NAMESPACE {
 
 #include "attention_backward.h"
 
+#include "attention_backward_tiles.h"
+
+#include "attention_backward_jobs.h"
+
 #include "merge.h"
 
 #include "quantize.h"
 
-extern const Kernels kernels = {C2C_ISA_NAME, merged_attention, merged_attention_backward,
-                                project_kv,   merge_states,     quantize};
+#include "fuse_tile.h"
+
+#include "fuse_stages.h"
+
+#include "fuse.h"
+
+extern const Kernels kernels = {C2C_ISA_NAME, merged_attention, merged_attention_backward, project_kv, merge_states,
+                                quantize,     fuse_kv};
 
 }  // namespace C2C_NAMESPACE

@@ -1,10 +1,11 @@
-// project_kv and merge_states, forward. Included inside an instruction set's namespace.
+// Projection of a tile of tokens. Included inside an instruction set's namespace.
 //
 // A job is one tile of tokens of one half (keys or values): gather, scale and un-rotate into float32 rows, multiply by
 // every row of the projector, add the bias, rotate, round once into the destination. Few tokens stream the weights
 // through dot products; more tokens are the packed side of register-blocked products, so weights are never re-laid.
 
 constexpr int64_t TOKEN_TILE = 128;
+constexpr int64_t SMALL_TILE = 32;    // where tiles are few (project_kv.h)
 constexpr int64_t WEIGHT_ROWS = 64;   // projector rows widened and multiplied at a time
 constexpr int64_t PIECE = 256;        // of the width summed in one chain; wider sums are sums of pieces
 constexpr int64_t STREAM_TOKENS = 8;  // up to here weights are streamed once by dot products
@@ -105,7 +106,7 @@ struct ProjectScratch {
     raw = carver.take(TOKEN_TILE * width);
     inner = carver.take(half.rank ? TOKEN_TILE * round_up(half.rank, PANEL) : 0);
     panels = carver.take(TOKEN_TILE * width);
-    products = carver.take(most(half.rank, half.out_dim) * TOKEN_TILE + STREAM_TOKENS * out);
+    products = carver.take(round_up(most(half.rank, half.out_dim), LANES) * TOKEN_TILE + STREAM_TOKENS * out);
     piece = carver.take(most(half.width, half.rank) > PIECE ? WEIGHT_ROWS * TOKEN_TILE : 0);
     turned = carver.take(LANES * out);
     weights = carver.take(WEIGHT_ROWS * width);
@@ -241,39 +242,4 @@ static void project_tile(const c2c_project_params &p, const Half &half, int64_t 
       }
     }
   }
-}
-
-static c2c_status_code project_kv(const c2c_project_params &p) {
-  const c2c_segment &s = p.segment;
-  const int64_t tiles = div_up(s.len, TOKEN_TILE);
-  const Half halves[2] = {half_of(p, true), half_of(p, false)};
-  int64_t floats = 0;
-  double work = 0;
-  for (const Half &half : halves) {
-    floats = most(floats, project_scratch(p, half));
-    work += project_work(p, half);
-  }
-  const int threads = thread_count(p.threads, work);
-  // Few tiles: heads are a parallel dimension too, at the price of loading a tile once per head.
-  const int64_t head_parts = 2 * p.batch * tiles < 4 * threads ? p.kv_heads : 1;
-  floats = round_up(floats, 1024) + 16;
-  Block memory(threads * floats);
-  if (!memory.data) return C2C_NO_MEMORY;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t job = 0; job < 2 * p.batch * tiles * head_parts; ++job) {
-    const int64_t part = job % head_parts, tile = job / head_parts % tiles, b = job / head_parts / tiles / 2;
-    const Half &half = halves[job / head_parts / tiles % 2];
-    const int64_t length = s.lengths.data ? integer_at(s.lengths, b * s.lengths.stride[0]) : s.len;
-    const int64_t first = head_parts > 1 ? part : 0, last = head_parts > 1 ? part + 1 : p.kv_heads;
-    Carver carver{memory.data + thread_number() * floats};
-    ProjectScratch x(carver, p, half);
-    const int64_t j = tile * TOKEN_TILE, end = least(s.len, j + TOKEN_TILE);
-    const int64_t valid = most<int64_t>(0, least(length, end) - j);
-    if (valid) project_tile(p, half, b, first, last, j, valid, x);
-    memset(x.row, 0, half.out_dim * sizeof(float));
-    for (int64_t head = first; head < last; ++head)
-      for (int64_t token = j + valid; token < end; ++token)
-        narrow_row(half.out->dtype, const_cast<void *>(at(*half.out, b, head, token)), x.row, half.out_dim);
-  }
-  return C2C_OK;
 }

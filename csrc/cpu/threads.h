@@ -87,3 +87,12 @@ static inline int thread_number() {
   return 0;
 #endif
 }
+
+// Threads of the parallel region that runs: the system may give fewer than were asked for.
+static inline int team_size() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}

@@ -151,11 +151,50 @@ typedef struct {
   int32_t threads;
 } c2c_quantize_params;
 
+// h + w2 gelu(w1 rmsnorm(h)), gelu by erf, epsilon 1e-6.
+typedef struct {
+  c2c_tensor norm;  // [hidden]
+  c2c_tensor w1;    // [inner, hidden] last stride 1
+  c2c_tensor w2;    // [hidden, inner] last stride 1
+  int64_t inner;
+} c2c_fuse_block;
+
+// The fuser's network over a layer's keys, or its values, with embed, scale and project made of blocks:
+//   h = embed(in_weight [sharer, receiver] + in_bias)
+//   out = residual + gate * sigmoid(scale_weight scale(h) + scale_bias) * (out_weight project(h) + out_bias)
+// Where a hard gate is closed nothing of it is read: out is the residual, and is not written where it is that already.
+typedef struct {
+  c2c_tensor receiver;           // [batch, kv_heads, len, dim] last stride 1
+  c2c_tensor sharer;             // [batch, sharer_heads, sharer_len, sharer_dim] last stride 1
+  c2c_tensor residual;           // [batch, kv_heads, len, dim] last stride 1; may be receiver
+  c2c_tensor out;                // [batch, kv_heads, len, dim] last stride 1; may be receiver or residual
+  c2c_tensor index;              // [batch, len], nullable: token i reads the sharer's token i
+  c2c_tensor gate;               // [batch, kv_heads, len], nullable: hard, 1 where gate_logit > 0
+  c2c_tensor in_weight;          // [hidden, sharer_heads * sharer_dim + kv_heads * dim] last stride 1
+  c2c_tensor in_bias;            // [hidden] stride 1
+  c2c_tensor out_weight;         // [kv_heads * dim, hidden] last stride 1
+  c2c_tensor out_bias;           // [kv_heads * dim] stride 1
+  c2c_tensor scale_weight;       // [kv_heads, hidden] last stride 1
+  c2c_tensor scale_bias;         // [kv_heads] stride 1
+  c2c_tensor gate_logit;         // []
+  const c2c_fuse_block *blocks;  // embed, scale, then project_count >= 1 others
+  int64_t batch, len, kv_heads, dim, sharer_len, sharer_heads, sharer_dim, hidden;
+  int32_t project_count;
+} c2c_fuse_half;
+
+// Halves of any layers. No half's out may be what another one reads.
+typedef struct {
+  const c2c_fuse_half *halves;
+  int32_t half_count;
+  int32_t threads;
+} c2c_fuse_params;
+
 C2C_API c2c_status c2c_merged_attention_cpu(const c2c_attention_params *params);
 C2C_API c2c_status c2c_merged_attention_backward_cpu(const c2c_attention_backward_params *params);
 C2C_API c2c_status c2c_project_kv_cpu(const c2c_project_params *params);
 C2C_API c2c_status c2c_merge_states_cpu(const c2c_merge_params *params);
 C2C_API c2c_status c2c_quantize_cpu(const c2c_quantize_params *params);
+C2C_API c2c_status c2c_fuse_kv_cpu(const c2c_fuse_params *params);
 
 // On an NVIDIA GPU, in libraries that were built with CUDA. Tensors are on the device, `stream` is a cudaStream_t of
 // the current device; work is put into it and not waited for, and may be captured into a graph. fp16 and bf16 queries;

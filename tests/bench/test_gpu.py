@@ -106,8 +106,10 @@ def test_every_tensor_of_a_case_is_on_the_device(family):
     case = replace(case, batch=1, layers=1, **sizes)
     work = measure.build(case, "meta")
     assert work.touched > 0
-    if family == "merge":
+    if family == "merge" or family == "fuse":
         results = list(work.alternatives["torch"]()())
+    elif family == "fuse-model":
+        results = [tensor for pair in work.alternatives["torch"]()() for tensor in pair]
     elif family.startswith("project"):
         results = list(inputs.project_with_torch(inputs.raw_segment(case, inputs.Random(case, "meta")), torch.bfloat16))
         work.alternatives["matmul"]()()

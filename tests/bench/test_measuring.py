@@ -106,6 +106,16 @@ def test_costs_of_a_projection():
     assert cost.bytes == 2 * (2 * 13 * 256 + 2 * 3 * 64 * 256 + 2 * 13 * 3 * 64)
 
 
+def test_costs_of_the_fuser():
+    """Three blocks of two matrices of 1024 x 1024, in, out and scale, for keys and for values; everything once."""
+    (cost,) = _work(family="fuse", sharer=shapes.GEMMA3, shared=13).costs
+    width = 3 * 64
+    matrices = 2 * (1024 * (256 + width) + 6 * 1024**2 + 1024 * width + 1024 * 3)
+    vectors = 2 * (1024 + 3 * 1024 + width + 3 + 1)
+    assert cost.flops == 2 * 13 * matrices
+    assert cost.bytes == 4 * (matrices + vectors + 2 * 13 * (256 + 2 * width))
+
+
 def test_the_cheapest_way_is_the_floor(limits):
     case = replace(CASE, family="prefill-raw", sharer=shapes.GEMMA3, q_len=64, own=64, shared=512)
     work = _work(**{name: getattr(case, name) for name in ("family", "sharer", "q_len", "own", "shared")})
@@ -358,16 +368,33 @@ def test_flex_that_does_not_compile_is_left_out(limits, monkeypatch):
     assert list(line.beside) == ["sdpa", "reference", "flex"]
 
 
+def test_a_fuser_that_does_not_compile_is_left_out(limits, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    case = replace(CASE, family="fuse", sharer=shapes.GEMMA3, shared=2, compiled=True)
+    line = measure.measure(case, limits, timing.Effort(0.0, 4, 4))
+    assert line.status == "ok"
+    assert line.beside["compiled"].left_out == "does not compile: no C++ compiler"
+
+
 # shapes
 
 
 def test_the_full_run_covers_the_shapes():
     grid = shapes.grid()
-    pairs = {(case.receiver.name, case.sharer.name) for case in grid if case.sharer}
+    fused = [case for case in grid if case.family.startswith("fuse")]
+    pairs = {(case.receiver.name, case.sharer.name) for case in grid if case.sharer and case not in fused}
     assert pairs == {
         ("Qwen3-0.6B", "Qwen2.5-0.5B"), ("Qwen3-0.6B", "Llama-3.2-1B"), ("Qwen3-0.6B", "Qwen3-4B"),
         ("SmolLM2-135M", "Gemma-3-270M"),
     }  # fmt: skip
+    for family in ("fuse", "fuse-model"):
+        published = {(case.receiver.name, case.sharer.name) for case in fused if case.family == family}
+        assert len(published) == 7 and ("Qwen3-8B", "Qwen2.5-7B") in published
+    assert {1, 64, 512, 2048} <= {case.shared for case in fused}
+    assert all(case.compiled for case in fused)
     sizes = {(s.heads, s.head_dim) for s in (shapes.QWEN2_5, shapes.LLAMA3_2, shapes.QWEN3_4B, shapes.GEMMA3)}
     assert sizes == {(2, 64), (8, 64), (8, 128), (1, 256)}
     assert {(r.q_heads, r.kv_heads, r.head_dim) for r in shapes.RECEIVERS} == {(16, 8, 128), (9, 3, 64)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -12,29 +11,11 @@ import sys
 import time
 
 import pytest
-import tiny_gguf
 import torch
 
 import c2c_kernels as c2c
 from c2c_kernels import corpus
 from c2c_kernels.cli import main, prompts
-
-_WORDS = ["the", "cat", "reads", "a", "book", "about", "boats", "and", "bees", "in", "rain"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return [str(tiny_gguf.write(folder / f"{name}.gguf", seed=seed)) for name, seed in (("a", 1), ("b", 2))]
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory):
-    draw = random.Random(4)
-    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    lines = [{"text": " ".join(draw.choice(_WORDS) for _ in range(100)), "split": "fit"} for _ in range(20)]
-    path.write_text("\n".join(map(json.dumps, [*lines, {"text": "held out " * 50, "split": "held-out"}])))
-    return path
 
 
 @pytest.fixture(scope="module")

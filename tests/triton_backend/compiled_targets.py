@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from c2c_kernels import FuserBlock, FuserHalf
 from c2c_kernels.backends import triton as backend
-from c2c_kernels.backends.triton import gradients, scatter
+from c2c_kernels.backends.triton import fusing, gradients, scatter
 from c2c_kernels.backends.triton.launch import Launch, Target, executed_by
 from c2c_kernels.backends.triton.offline import SHARED_LIMIT, compiled, usage
 from c2c_kernels.segment import SegmentTensors, SharerSegment, to_tensors
@@ -56,8 +57,21 @@ def project(dtype, kv_heads: int, dim: int, heads: int, raw_dim: int, stored=Non
     backend.project_kv("triton", segment, None, *(torch.empty(1, kv_heads, 512, dim, dtype=dtype) for _ in range(2)))
 
 
+def fuse(dtype, hidden: int = 1024, halves: int = 1, dim: int = 128, sharer_dim: int = 64, weights=None):
+    def of(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=weights or dtype)
+
+    receiver, sharer = torch.empty(1, 8, 64, dim, dtype=dtype), torch.empty(1, 2, 64, sharer_dim, dtype=dtype)
+    block = FuserBlock(of(hidden), of(hidden, hidden), of(hidden, hidden))
+    half = FuserHalf(
+        of(hidden, 2 * sharer_dim + 8 * dim), of(hidden), block, (block,), of(8 * dim, hidden), of(8 * dim), block,
+        of(8, hidden), of(8), of(),
+    )  # fmt: skip
+    index = torch.zeros(1, 64, dtype=torch.int64) if weights else None
+    fusing.fuse([fusing.Half(receiver, sharer, half, index, None, None, receiver)] * halves)
+
+
 SCALES = {"key_scale": torch.ones(1, 8, 512), "value_scale": torch.ones(1, 8, 512)}
-THREE = ["absorb_kernel", "split_kernel", "combine_kernel"]
 TWO = ["split_kernel", "combine_kernel"]
 # What is called, and the kernels that it launches.
 CALLS = {
@@ -73,17 +87,17 @@ CALLS = {
     "decode 256 float32": (lambda: attention(SINGLE, 4, 1, 256, 1), TWO),
     "decode 256": (lambda: attention(HALF, 4, 1, 256, 1, window=512), TWO),
     "decode 64 rows": (lambda: attention(HALF, 16, 2, 128, 8, softcap=30.0, sinks=torch.zeros(16)), TWO),
-    "absorbed 128": (lambda: absorbed(HALF, 16, 8, 128, 2, 64), THREE),
-    "absorbed 256": (lambda: absorbed(HALF, 9, 3, 64, 1, 256), THREE),
-    "absorbed 512": (lambda: absorbed(HALF, 16, 8, 128, 8, 64), THREE),
-    "absorbed 512 32 rows": (lambda: absorbed(HALF, 16, 8, 128, 8, 64, 2), THREE),
-    "absorbed 256 64 rows": (lambda: absorbed(HALF, 16, 8, 128, 4, 64, 4), THREE),
-    "absorbed head dim 256 64 rows": (lambda: absorbed(HALF, 8, 1, 256, 4, 64, 8), THREE),
-    "absorbed head dim 256 float32": (lambda: absorbed(SINGLE, 8, 1, 256, 2, 64, 2), THREE),
-    "absorbed head dim 128 float32 16 rows": (lambda: absorbed(SINGLE, 16, 2, 128, 2, 32, 2), THREE),
-    "absorbed head dim 64 float32 32 rows": (lambda: absorbed(SINGLE, 8, 1, 64, 2, 32, 4), THREE),
-    "absorbed float32 projectors": (lambda: absorbed(HALF, 8, 1, 256, 4, 64, 8, SINGLE), THREE),
-    "absorbed float32": (lambda: absorbed(SINGLE, 16, 8, 128, 2, 64), THREE),
+    "absorbed 128": (lambda: absorbed(HALF, 16, 8, 128, 2, 64), TWO),
+    "absorbed 256": (lambda: absorbed(HALF, 9, 3, 64, 1, 256), TWO),
+    "absorbed 512": (lambda: absorbed(HALF, 16, 8, 128, 8, 64), TWO),
+    "absorbed 512 32 rows": (lambda: absorbed(HALF, 16, 8, 128, 8, 64, 2), TWO),
+    "absorbed 256 64 rows": (lambda: absorbed(HALF, 16, 8, 128, 4, 64, 4), TWO),
+    "absorbed head dim 256 64 rows": (lambda: absorbed(HALF, 8, 1, 256, 4, 64, 8), TWO),
+    "absorbed head dim 256 float32": (lambda: absorbed(SINGLE, 8, 1, 256, 2, 64, 2), TWO),
+    "absorbed head dim 128 float32 16 rows": (lambda: absorbed(SINGLE, 16, 2, 128, 2, 32, 2), TWO),
+    "absorbed head dim 64 float32 32 rows": (lambda: absorbed(SINGLE, 8, 1, 64, 2, 32, 4), TWO),
+    "absorbed float32 projectors": (lambda: absorbed(HALF, 8, 1, 256, 4, 64, 8, SINGLE), TWO),
+    "absorbed float32": (lambda: absorbed(SINGLE, 16, 8, 128, 2, 64), TWO),
     "prefill 64": (lambda: attention(HALF, 9, 3, 64, 256, [plain(HALF, 3, 512, 64)]), ["prefill_kernel"]),
     "prefill 128": (lambda: attention(HALF, 16, 8, 128, 256, [plain(HALF, 8, 512, 128)]), ["prefill_kernel"]),
     "prefill 128 float32": (
@@ -122,6 +136,11 @@ CALLS = {
         lambda: scatter.spread(torch.empty(1, 2, 40, 64), torch.zeros(1, 40, dtype=torch.int64), 70),
         ["spread_kernel"],
     ),
+    "fuse": (lambda: fuse(HALF), ["fuse_kernel"]),
+    "fuse layers": (lambda: fuse(HALF, halves=56), ["fuse_kernel"]),
+    "fuse float32": (lambda: fuse(SINGLE), ["fuse_kernel"]),
+    "fuse odd sizes": (lambda: fuse(HALF, 1003, dim=80, sharer_dim=72), ["fuse_kernel"]),
+    "fuse float32 weights": (lambda: fuse(HALF, 1003, dim=80, sharer_dim=72, weights=SINGLE), ["fuse_kernel"]),
 }  # fmt: skip
 
 
@@ -130,14 +149,24 @@ TWO_TARGETS = (
     "decode 256 float32", "absorbed 512 32 rows", "absorbed 256 64 rows", "absorbed head dim 256 float32",
     "absorbed head dim 128 float32 16 rows", "absorbed head dim 64 float32 32 rows", "absorbed float32 projectors",
     "prefill 64 float32", "prefill 128 float32", "prefill 256 float32", "prefill 64 gate", "backward 64 float32",
-    "backward 128 float32", "backward 256 float32",
+    "backward 128 float32", "backward 256 float32", "fuse float32 weights",
+    "fuse odd sizes",
 )  # fmt: skip
 # Shapes that bench/static_gpu.py compiles for sm_80 and sm_90, and holds to the same limits.
 STATIC = (
     "decode 64", "decode 128", "decode 128 int8", "decode 128 e4m3", "decode 128 float32", "absorbed 128",
     "absorbed 256", "absorbed 512", "prefill 64", "prefill 128", "prefill 128 float32", "backward 64", "backward 128",
-    "project", "project float32", "merge", "quantise",
+    "project", "project float32", "merge", "quantise", "fuse", "fuse layers",
 )  # fmt: skip
+
+
+# Bytes that the compiler keeps on the stack, for one more block on a multiprocessor, at most; none elsewhere.
+SPILLED = {
+    ("absorbed 256 64 rows", 80, "split_kernel"): 8,
+    ("absorbed head dim 128 float32 16 rows", 90, "combine_kernel"): 16,
+    ("absorbed head dim 64 float32 32 rows", 80, "split_kernel"): 32,
+    ("absorbed head dim 64 float32 32 rows", 80, "combine_kernel"): 8,
+}
 
 
 def targets_of(name: str) -> list[Target]:
@@ -157,7 +186,8 @@ def test_compiles_without_spills(name, target):
     assert [launch.kernel.__name__ for launch in launches] == kernels
     for launch in launches:
         found = usage(compiled(launch, target).kernel, target)
-        assert found.spills == 0, f"{launch.kernel.__name__}: {found}"
+        allowed = SPILLED.get((name, target.arch, launch.kernel.__name__), 0)
+        assert found.spills <= allowed, f"{launch.kernel.__name__}: {found}"
         assert found.shared <= SHARED_LIMIT[target.arch], f"{launch.kernel.__name__}: {found}"
         if target.arch == 80:  # whose tiles sm_86, sm_89 and sm_120 take
             assert found.shared <= 99 * 1024, f"{launch.kernel.__name__}: {found}"

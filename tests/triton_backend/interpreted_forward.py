@@ -91,9 +91,9 @@ def test_empty_and_closed_segments_change_no_bit(q_len, sinks, dtype):
     wide = tuple(torch.randn(2, 2, 70, 32, dtype=dtype) for _ in range(2))
     raw, proj = torch.randn(2, 3, 70, 8, dtype=dtype), torch.randn(2, 32, 24, dtype=dtype)
     codes, scales = torch.ones(2, 2, 70, 32, dtype=torch.int8), torch.ones(2, 2, 70)
-    single = torch.randn(2, 2, 0, 32)
+    single = torch.randn(2, 2, 70, 32)  # wider than the queries, where these have 16 bits
     neutral = [
-        c2c.SharerSegment(single, single),
+        c2c.SharerSegment(single, single, gate=torch.zeros(2, 1, 70)),
         c2c.SharerSegment(*wide, gate=torch.zeros(2, 4, 70)),
         c2c.SharerSegment(codes, codes, key_scale=scales, value_scale=scales, gate=torch.zeros(1)),
         c2c.SharerSegment(wide[0][:, :, :0], wide[1][:, :, :0]),
@@ -219,8 +219,9 @@ def test_scales_of_values_below_the_range_of_float16(dtype, q_len):
     assert_as_exact("out", ours, theirs, exact, scale=exact.max().item())
 
 
-@pytest.mark.parametrize("window", [2**31 - 50, 2**31 - 1, 2**31, 2**40])
-@pytest.mark.parametrize("q_len", [20, 100])
+@pytest.mark.parametrize(
+    ("q_len", "window"), [(20, 2**31 - 50), (20, 2**31 - 1), (20, 2**31), (20, 2**40), (70, 2**31 - 50), (70, 2**31)]
+)
 def test_windows_wider_than_any_cache_hide_nothing(window, q_len):
     """Also from queries whose positions are below 0, where a position less the window has more than 32 bits."""
     query, key = torch.randn(1, 2, q_len, 16), torch.randn(1, 2, 5, 16)

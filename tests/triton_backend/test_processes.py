@@ -48,28 +48,30 @@ def check(name: str, result: subprocess.CompletedProcess) -> None:
     assert result.returncode == 0, f"{name}:\n{result.stdout[-20000:]}{result.stderr[-4000:]}"
 
 
+def without_gpu(name: str) -> subprocess.CompletedProcess:
+    return finished(name, TRITON_INTERPRET=str(int(name.startswith("interpreted"))))
+
+
 @pytest.fixture(scope="module")
 def running(request):
-    """Every chosen file's run, as many at once as there are cores; the longest first."""
+    """Every chosen file's run, as many at once as there are cores; with pytest-xdist that is its processes' affair."""
     items = [item for item in request.session.items if item.name.startswith("test_without_gpu[")]
-    chosen = {item.callspec.params["name"] for item in items}
-    files = sorted((HERE / name for name in chosen), key=lambda file: file.name not in _LONG)
+    chosen = [] if "PYTEST_XDIST_WORKER" in os.environ else [item.callspec.params["name"] for item in items]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        yield {
-            file.name: pool.submit(finished, file.name, TRITON_INTERPRET=str(int(file.name.startswith("interpreted"))))
-            for file in files
-        }
+        yield {name: pool.submit(without_gpu, name) for name in chosen}
 
 
-_LONG = ("compiled_targets.py", "interpreted_gradients.py", "interpreted_forward.py", "compiled_simulated.py")
+_LONG = ("compiled_targets.py", "interpreted_forward.py", "compiled_simulated.py")  # these start first
+_FILES = sorted(
+    (path.name for start in ("interpreted", "compiled") for path in HERE.glob(f"{start}_*.py")),
+    key=lambda name: (name not in _LONG, name),
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", sorted(path.name for start in ("interpreted", "compiled") for path in HERE.glob(f"{start}_*.py"))
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in _FILES])
 def test_without_gpu(name, running):
-    check(name, running[name].result())
+    check(name, running[name].result() if name in running else without_gpu(name))
 
 
 @pytest.mark.gpu

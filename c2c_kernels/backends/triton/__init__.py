@@ -13,7 +13,8 @@ from torch import Tensor
 from ...ops._checks import check_lengths, check_segment_values
 from ...segment import Rope, SegmentTensors
 from .. import cost, native
-from . import attention, gradients, projection, quantise, scatter, states, tiles_table
+from . import attention, fusing, gradients, projection, quantise, scatter, states, tiles_table
+from .scatter import spread as spread
 from .supported import LARGEST_DIM, LARGEST_ROW, check_dims, check_dtype
 
 
@@ -163,3 +164,25 @@ def quantize(backend: str, x: Tensor) -> tuple[Tensor, Tensor]:
     check_dims("quantize_kv", LARGEST_ROW, head_dim=x.shape[3])
     check_dtype("quantize_kv", "key and value", x)
     return quantise.quantise(x)
+
+
+def fuse_kv(
+    backend: str, receiver_key, receiver_value, sharer_key, sharer_value, weights, index, residual, gates, key_out,
+    value_out,
+) -> None:  # fmt: skip
+    """Forward kernel of one layer, written to key_out and value_out."""
+    call = receiver_key, receiver_value, sharer_key, sharer_value, weights, index, residual, gates, key_out, value_out
+    fuse_kv_layers(backend, [call])
+
+
+def fuse_kv_layers(backend: str, calls) -> None:
+    """Forward kernel of independent layers: one launch where they are alike and their tokens few."""
+    halves = []
+    for call in calls:
+        key, value, sharer_key, sharer_value, weights, index, residual, gates, key_out, value_out = call
+        residuals, factors = residual or (None, None), gates or (None, None)
+        halves += [
+            fusing.Half(key, sharer_key, weights.key, index, residuals[0], factors[0], key_out),
+            fusing.Half(value, sharer_value, weights.value, index, residuals[1], factors[1], value_out),
+        ]
+    fusing.fuse(halves)

@@ -1,8 +1,11 @@
 """Segments whose projectors are absorbed: for few queries, raw tokens are read once for all heads, at their own width.
 
-A score is q . (Wk x + bk) = (Wk^T q) . x + q . bk and an output Wv (sum w y) + bv sum w: `absorb_kernel` folds the
-queries through Wk, a split of decode attends to raw tokens with all query heads in one tile, and what splits have found
-goes through Wv when they are combined.
+A score is q . (Wk x + bk) = (Wk^T q) . x + q . bk and an output Wv (sum w y) + bv sum w. The first programs of
+`split_kernel` fold the queries through Wk; those of raw tokens wait for them, then attend with all query heads in one
+tile. What they have found goes through Wv where it is combined, once for all rows of a KV head.
+
+Programs start in the order of their numbers, and those that fold wait for nobody. A program that has folded leaves the
+call's own number, random 64 bits, in its mark; the marks need no other value before, and `combine_kernel` clears them.
 """
 
 from typing import NamedTuple
@@ -12,15 +15,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .attend import attend
-from .tiles import dot, length_of, load_rows, positions_of
+from .softmax import load_states, store_states
+from .tiles import INTERPRETING, dot, length_of, load_rows, positions_of, powers_of_two, told
 
 
 class Absorbed(NamedTuple):
     """What decode knows of an absorbed segment beside its Run."""
 
-    query: Tensor  # (batch, q_heads, q_len, key width), contiguous: queries through the key projector
+    key_proj: Tensor  # (kv_heads, DIM, key width)
+    key_proj_h: int
+    key_proj_d: int
+    key_bias: Tensor | None  # (kv_heads, DIM)
+    key_bias_h: int
+    query: Tensor  # (batch, q_heads, q_len, query_row), contiguous: queries through the key projector
+    query_row: int  # key width padded to 16 bytes
     shift: Tensor | None  # (batch, q_heads, q_len) float32: q . bk
-    sums: Tensor  # (batch, q_heads * q_len, its splits, value width) float32
+    marks: Tensor  # (batch, programs that fold) int64
+    sums: Tensor  # (batch, q_heads * q_len, its splits, value width), float16 or float32, to be scaled as states say
     value_proj: Tensor  # (kv_heads, VALUE_DIM, value width)
     value_proj_h: int
     value_proj_d: int
@@ -28,70 +39,185 @@ class Absorbed(NamedTuple):
     value_bias_h: int
 
 
-@triton.jit(do_not_specialize=["q_len"])
-def absorb_kernel(
-    query, query_b, query_h, query_t,  # (batch, q_heads, q_len, DIM)
-    proj, proj_h, proj_d,  # (kv_heads, DIM, WIDTH)
-    bias, bias_h,  # (kv_heads, DIM), nullable
-    out,  # (batch, q_heads, q_len, WIDTH), contiguous
-    shift,  # (batch, q_heads, q_len) float32, contiguous; nullable with bias
-    kv_heads, q_len, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
+class Folding(NamedTuple):
+    """How a segment's queries are folded; compiled in. All 0 for runs in receiver space."""
+
+    rows: int = 0  # of a KV head that a program takes
+    columns: int = 0  # of the projector
+    wide: int = 0  # 1: in float32, because queries and projector differ in dtype
+    marks: int = 0  # programs of a batch row, to a power of 2
+    tile: int = 0  # rows of all heads that a program of raw tokens takes
+    # 1: what is folded is stored by atomic exchanges, by which race checkers know that it is shared; AMD's compiler in
+    # triton 3.7.1 fails on them.
+    exchange: int = 0
+
+
+FOLDING = tl.constexpr(len(Folding._fields))  # kernels take the Folding of every run in one tuple of numbers
+
+
+@triton.jit
+def shared_store(pointers, values, mask, EXCHANGE: tl.constexpr):
+    """Stores what other programs of the launch read after a mark that is released; see Folding.exchange."""
+    if INTERPRETING or not EXCHANGE:
+        tl.store(pointers, values, mask=mask)
+    else:
+        tl.atomic_xchg(pointers, values, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def store_folded(absorbed, row, columns, inside, values, WIDTH: tl.constexpr, EXCHANGE: tl.constexpr):
+    """values (rows, columns) to the rows of absorbed.query; 16-bit numbers in pairs, for exchanges have 32 bits."""
+    rows: tl.constexpr = values.shape[0]
+    pairs: tl.constexpr = values.shape[1] // 2
+    values = values.to(absorbed.query.dtype.element_ty)
+    if values.dtype == tl.float32 or INTERPRETING or not EXCHANGE:
+        kept = inside[:, None] & (columns < WIDTH)[None, :]
+        shared_store(absorbed.query + row[:, None] * absorbed.query_row + columns[None, :], values, kept, EXCHANGE)
+    else:
+        bits = tl.reshape(values.to(tl.int16, bitcast=True), (rows, pairs, 2))
+        low, high = tl.split(bits)
+        both = (high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF)
+        first = tl.min(columns, 0) // 2 + tl.arange(0, pairs)
+        at = absorbed.query.to(tl.pointer_type(tl.int32), bitcast=True)
+        kept = inside[:, None] & (first * 2 < WIDTH)[None, :]
+        shared_store(at + row[:, None] * (absorbed.query_row // 2) + first[None, :], both, kept, EXCHANGE)
+
+
+@triton.jit
+def folds_of(kv_heads, WIDTH: tl.constexpr, FOLDINGS: tl.constexpr, NUMBER: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Programs of a batch row that fold the queries of a segment, BLOCK_M rows of each KV head."""
+    block_f: tl.constexpr = FOLDINGS[FOLDING * NUMBER]
+    block_w: tl.constexpr = FOLDINGS[FOLDING * NUMBER + 1]
+    of_head: tl.constexpr = BLOCK_M // block_f * ((WIDTH + block_w - 1) // block_w)
+    return kv_heads * of_head
+
+
+@triton.jit
+def fold(
+    absorbed, query, query_b, query_h, query_t, call, batch_row, number, kv_heads, q_len, GROUP: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, FOLDINGS: tl.constexpr, NUMBER: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program folds BLOCK_M rows of one KV head through BLOCK_W columns of its projector. WIDE: in float32."""
-    tiles: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
-    row_tiles = tl.cdiv(q_len * GROUP, BLOCK_M)
-    program = tl.program_id(0)
-    tile, program = program % tiles, program // tiles
-    first_row, program = program % row_tiles * BLOCK_M, program // row_tiles
-    kv_head, batch_row = program % kv_heads, program // kv_heads
-    rows, dims = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    """Program `number` folds Folding.rows rows of one KV head through Folding.columns columns of its projector."""
+    block_f: tl.constexpr = FOLDINGS[FOLDING * NUMBER]
+    block_w: tl.constexpr = FOLDINGS[FOLDING * NUMBER + 1]
+    tiles: tl.constexpr = (WIDTH + block_w - 1) // block_w
+    row_tiles: tl.constexpr = BLOCK_M // block_f
+    tile, kv_head = number % tiles, number // tiles // row_tiles
+    rows, dims = number // tiles % row_tiles * block_f + tl.arange(0, block_f), tl.arange(0, BLOCK_D)
     inside = rows < q_len * GROUP
     queries, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
     offsets = heads.to(tl.int64) * query_h + queries.to(tl.int64) * query_t
     q = load_rows(query + batch_row.to(tl.int64) * query_b, offsets, inside, dims, DIM, BLOCK_D, True)
-    columns = tile * BLOCK_W + tl.arange(0, BLOCK_W)
-    at = proj + kv_head.to(tl.int64) * proj_h + dims[:, None] * proj_d + columns[None, :]
+    columns = tile * block_w + tl.arange(0, block_w)
+    head64 = kv_head.to(tl.int64)
+    at = absorbed.key_proj + head64 * absorbed.key_proj_h + dims[:, None] * absorbed.key_proj_d + columns[None, :]
     w = tl.load(at, mask=(dims < DIM)[:, None] & (columns < WIDTH)[None, :], other=0.0)
-    dtype: tl.constexpr = tl.float32 if WIDE else q.dtype
-    folded = dot(q.to(dtype), w.to(dtype), tl.zeros((BLOCK_M, BLOCK_W), tl.float32), PRECISION)
+    dtype: tl.constexpr = tl.float32 if FOLDINGS[FOLDING * NUMBER + 2] != 0 else q.dtype
+    folded = dot(q.to(dtype), w.to(dtype), tl.zeros((block_f, block_w), tl.float32), PRECISION)
     row = (batch_row.to(tl.int64) * kv_heads * GROUP + heads) * q_len + queries
-    kept = inside[:, None] & (columns < WIDTH)[None, :]
-    tl.store(out + row[:, None] * WIDTH + columns[None, :], folded.to(out.dtype.element_ty), mask=kept)
-    if bias is not None:
-        b = tl.load(bias + kv_head.to(tl.int64) * bias_h + dims, mask=dims < DIM, other=0.0).to(tl.float32)
-        tl.store(shift + row, tl.sum(q.to(tl.float32) * b[None, :], 1), mask=inside & (tile == 0))
+    exchange: tl.constexpr = FOLDINGS[FOLDING * NUMBER + 5]
+    store_folded(absorbed, row, columns, inside, folded, WIDTH, exchange)
+    if absorbed.key_bias is not None:
+        at = absorbed.key_bias + head64 * absorbed.key_bias_h + dims
+        b = tl.load(at, mask=dims < DIM, other=0.0).to(tl.float32)
+        shared_store(absorbed.shift + row, tl.sum(q.to(tl.float32) * b[None, :], 1), inside & (tile == 0), exchange)
+    tl.debug_barrier()
+    mark = absorbed.marks + batch_row.to(tl.int64) * folds_of(kv_heads, WIDTH, FOLDINGS, NUMBER, BLOCK_M) + number
+    tl.atomic_xchg(mark, call, sem="release")
+
+
+@triton.jit
+def fold_queries(
+    absorbed, query, query_b, query_h, query_t, call, batch_row, program, kv_heads, q_len, RUNS: tl.constexpr,
+    RAWS: tl.constexpr, FOLDINGS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program `program` of those that fold, over all absorbed segments."""
+    first = 0
+    for number in tl.static_range(RUNS):
+        if absorbed[number] is not None:
+            its_folds = folds_of(kv_heads, RAWS[4 * number + 1], FOLDINGS, number, BLOCK_M)
+            if (program >= first) & (program < first + its_folds):
+                fold(
+                    absorbed[number], query, query_b, query_h, query_t, call, batch_row, program - first, kv_heads,
+                    q_len, GROUP, DIM, RAWS[4 * number + 1], FOLDINGS, number, BLOCK_M, BLOCK_D, PRECISION,
+                )  # fmt: skip
+            first += its_folds
+
+
+@triton.jit
+def await_folds(absorbed, call, batch_row, count, FOLDINGS: tl.constexpr, NUMBER: tl.constexpr):
+    """Returns when all of the batch row's queries are folded."""
+    block: tl.constexpr = FOLDINGS[FOLDING * NUMBER + 3]
+    numbers = tl.arange(0, block)
+    at, inside = absorbed.marks + batch_row.to(tl.int64) * count + numbers, numbers < count
+    missing = count
+    while missing > 0:
+        seen = tl.atomic_add(at, tl.zeros((block,), tl.int64), mask=inside, sem="acquire")
+        missing = tl.sum((inside & (seen != call)).to(tl.int32), 0)
+    tl.debug_barrier()
+
+
+@triton.jit
+def clear_marks(
+    absorbed, batch_row, kv_head, kv_heads, WIDTH: tl.constexpr, FOLDINGS: tl.constexpr, NUMBER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Those of one KV head, so that a graph's next run finds none of this run's."""
+    block: tl.constexpr = FOLDINGS[FOLDING * NUMBER + 3]
+    numbers = tl.arange(0, block)
+    count = folds_of(1, WIDTH, FOLDINGS, NUMBER, BLOCK_M)
+    at = absorbed.marks + (batch_row.to(tl.int64) * kv_heads + kv_head) * count + numbers
+    tl.store(at, tl.zeros((block,), tl.int64), mask=numbers < count)
 
 
 @triton.jit
 def absorbed_split(
-    absorbed, run, states, query_positions, query_positions_b, query_positions_t, batch_row, split, its_splits,
+    absorbed, run, states, query_positions, query_positions_b, query_positions_t, call, batch_row, program, its_splits,
     state_splits, first_state, kv_heads, q_len, own_end, scale, softcap, segment_window, KIND: tl.constexpr,
     GROUP: tl.constexpr, SOFTCAP: tl.constexpr, KEY_RAW: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_RAW: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_T: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, FOLDINGS: tl.constexpr, NUMBER: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Split number `split` of an absorbed segment: SPLIT raw tokens and the rows of all heads; row: query, head."""
+    """Program `program` of an absorbed segment: SPLIT raw tokens and Folding.tile rows of all heads; row: query, head.
+
+    Neighbours take the same tokens.
+    """
+    block_a: tl.constexpr = FOLDINGS[FOLDING * NUMBER + 4]
     block_d: tl.constexpr = triton.next_power_of_2(max(KEY_WIDTH, 16))
     block_v: tl.constexpr = triton.next_power_of_2(max(VALUE_WIDTH, 16))
-    rows, dims, value_dims = tl.arange(0, BLOCK_A), tl.arange(0, block_d), tl.arange(0, block_v)
     q_heads = kv_heads * GROUP
+    row_tiles = tl.cdiv(q_len * q_heads, block_a)
+    split = program // row_tiles
+    rows = program % row_tiles * block_a + tl.arange(0, block_a)
+    dims, value_dims = tl.arange(0, block_d), tl.arange(0, block_v)
     row_inside = rows < q_len * q_heads
     queries, heads = rows // q_heads, rows % q_heads
     batch64 = batch_row.to(tl.int64)
     folded = (batch64 * q_heads + heads) * q_len + queries
-    q = load_rows(absorbed.query, folded * KEY_WIDTH, row_inside, dims, KEY_WIDTH, block_d, True)
+    positions = positions_of(
+        query_positions, query_positions_b, query_positions_t, batch64, queries, row_inside, own_end, q_len
+    )
+    await_folds(absorbed, call, batch_row, folds_of(kv_heads, KEY_WIDTH, FOLDINGS, NUMBER, BLOCK_M), FOLDINGS, NUMBER)
+    at = folded * absorbed.query_row
+    if run.key_scale is not None and KEY_RAW >= 16 and (KEY_RAW & (KEY_RAW - 1)) == 0 and KEY_WIDTH != KEY_RAW:
+        q = ()
+        for head in tl.static_range(KEY_WIDTH // KEY_RAW):
+            raw_dims = head * KEY_RAW + tl.arange(0, KEY_RAW)
+            q = q + (  # type: ignore[assignment]  # noqa: RUF005
+                load_rows(absorbed.query, at, row_inside, raw_dims, KEY_WIDTH, KEY_RAW, True),
+            )
+    else:
+        q = (load_rows(absorbed.query, at, row_inside, dims, KEY_WIDTH, block_d, True),)  # type: ignore[assignment]
     if absorbed.shift is None:
         shift = None
     else:
         shift = tl.load(absorbed.shift + folded, mask=row_inside, other=0.0)
-    positions = positions_of(
-        query_positions, query_positions_b, query_positions_t, batch64, queries, row_inside, own_end, q_len
-    )
-    m = tl.full((BLOCK_A,), -float("inf"), tl.float32)
-    l = tl.zeros((BLOCK_A,), tl.float32)
-    acc = tl.zeros((BLOCK_A, block_v), tl.float32)
-    end = length_of(run.lengths, batch_row, run.length)
+    m = tl.full((block_a,), -float("inf"), tl.float32)
+    l = tl.zeros((block_a,), tl.float32)
+    acc = tl.zeros((block_a, block_v), tl.float32)
+    end = length_of(run.lengths, batch_row, told(run.length))
     first = split * SPLIT
     m, l, acc = attend(
         q, m, l, acc, run, batch_row, split * 0, heads, queries, row_inside, positions, first,
@@ -100,50 +226,78 @@ def absorbed_split(
     )  # fmt: skip
     row = (batch64 * kv_heads + heads // GROUP) * q_len * GROUP + queries * GROUP + heads % GROUP
     at = row * state_splits + first_state + split
-    tl.store(states + at * 2, m, mask=row_inside)
-    tl.store(states + at * 2 + 1, l, mask=row_inside)
-    inside = (row_inside & (l != 0.0))[:, None] & (value_dims < VALUE_WIDTH)[None, :]
+    up, down = powers_of_two(tl.max(tl.abs(acc), 1))
+    store_states(states, at, m, l, up, row_inside)
+    acc *= down[:, None]  # the largest of a row at 2^14: in float16, 11 bits of what is not below 2^-28 of it
     at = row * its_splits + split
-    tl.store(absorbed.sums + at[:, None] * VALUE_WIDTH + value_dims[None, :], acc, mask=inside)
+    inside = (row_inside & (l != 0.0))[:, None] & (value_dims < VALUE_WIDTH)[None, :]
+    kept = absorbed.sums + at[:, None] * VALUE_WIDTH + value_dims[None, :]
+    tl.store(kept, acc.to(absorbed.sums.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def absorbed_splits(
+    absorbed, runs, states, query_positions, query_positions_b, query_positions_t, call, batch_row, program,
+    state_splits, first_state, kv_heads, q_len, own_end, scale, softcap, segment_window, RUNS: tl.constexpr,
+    KINDS: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr, RAWS: tl.constexpr, FOLDINGS: tl.constexpr,
+    BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program `program` of those of raw tokens, over all absorbed segments."""
+    first = 0
+    for number in tl.static_range(RUNS):
+        if absorbed[number] is not None:
+            its_splits = tl.cdiv(told(runs[number].length), SPLITS[number])
+            its_programs = its_splits * tl.cdiv(q_len * kv_heads * GROUP, FOLDINGS[FOLDING * number + 4])
+            if (program >= first) & (program < first + its_programs):
+                absorbed_split(
+                    absorbed[number], runs[number], states, query_positions, query_positions_b, query_positions_t,
+                    call, batch_row, program - first, its_splits, state_splits, first_state, kv_heads, q_len, own_end,
+                    scale, softcap, segment_window, KINDS[number], GROUP, SOFTCAP, RAWS[4 * number],
+                    RAWS[4 * number + 1], RAWS[4 * number + 2], RAWS[4 * number + 3], FOLDINGS, number, BLOCK_M,
+                    TOKENS[number], SPLITS[number], STAGES, PRECISION,
+                )  # fmt: skip
+            first += its_programs
+            first_state += its_splits
 
 
 @triton.jit
 def absorbed_output(
-    absorbed, states, base, row, kv_head, run_splits, reference, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr,
+    absorbed, states, base, row, row_inside, kv_head, run_splits, reference, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """What an absorbed segment adds to a row's acc and l: (BLOCK_V,), (1,). `base`: its first state.
+    """What an absorbed segment adds to the rows' acc (rows, BLOCK_V) and l (rows,). `base`: their first states of it.
 
     BLOCK_W columns of the raw sums at a time, so that a wide sharer takes no more registers.
     """
-    value_dims, steps, within = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_W)
-    part = tl.zeros((1,), tl.float32)
-    acc = tl.zeros((BLOCK_V,), tl.float32)
+    value_dims, within = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_W)
+    rows: tl.constexpr = row.shape[0]
+    acc = tl.zeros((rows, BLOCK_V), tl.float32)
+    part = tl.zeros((rows,), tl.float32)
     proj = (
         absorbed.value_proj
         + kv_head.to(tl.int64) * absorbed.value_proj_h
-        + value_dims[:, None] * (absorbed.value_proj_d)
+        + value_dims[None, :] * (absorbed.value_proj_d)
     )
-    for start in range(0, run_splits, BLOCK_S):
-        inside = start + steps < run_splits
-        at = states + (base + start + steps) * 2
-        factors = tl.exp2(tl.load(at, mask=inside, other=-float("inf")) - reference)
-        part += tl.sum(tl.load(at + 1, mask=inside, other=0.0) * factors, 0)
     for first in range(0, VALUE_WIDTH, BLOCK_W):
         columns = first + within
-        raw = tl.zeros((BLOCK_W,), tl.float32)
+        mask = (columns < VALUE_WIDTH)[:, None] & (value_dims < VALUE_DIM)[None, :]
+        w = tl.load(proj + columns[:, None], mask=mask, other=0.0)
+        raw = tl.zeros((rows, BLOCK_W), tl.float32)
         for start in range(0, run_splits, BLOCK_S):
-            inside = start + steps < run_splits
-            at = states + (base + start + steps) * 2
-            factors = tl.exp2(tl.load(at, mask=inside, other=-float("inf")) - reference)
-            filled = inside & (tl.load(at + 1, mask=inside, other=0.0) != 0.0)
-            at = absorbed.sums + (row * run_splits + start + steps)[:, None] * VALUE_WIDTH + columns[None, :]
-            found = tl.load(at, mask=filled[:, None] & (columns < VALUE_WIDTH)[None, :], other=0.0)
-            raw += tl.sum(found * factors[:, None], 0)
-        mask = (value_dims < VALUE_DIM)[:, None] & (columns < VALUE_WIDTH)[None, :]
-        w = tl.load(proj + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc += tl.sum(w * raw[None, :], 1)
+            for step in tl.static_range(BLOCK_S):
+                split = start + step
+                inside = row_inside & (split < run_splits)
+                factor, count, scale = load_states(states, base + split, reference, inside)
+                filled = inside & (count != 0.0)
+                if first == 0:
+                    part = tl.fma(count, factor, part)
+                factor *= scale
+                at = absorbed.sums + (row * run_splits + split)[:, None] * VALUE_WIDTH + columns[None, :]
+                found = tl.load(at, mask=filled[:, None] & (columns < VALUE_WIDTH)[None, :], other=0.0)
+                raw = tl.fma(found.to(tl.float32), tl.broadcast_to(factor[:, None], (rows, BLOCK_W)), raw)
+        acc = dot(raw, w, acc, "bf16x6")
     if absorbed.value_bias is not None:
         at = absorbed.value_bias + kv_head.to(tl.int64) * absorbed.value_bias_h + value_dims
-        acc += tl.load(at, mask=value_dims < VALUE_DIM, other=0.0).to(tl.float32) * part
-    return acc, part
+        bias = tl.load(at, mask=value_dims < VALUE_DIM, other=0.0).to(tl.float32)
+        acc += bias[None, :] * part[:, None]
+    return tl.where(part[:, None] != 0.0, acc, 0.0), part

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +54,31 @@ class Run(NamedTuple):
     mask_n: int
 
 
+def alignment(run: Run) -> int:
+    """Kind.align of a run: by all strides, of which that of a token, alike in a growing cache, is the least aligned."""
+    if max(run.key_n, run.value_n) >= 2**31:  # kernels then count them in 64 bits, as they come
+        return 0
+    return {4: 1, 8: 2, 16: 3}.get(math.gcd(16, *run[1:4], *run[5:8]), 0)
+
+
+def unspecialised(run: Run, align: int) -> Run:
+    """The run as kernels take it: `tiles.stride` and `step` give strides of keys and values back, `told` lengths.
+
+    Triton compiles anew where an integer becomes 1, or a multiple of 16 or none, as these do while a cache grows: they
+    are passed as odd numbers above 1.
+    """
+    places = (0, 2, 3, 4)[align]
+    strides = ("key_b", "key_h", "key_n", "value_b", "value_h", "value_n")
+    changes: dict[str, Any] = {name: odd(getattr(run, name) >> places) for name in strides}
+    length = None if run.length is None else odd(run.length)
+    return run._replace(length=length, stored=odd(run.stored), **changes)
+
+
+def odd(number: int) -> int:
+    """A number as `tiles.told` takes it."""
+    return 2 * number + 3
+
+
 class Kind(NamedTuple):
     """How a run is read; compiled in. Kernels take `code`, these as digits to the base 4 in order (see `kinds`)."""
 
@@ -66,6 +92,7 @@ class Kind(NamedTuple):
     wide: int  # 1: products in float32, because queries and tokens differ in dtype
     absorbed: int  # 1: raw tokens of a sharer, its projectors absorbed
     scaled: int  # 1: int8 or float8 with scales, or anything else that has them
+    align: int  # 0: tokens start anywhere, 1, 2, 3: strides of keys and values are multiples of 4, 8, 16 numbers
 
     @property
     def code(self) -> int:
@@ -133,7 +160,7 @@ def segment_run(segment: SegmentTensors, batch: int, q_heads: int) -> Run:
 def own_kind(run: Run, is_causal: bool, window: int | None, mask_dtype: torch.dtype | None) -> Kind:
     mask = 0 if mask_dtype is None else 1 if mask_dtype == torch.bool else 2
     places = 1 if is_causal or window is not None else 0
-    return Kind(places, int(is_causal), int(window is not None), 0, mask, 0, 0, 0, 0, 0)
+    return Kind(places, int(is_causal), int(window is not None), 0, mask, 0, 0, 0, 0, 0, alignment(run))
 
 
 def segment_kind(segment: SegmentTensors, run: Run, window: int | None, dtype: torch.dtype, absorbed: bool) -> Kind:
@@ -146,7 +173,7 @@ def segment_kind(segment: SegmentTensors, run: Run, window: int | None, dtype: t
     return Kind(
         2 if placed else 0, int(placed and segment.causal), int(placed and window is not None), gate, 0,
         int(segment.key.dtype == torch.float8_e4m3fn), int(segment.value.dtype == torch.float8_e4m3fn), int(wide),
-        int(absorbed), int(segment.key_scale is not None or segment.value_scale is not None),
+        int(absorbed), int(segment.key_scale is not None or segment.value_scale is not None), alignment(run),
     )  # fmt: skip
 
 

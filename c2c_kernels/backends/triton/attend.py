@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .kinds import CAUSAL_AT, GATE_AT, KEY_E4M3_AT, MASK_AT, POSITIONS_AT, VALUE_E4M3_AT, WIDE_AT, WINDOW_AT
 from .softmax import LOG2E, capped, update
-from .tiles import decoded, dot, load_tile
+from .tiles import decoded, dot, factors, from_codes, load_tile, product, step, stride, told
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def stored_rows(run, batch_row, tokens, inside):
     else:
         at = run.selected + batch_row.to(tl.int64) * run.selected_b + tokens.to(tl.int64) * run.selected_n
         rows = tl.load(at, mask=inside, other=-1).to(tl.int64)
-        return rows, inside & (rows >= 0) & (rows < run.stored)
+        return rows, inside & (rows >= 0) & (rows < told(run.stored))
 
 
 @triton.jit
@@ -113,6 +113,26 @@ def scaled(x, scales, scale_h, scale_n, rows, stored, dims, RAW_DIM: tl.constexp
 
 
 @triton.jit
+def scores_by_head(
+    q, run, key, key_n, batch64, rows, stored, zero, KIND: tl.constexpr, RAW_DIM: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Products with raw tokens that have a scale for each sharer head: one after another, so that codes stay exact.
+
+    q: of every head a tuple's entry, (rows, RAW_DIM). zero: (rows, tokens).
+    """
+    KEY_E4M3: tl.constexpr = KIND // KEY_E4M3_AT % 4
+    dims = tl.arange(0, RAW_DIM)
+    scores = zero
+    for head in tl.static_range(len(q)):
+        at = key + (rows * key_n)[:, None] + (stride(run.key_h, KIND) * head + dims)[None, :]
+        k = from_codes(decoded(tl.load(at, mask=stored[:, None], other=0), KEY_E4M3, q[head].dtype))
+        scales = run.key_scale + batch64 * run.key_scale_b + head * run.key_scale_h + rows * run.key_scale_n
+        scale = tl.load(scales, mask=stored, other=0.0).to(tl.float32)
+        scores += dot(q[head], tl.trans(k), zero, PRECISION) * scale[None, :]
+    return scores
+
+
+@triton.jit
 def attend(
     q, m, l, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, first, last, end, scale, softcap,
     window, shift, KIND: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
@@ -121,28 +141,34 @@ def attend(
 ):  # fmt: skip
     """Takes tokens first, first + 1, ... last - 1 (first a multiple of BLOCK_N, `end` valid tokens) into (m, l, acc).
 
-    q: (BLOCK_M, BLOCK_D). m, l: (BLOCK_M,) float32. acc: (BLOCK_M, BLOCK_V) float32. MASKED: a tile may hold tokens
-    that some row does not see. KEY_RAW, VALUE_RAW: of an absorbed segment, whose tokens are read as they are, all
-    sharer heads of this dim at once; then q is absorbed, and `shift` (BLOCK_M,), its product with the key bias, is
-    added to products (None: nothing). Otherwise 0.
+    q: `factors` of (BLOCK_M, BLOCK_D). m, l: (BLOCK_M,) float32. acc: (BLOCK_M, BLOCK_V) float32. MASKED: a tile may
+    hold tokens that some row does not see. KEY_RAW, VALUE_RAW: of an absorbed segment, whose tokens are read as they
+    are, all sharer heads of this dim at once; then q is absorbed, and `shift` (BLOCK_M,), its product with the key
+    bias, is added to products (None: nothing). Otherwise 0. q may then be a tuple of sharer heads.
     """
     GATE: tl.constexpr = KIND // GATE_AT % 4
     KEY_E4M3: tl.constexpr = KIND // KEY_E4M3_AT % 4
     VALUE_E4M3: tl.constexpr = KIND // VALUE_E4M3_AT % 4
     WIDE: tl.constexpr = KIND // WIDE_AT % 4
     EDGES: tl.constexpr = MASKED or run.selected is not None
-    dtype: tl.constexpr = tl.float32 if WIDE else q.dtype
-    q = q.to(dtype)
+    BY_HEAD: tl.constexpr = KEY_RAW != 0 and q[0].shape[1] != BLOCK_D
+    SINGLE: tl.constexpr = (len(q) == 3 and not BY_HEAD) or q[0].dtype == tl.float32  # queries in float32
+    # What of a wider dtype than 16-bit queries is read in two parts: 2^-16, in the own cache's tiles of rows.
+    MODE: tl.constexpr = PRECISION if SINGLE else "bf16x3" if WIDE else "ieee"
+    dtype: tl.constexpr = tl.float32 if WIDE or SINGLE else q[0].dtype
+    if WIDE and not SINGLE:
+        q = factors(q[0], MODE)
     cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     batch64, head64 = batch_row.to(tl.int64), kv_head.to(tl.int64)
-    key_columns = columns_of(dims, KEY_RAW, run.key_h)[None, :]
-    value_columns = columns_of(value_dims, VALUE_RAW, run.value_h)[None, :]
+    key_columns = columns_of(dims, KEY_RAW, stride(run.key_h, KIND))[None, :]
+    value_columns = columns_of(value_dims, VALUE_RAW, stride(run.value_h, KIND))[None, :]
     if KEY_RAW != 0 and run.key_scale is not None:  # 8 codes a thread: as 16-bit factors they leave in one store
         key_columns = tl.max_contiguous(key_columns, (1, 8))
     if VALUE_RAW != 0 and run.value_scale is not None:
         value_columns = tl.max_contiguous(value_columns, (1, 8))
-    key = run.key + batch64 * run.key_b + head64 * run.key_h + key_columns
-    value = run.value + batch64 * run.value_b + head64 * run.value_h + value_columns
+    key = run.key + batch64 * stride(run.key_b, KIND) + head64 * stride(run.key_h, KIND) + key_columns
+    value = run.value + batch64 * stride(run.value_b, KIND) + head64 * stride(run.value_h, KIND) + value_columns
+    key_n, value_n = step(run.key_n, KIND), step(run.value_n, KIND)
     if GATE == 1:
         row_gate = gate_of_rows(run, batch_row, heads, row_inside, GATE)
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
@@ -150,28 +176,31 @@ def attend(
         inside = tokens < end
         if run.selected is None:
             start64 = start + tl.zeros((), tl.int64)
-            k = load_tile(
-                key + start64 * run.key_n + (cols * run.key_n)[:, None], inside, dims, DIM, BLOCK_D, EDGES
-            )  # fmt: skip
+            if not BY_HEAD:
+                k = load_tile(key + start64 * key_n + (cols * key_n)[:, None], inside, dims, DIM, BLOCK_D, EDGES)
             v = load_tile(
-                value + start64 * run.value_n + (cols * run.value_n)[:, None], inside, value_dims, VALUE_DIM, BLOCK_V,
+                value + start64 * value_n + (cols * value_n)[:, None], inside, value_dims, VALUE_DIM, BLOCK_V,
                 EDGES,
             )  # fmt: skip
             rows, stored = tokens.to(tl.int64), inside
         else:
             rows, stored = stored_rows(run, batch_row, tokens, inside)
-            k = load_tile(key + (rows * run.key_n)[:, None], stored, dims, DIM, BLOCK_D, EDGES)
-            v = load_tile(value + (rows * run.value_n)[:, None], stored, value_dims, VALUE_DIM, BLOCK_V, EDGES)
-        if KEY_RAW != 0 and run.key_scale is not None:
-            scales = run.key_scale + batch64 * run.key_scale_b
-            k = scaled(
-                decoded(k, KEY_E4M3, tl.float32), scales, run.key_scale_h, run.key_scale_n, rows, stored, dims,
-                KEY_RAW, DIM,
-            ).to(dtype)  # fmt: skip
+            if not BY_HEAD:
+                k = load_tile(key + (rows * key_n)[:, None], stored, dims, DIM, BLOCK_D, EDGES)
+            v = load_tile(value + (rows * value_n)[:, None], stored, value_dims, VALUE_DIM, BLOCK_V, EDGES)
+        zero = tl.zeros((acc.shape[0], BLOCK_N), tl.float32)
+        if BY_HEAD:
+            heads_of_row = run.key + batch64 * stride(run.key_b, KIND)
+            scores = scores_by_head(q, run, heads_of_row, key_n, batch64, rows, stored, zero, KIND, KEY_RAW, MODE)
         else:
-            k = decoded(k, KEY_E4M3, dtype)
-        zero = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
-        scores = dot(q, tl.trans(k), zero, PRECISION)
+            if KEY_RAW != 0 and run.key_scale is not None:
+                scales = run.key_scale + batch64 * run.key_scale_b
+                k = decoded(k, KEY_E4M3, tl.float32)
+                k = scaled(k, scales, run.key_scale_h, run.key_scale_n, rows, stored, dims, KEY_RAW, DIM)
+                k = from_codes(k.to(dtype))
+            else:
+                k = decoded(k, KEY_E4M3, dtype)
+            scores = product(q, tl.trans(k), zero, MODE)
         if KEY_RAW == 0 and run.key_scale is not None:
             scales = run.key_scale + batch64 * run.key_scale_b + head64 * run.key_scale_h + rows * run.key_scale_n
             scores *= tl.load(scales, mask=stored, other=0.0).to(tl.float32)[None, :]
@@ -191,7 +220,8 @@ def attend(
             v = scaled(
                 decoded(v, VALUE_E4M3, tl.float32), scales, run.value_scale_h, run.value_scale_n, rows, stored,
                 value_dims, VALUE_RAW, VALUE_DIM,
-            ).to(dtype)  # fmt: skip
+            )  # fmt: skip
+            v = from_codes(v.to(dtype))
         else:
             v = decoded(v, VALUE_E4M3, dtype)
         if VALUE_RAW == 0 and run.value_scale is not None:
@@ -201,5 +231,5 @@ def attend(
                 v = (v.to(tl.float32) * value_scale[:, None]).to(dtype)
             else:
                 weights *= value_scale[None, :]
-        acc = dot(weights.to(dtype), v, acc * factor[:, None], PRECISION)
+        acc = dot(weights.to(dtype), v, acc * factor[:, None], MODE)
     return m, l, acc

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
+
 import torch
 from torch import Tensor
 
 from ...segment import SegmentTensors
 from . import arguments, tiles_table
-from .absorb import Absorbed, absorb_kernel
+from .absorb import Absorbed, Folding
 from .decode import combine_kernel, split_kernel
 from .launch import Launch, run, target_of
 from .prefill import prefill_kernel
@@ -41,10 +43,12 @@ def attend(
         "BLOCK_R": 1 << (common["RUNS"] - 1).bit_length(),
     }  # fmt: skip
     rows, kv_heads = choice.rows, key.shape[1]
+    choice = choice._replace(wide=False)  # or a segment that is closed would change the tiles of all
     if not any(absorbs) and not tiles_table.decodes(choice):
         tile = tiles_table.prefill_tile(choice)
         tokens = _tokens(tile, tiles_table.prefill_tile, choice, kinds)
         names = {"BLOCK_M": tile.rows, "TOKENS": tokens, "STAGES": tile.stages}
+        names["PRECISION"] = tiles_table.prefill_precision(choice)
         grid = batch * kv_heads * -(-rows // tile.rows)
         run(Launch(prefill_kernel, grid, common | results | names, tile.warps, tile.stages), query.device)
     elif rows and batch:
@@ -77,7 +81,8 @@ def call_arguments(
     common = {
         "query_positions": positions, "query_positions_b": positions_b, "query_positions_t": positions_t,
         "query": query, "query_b": query.stride(0), "query_h": query.stride(1), "query_t": query.stride(2),
-        "runs": tuple(runs), "kv_heads": kv_heads, "q_len": q_len, "own_length": key.shape[2], "scale": float(scale),
+        "runs": tuple(map(arguments.unspecialised, runs, (kind.align for kind in kinds))), "kv_heads": kv_heads,
+        "q_len": q_len, "own_length": key.shape[2], "scale": float(scale),
         "softcap": float(softcap or 0.0), "window": arguments.own_window_number(window),
         "segment_window": arguments.window_number(segment_window), "RUNS": len(runs),
         "KINDS": tuple(kind.code for kind in kinds),
@@ -93,7 +98,7 @@ def _tokens(tile: tiles_table.Tile, tile_of, choice: tiles_table.Call, kinds: li
     Rows, warps and stages are the own cache's: a segment that is empty or closed changes no bit.
     """
     fewer = min(tile.tokens, tile_of(choice._replace(heavy=True)).tokens)
-    return tuple(fewer if kind.heavy else tile.tokens for kind in kinds)
+    return tuple(tiles_table.WIDE_TOKENS if kind.wide else fewer if kind.heavy else tile.tokens for kind in kinds)
 
 
 def _decode(
@@ -109,41 +114,52 @@ def _decode(
     rows, kv_heads = choice.rows, common["kv_heads"]
     tile = tiles_table.decode_tile(choice)
     tokens = list(_tokens(tile, tiles_table.decode_tile, choice, kinds))
-    counts = [common["own_length"], *(each.length for each in common["runs"][1:])]
+    counts = [common["own_length"], *(segment.length for segment in segments)]
     absorbs = (False, *(absorbs or (False,) * len(segments)))  # the own cache first
-    split_tokens = [
-        tiles_table.RAW_SPLIT_BYTES // size if raw else tiles_table.split_tokens(rows, size)
-        for size, raw in zip((each.key.element_size() for each in common["runs"]), absorbs, strict=True)
-    ]
+    all_rows = kv_heads * rows
+    split_tokens = [tiles_table.split_tokens(rows, each.key.element_size()) for each in common["runs"]]
+    for number, segment in enumerate(segments, 1):
+        if absorbs[number]:
+            single = absorbs_wide(segment, query)
+            split_tokens[number] = tiles_table.raw_split_tokens(all_rows, segment.key.element_size(), single)
     numbers = [-(-count // split) for count, split in zip(counts, split_tokens, strict=True)]
     splits = sum(number for number, raw in zip(numbers, absorbs, strict=True) if not raw)
     raw_splits = sum(numbers) - splits
     absorbed: list[Absorbed | None] = [None] * len(counts)
+    foldings = [Folding()] * len(counts)
     raws = [0, 0, 0, 0] * len(counts)
-    block_rows, warps = 16, tile.warps
+    folds, raw_programs, columns = 0, 0, 16
     for number, segment in enumerate(segments, 1):
         if absorbs[number]:
-            absorbed[number] = _absorbed(common, segment, query, numbers[number])
+            absorbed[number], foldings[number], its_folds = _absorbed(common, segment, query, tile, numbers[number])
             raws[4 * number : 4 * number + 4] = _raw_dims(segment)
-            block_rows = max(16, 1 << (kv_heads * rows - 1).bit_length())
             tokens[number] = tiles_table.raw_tokens(segment_width(segment))
-            if numbers[number]:
-                warps = max(warps, tiles_table.raw_warps(block_rows, segment_width(segment)))
-    states = query.new_empty((batch, kv_heads * rows, splits + raw_splits, 2), dtype=torch.float32)
-    sums = query.new_empty((batch, kv_heads * rows, splits, common["VALUE_DIM"]), dtype=torch.float32)
+            folds += its_folds
+            raw_programs += numbers[number] * -(-all_rows // foldings[number].tile)
+            columns = max(columns, tiles_table.merged_columns(common["BLOCK_V"], absorbed[number].value_proj))
+    states = query.new_empty((batch, all_rows, splits + raw_splits, 4), dtype=torch.float32)
+    sums = query.new_empty((batch, all_rows, splits, common["VALUE_DIM"]), dtype=torch.float32)
     shared = {
-        "states": states, "sums": sums, "splits": splits, "raw_splits": raw_splits,
-        "SPLITS": tuple(split_tokens), "absorbed": tuple(absorbed), "RAWS": tuple(raws),
+        "states": states, "sums": sums, "splits": splits, "raw_splits": raw_splits, "BLOCK_M": tile.rows,
+        "SPLITS": tuple(split_tokens), "absorbed": tuple(absorbed), "RAWS": tuple(raws), "FOLDINGS": sum(foldings, ()),
     }  # fmt: skip
-    names = {"BLOCK_M": tile.rows, "TOKENS": tuple(tokens), "STAGES": tile.stages, "BLOCK_A": block_rows}
-    grid = batch * (kv_heads * splits + raw_splits)
-    run(Launch(split_kernel, grid, common | shared | names, warps, tile.stages), query.device)
+    programs = folds + kv_heads * splits + raw_programs
+    names = {
+        "TOKENS": tuple(tokens), "STAGES": tile.stages, "folds": folds, "programs": programs,
+        "call": secrets.randbits(62) | 1 << 62 if folds else 0,
+    }  # fmt: skip
+    run(Launch(split_kernel, batch * programs, common | shared | names, tile.warps, tile.stages), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
-    names = {"BLOCK_S": 16, "BLOCK_W": 16, "lengths": (0, *counts[1:])}
+    merging = tiles_table.combine_tile(choice.target, tile.rows if folds else 1, common["BLOCK_V"])
+    merged_rows, at_once, warps = merging
+    names = {
+        "BLOCK_C": merged_rows,
+        "BLOCK_S": at_once,
+        "BLOCK_W": columns,
+        "lengths": tuple(map(arguments.odd, counts)),
+    }
     combined = {name: common[name] for name in kept} | shared | results | names
-    # One warp up to a value dim of 128: sums over splits then stay within threads.
-    warps = max(1, common["BLOCK_V"] // 128)
-    run(Launch(combine_kernel, batch * kv_heads * rows, combined, warps, 2), query.device)
+    run(Launch(combine_kernel, batch * kv_heads * -(-rows // merged_rows), combined, warps, 2), query.device)
 
 
 def _raw_dims(segment: SegmentTensors) -> tuple[int, int, int, int]:
@@ -172,34 +188,38 @@ def dense(proj: Tensor, proj_in: Tensor | None) -> Tensor:
     return arguments.rows(proj) if proj_in is None else proj.float() @ proj_in.float()
 
 
-def _absorbed(common: dict, segment: SegmentTensors, query: Tensor, its_splits: int) -> Absorbed:
-    """Launches what folds the queries through the key projector; scratch for what splits find."""
+def _absorbed(
+    common: dict, segment: SegmentTensors, query: Tensor, tile: tiles_table.Tile, its_splits: int
+) -> tuple[Absorbed, Folding, int]:
+    """Tensors of an absorbed segment with scratch, how its queries are folded, and how many programs of a row do."""
     batch, q_heads, q_len, _ = query.shape
     _, width, _, value_width = _raw_dims(segment)
     proj, value_proj = dense(segment.key_proj, segment.key_proj_in), dense(segment.value_proj, segment.value_proj_in)
-    folded = query.new_empty((batch, q_heads, q_len, width), dtype=common["query"].dtype)
-    shift = None
-    if segment.key_bias is not None:
-        shift = query.new_empty((batch, q_heads, q_len), dtype=torch.float32)
-    key_bias = None if segment.key_bias is None else arguments.rows(segment.key_bias)
-    value_bias = None if segment.value_bias is None else arguments.rows(segment.value_bias)
-    wide, rows = proj.dtype != folded.dtype, common["GROUP"] * q_len
-    block_rows, block = tiles_table.folding_tile(wide or folded.dtype == torch.float32, common["BLOCK_D"], rows, width)
-    names = {
-        "proj": proj, "proj_h": proj.stride(0), "proj_d": proj.stride(1), "bias": key_bias,
-        "bias_h": 0 if key_bias is None else key_bias.stride(0), "out": folded, "shift": shift, "WIDTH": width,
-        "WIDE": wide, "BLOCK_M": block_rows, "BLOCK_W": block,
-    }  # fmt: skip
-    kept = ("query", "query_b", "query_h", "query_t", "kv_heads", "q_len", "GROUP", "DIM", "BLOCK_D", "PRECISION")
-    grid = batch * common["kv_heads"] * -(-rows // block_rows) * -(-width // block)
-    run(
-        Launch(
-            absorb_kernel, grid, {name: common[name] for name in kept} | names, 8 if common["BLOCK_D"] > 128 else 4, 1
-        ),
-        query.device,
+    key_bias, value_bias = (
+        None if bias is None else arguments.rows(bias) for bias in (segment.key_bias, segment.value_bias)
     )
-    sums = query.new_empty((batch, q_heads * q_len, its_splits, value_width), dtype=torch.float32)
-    return Absorbed(
-        folded, shift, sums, value_proj, value_proj.stride(0), value_proj.stride(1), value_bias,
+    dtype, kv_heads = common["query"].dtype, common["kv_heads"]
+    wide = proj.dtype != dtype
+    block_rows, columns = tiles_table.folding_tile(wide or dtype == torch.float32, common["BLOCK_D"], tile.rows, width)
+    of_head = tile.rows // block_rows * -(-width // columns)
+    folding = Folding(
+        block_rows, columns, int(wide), 1 << (kv_heads * of_head - 1).bit_length(),
+        tiles_table.raw_rows(q_heads * q_len, segment_width(segment), tile.warps),
+        int(target_of(query.device).backend == "cuda"),
+    )  # fmt: skip
+    single = absorbs_wide(segment, query)
+    query_row = -(-width // 8) * 8
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return query.new_empty((batch, *shape), dtype=dtype)
+
+    absorbed = Absorbed(
+        proj, proj.stride(0), proj.stride(1), key_bias, 0 if key_bias is None else key_bias.stride(0),
+        scratch(q_heads, q_len, query_row, dtype=dtype), query_row,
+        None if key_bias is None else scratch(q_heads, q_len),
+        scratch(kv_heads * of_head, dtype=torch.int64),
+        scratch(q_heads * q_len, its_splits, value_width, dtype=torch.float32 if single else torch.float16),
+        value_proj, value_proj.stride(0), value_proj.stride(1), value_bias,
         0 if value_bias is None else value_bias.stride(0),
     )  # fmt: skip
+    return absorbed, folding, kv_heads * of_head

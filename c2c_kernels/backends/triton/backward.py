@@ -12,7 +12,7 @@ from .attend import gate_of_rows, log_gate, seen
 from .kinds import CAUSAL_AT, GATE_AT, WIDE_AT, WINDOW_AT
 from .prefill import own_range
 from .softmax import LOG2E, capped, tanh
-from .tiles import dot, length_of, load_rows, positions_of
+from .tiles import dot, length_of, load_rows, positions_of, step, stride, told
 
 
 @triton.jit
@@ -100,18 +100,17 @@ def query_gradient_kernel(
             )
             end, its_positions, its_window = own_end, own_positions, window
         else:
-            end = length_of(run.lengths, batch_row, run.length)
+            end = length_of(run.lengths, batch_row, told(run.length))
             low, high, its_positions, its_window = 0, end, positions, segment_window
-        key = run.key + batch64 * run.key_b + head64 * run.key_h
-        value = run.value + batch64 * run.value_b + head64 * run.value_h
+        key = run.key + batch64 * stride(run.key_b, KINDS[number]) + head64 * stride(run.key_h, KINDS[number])
+        value = run.value + batch64 * stride(run.value_b, KINDS[number]) + head64 * stride(run.value_h, KINDS[number])
+        key_n, value_n = step(run.key_n, KINDS[number]), step(run.value_n, KINDS[number])
         for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
             tokens = start + cols
             inside = tokens < end
             start64 = start + tl.zeros((), tl.int64)
-            k = load_rows(key + start64 * run.key_n, cols * run.key_n, inside, dims, DIM, BLOCK_D, True).to(its_q.dtype)
-            v = load_rows(
-                value + start64 * run.value_n, cols * run.value_n, inside, value_dims, VALUE_DIM, BLOCK_V, True
-            )
+            k = load_rows(key + start64 * key_n, cols * key_n, inside, dims, DIM, BLOCK_D, True).to(its_q.dtype)
+            v = load_rows(value + start64 * value_n, cols * value_n, inside, value_dims, VALUE_DIM, BLOCK_V, True)
             _weights, change, _gate = score_gradients(
                 its_q, its_g, k, v.to(its_q.dtype), found, its_delta, run, batch_row, heads, queries, row_inside,
                 its_positions, tokens, inside, scale, softcap, its_window, KINDS[number], True, SOFTCAP, PRECISION,
@@ -159,7 +158,7 @@ def token_gradient_kernel(
     first_tile = 0
     for number in tl.static_range(RUNS):
         run = runs[number]
-        length = own_length if number == 0 else run.length
+        length = own_length if number == 0 else told(run.length)
         its_tiles = tl.cdiv(length, BLOCK_N)
         dtype = tl.float32 if (KINDS[number] // WIDE_AT % 4) else query.dtype.element_ty
         if (tile >= first_tile) & (tile < first_tile + its_tiles):
@@ -168,10 +167,12 @@ def token_gradient_kernel(
             tokens = start + tl.arange(0, BLOCK_N)
             inside = tokens < end
             offsets = tokens.to(tl.int64)
-            key = run.key + batch64 * run.key_b + head64 * run.key_h
-            value = run.value + batch64 * run.value_b + head64 * run.value_h
-            k = load_rows(key, offsets * run.key_n, inside, dims, DIM, BLOCK_D, True).to(dtype)
-            v = load_rows(value, offsets * run.value_n, inside, value_dims, VALUE_DIM, BLOCK_V, True).to(dtype)
+            key = run.key + batch64 * stride(run.key_b, KINDS[number]) + head64 * stride(run.key_h, KINDS[number])
+            value = run.value + batch64 * stride(run.value_b, KINDS[number])
+            value += head64 * stride(run.value_h, KINDS[number])
+            key_n, value_n = step(run.key_n, KINDS[number]), step(run.value_n, KINDS[number])
+            k = load_rows(key, offsets * key_n, inside, dims, DIM, BLOCK_D, True).to(dtype)
+            v = load_rows(value, offsets * value_n, inside, value_dims, VALUE_DIM, BLOCK_V, True).to(dtype)
             grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             grad_v = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
             low, high, its_window = 0, q_len, segment_window

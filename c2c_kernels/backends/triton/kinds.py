@@ -4,6 +4,6 @@ import triton.language as tl
 
 from .arguments import Kind
 
-POSITIONS_AT, CAUSAL_AT, WINDOW_AT, GATE_AT, MASK_AT, KEY_E4M3_AT, VALUE_E4M3_AT, WIDE_AT, ABSORBED_AT, _ = (
+POSITIONS_AT, CAUSAL_AT, WINDOW_AT, GATE_AT, MASK_AT, KEY_E4M3_AT, VALUE_E4M3_AT, WIDE_AT, ABSORBED_AT, _, ALIGN_AT = (
     tl.constexpr(4**place) for place in range(len(Kind._fields))
 )

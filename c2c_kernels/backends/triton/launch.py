@@ -39,6 +39,7 @@ class Launch:
         arguments: all arguments by name, compile-time ones too.
         warps, stages: compiler options.
         fusion: whether the compiler may make one rounding of a product and a sum.
+        reached: tensors that the kernel reaches by addresses in memory.
     """
 
     kernel: Any
@@ -47,6 +48,7 @@ class Launch:
     warps: int = 4
     stages: int = 2
     fusion: bool = True
+    reached: tuple[torch.Tensor, ...] = ()
 
 
 Executor = Callable[[Launch], None]

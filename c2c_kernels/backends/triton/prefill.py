@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from .attend import attend
-from .kinds import CAUSAL_AT, MASK_AT, WINDOW_AT
+from .kinds import CAUSAL_AT, MASK_AT, WIDE_AT, WINDOW_AT
 from .softmax import LOG2E, finish, merge, safe
-from .tiles import length_of, load_rows, positions_of
+from .tiles import factors, length_of, load_rows, positions_of, told
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def prefill_kernel(
     dims = tl.arange(0, BLOCK_D)
     batch64 = batch_row.to(tl.int64)
     row_offsets = heads.to(tl.int64) * query_h + queries.to(tl.int64) * query_t
-    q = load_rows(query + batch64 * query_b, row_offsets, row_inside, dims, DIM, BLOCK_D, True)
+    q = factors(load_rows(query + batch64 * query_b, row_offsets, row_inside, dims, DIM, BLOCK_D, True), PRECISION)
     own_end = length_of(runs[0].lengths, batch_row, own_length)
     own_positions = own_end - q_len + queries
     positions = positions_of(
@@ -83,14 +83,17 @@ def prefill_kernel(
             low, full_low, full_high, high = own_range(
                 own_end, q_len, first_query, last_query, window, KINDS[number], TOKENS[number]
             )
-            if (KINDS[number] // WINDOW_AT % 4) != 0:
+            # Masks cost little beside products in float32: one loop over all tokens takes fewer registers than three.
+            if query.dtype.element_ty == tl.float32:
+                full_low, full_high = low, low
+            if (KINDS[number] // WINDOW_AT % 4) != 0 and query.dtype.element_ty != tl.float32:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, low,
                     tl.minimum(full_low, high), own_end, scale, softcap, window, None,
                     KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
                     0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES, PRECISION,
                 )  # fmt: skip
-            if (KINDS[number] // MASK_AT % 4) == 0:
+            if (KINDS[number] // MASK_AT % 4) == 0 and query.dtype.element_ty != tl.float32:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_low,
                     full_high, own_end, scale, softcap, window, None,
@@ -104,14 +107,16 @@ def prefill_kernel(
                 PRECISION,
             )  # fmt: skip
         else:
-            end = length_of(run.lengths, batch_row, run.length)
+            end = length_of(run.lengths, batch_row, told(run.length))
             full = end // TOKENS[number] * TOKENS[number]
-            m, part, acc = attend(
-                q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, 0, full, end, scale,
-                softcap, segment_window, None,
-                KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES,
-                PRECISION,
-            )  # fmt: skip
+            if query.dtype.element_ty == tl.float32 or (KINDS[number] // WIDE_AT % 4) != 0:
+                full = 0
+            else:
+                m, part, acc = attend(
+                    q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, 0, full, end,
+                    scale, softcap, segment_window, None, KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D,
+                    BLOCK_V, TOKENS[number], STAGES, PRECISION,
+                )  # fmt: skip
             m, part, acc = attend(
                 q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, full, end, end, scale,
                 softcap, segment_window, None,

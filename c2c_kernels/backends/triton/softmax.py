@@ -39,6 +39,25 @@ def merge(m, l, m_other, l_other):
 
 
 @triton.jit
+def store_states(states, at, m, l, scale, inside):
+    """States number `at` of `states`, four float32 each: (m, scale, l, 0), in one store of 16 bytes."""
+    four = tl.join(tl.join(m, l), tl.join(scale, tl.zeros_like(l)))
+    pointers = states + at[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(pointers, tl.reshape(four, (m.shape[0], 4)), mask=inside[:, None])
+
+
+@triton.jit
+def load_states(states, at, reference, inside):
+    """What `store_states` has stored: the factor exp2(m - reference), l and scale; 0, 0 and 0 where not `inside`."""
+    pointers = states + at[:, None] * 4 + tl.arange(0, 4)[None, :]
+    four = tl.load(pointers, mask=inside[:, None], other=0.0)
+    both, scales = tl.split(tl.reshape(four, (reference.shape[0], 2, 2)))
+    m, l = tl.split(both)
+    scale, _ = tl.split(scales)
+    return tl.where(inside, tl.exp2(m - reference), 0.0), l, scale
+
+
+@triton.jit
 def finish(m, l):
     """The divisor (1 where nothing was seen) and lse = ln sum exp(logit), natural, -inf where nothing was seen."""
     empty = l == 0.0

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
 from .launch import Target
 from .supported import LARGEST_DIM
 from .tile import Call as Call
@@ -10,7 +15,8 @@ from .tuned import tunable
 
 # The tile of prefill: (largest padded head dim, tile for 16-bit dtypes, the same with a mask or a gate per head and
 # token, tile for float32). The largest that neither spills registers nor leaves fewer than 8 warps on a multiprocessor
-# (tests/triton_backend/compiled_targets.py). Factors of float32 are split in two, and held whole by every warp.
+# (tests/triton_backend/compiled_targets.py). Factors of float32 are split in two, and held whole by every warp; on
+# sm_90 in three parts of 16 bits, which wgmma takes from shared memory.
 _PREFILL = {
     "sm_80": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
@@ -18,8 +24,8 @@ _PREFILL = {
         (256, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)),
     ),
     "sm_90": (
-        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
-        (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 32, 8, 1)),
+        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(128, 32, 8, 1)),
+        (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 1)),
         (256, Tile(128, 16, 8, 2), Tile(128, 16, 8, 2), Tile(16, 16, 4, 1)),
     ),
     "sm_100": (
@@ -33,16 +39,26 @@ _PREFILL = {
         (256, Tile(64, 16, 4, 1), Tile(64, 16, 4, 1), Tile(32, 16, 4, 1)),
     ),
 }
+WIDE_TOKENS = 16  # of a tile of a segment that is wider in dtype than 16-bit queries: products in float32
+
+
+class FuseTile(NamedTuple):
+    """Tokens, columns of a product, numbers of a token that one product takes; warps, and stages of the loads."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+FUSED_HALVES = 32  # of a call, from which products of 1024 columns fill 128 multiprocessors with tiles of 256
 DECODE_ROWS = 64  # queries x heads of a KV head up to which tokens are split over programs, at most
 # Of an absorbed segment: query heads x queries of a tile, the sharer's width, and their product, at most. In float32
 # every warp holds the folded queries whole, in two parts.
 ABSORBED_ROWS = {False: 64, True: 32}  # by whether products are in float32
 ABSORBED_WIDTH = {False: 512, True: 128}
 ABSORBED_AREA = {False: 16384, True: 2048}
-# Bytes of a column of raw tokens that one program takes: 256 tokens of 16-bit numbers. Partial sums are 4 x rows x
-# width bytes a split, tokens 2 x 2 x width: at 16 rows sums are an eighth of the traffic, in the L2 cache; longer
-# splits leave most of a GPU idle below 32k tokens.
-RAW_SPLIT_BYTES = 512
 
 
 def _family(target: Target) -> str:
@@ -60,6 +76,12 @@ def prefill_tile(call: Call) -> Tile:
         if call.block_dim <= largest:
             return single if call.single else heavy if call.heavy else half
     raise ValueError(f"head dims up to {LARGEST_DIM} are supported; got {call.block_dim}")
+
+
+def prefill_precision(call: Call) -> str:
+    """What becomes of float32 factors in prefill; on sm_90 what leaves wgmma tiles of 64 rows without a spill."""
+    three_parts = _family(call.target) == "sm_90" and call.block_dim <= 128
+    return "bf16x6" if three_parts else call.precision()
 
 
 @tunable("decode", by_rows=True)
@@ -95,17 +117,51 @@ def raw_tokens(block_width: int) -> int:
     return 16 if block_width > 128 else 32
 
 
-def raw_warps(block_rows: int, block_width: int) -> int:
-    """Least number of warps whose registers hold the sums of `block_rows` rows of an absorbed segment."""
-    return 8 if block_rows * block_width > 8192 else 4
+def raw_split_tokens(rows: int, size: int, single: bool) -> int:
+    """Tokens of one program of an absorbed segment, of numbers of `size` bytes, for `rows` query heads x queries.
+
+    `single`: products, and so partial sums, are in float32.
+
+    A split reads the folded queries and leaves partial sums that are read once: 6 bytes x rows x width in 16 bits,
+    against 2 x size x width a token. So many tokens that the former are below 5% of the latter: 512 of 16 rows in
+    bfloat16. With 100 programs at 16k tokens they would be 15%, and 9% in one byte each.
+    """
+    return max(128, 64 * -(-rows * (1 + single) // size))
+
+
+def raw_rows(rows: int, block_width: int, warps: int) -> int:
+    """Of all heads, in a tile of an absorbed segment: as many as the registers of `warps` hold sums for."""
+    return min(max(16, 1 << (rows - 1).bit_length()), max(16, 2048 * warps // block_width))
+
+
+def combine_tile(target: Target, block_rows: int, block_v: int) -> tuple[int, int, int]:
+    """Rows of a KV head that one program combines, splits whose loads it has under way, and warps.
+
+    One row in one warp up to a value dim of 128; where value projectors are absorbed all `block_rows`, so that they
+    are read once, or what registers hold.
+    """
+    block_rows = min(block_rows, max(16, 4096 // block_v))
+    at_once = 16 if block_rows == 1 else max(1, min(8, 16384 // (block_rows * block_v)))
+    warps = max(1, block_v // 128) if block_rows == 1 else 8
+    return block_rows, 1 if target.backend == "interpreter" else at_once, warps
+
+
+def merged_columns(block_v: int, proj: Tensor) -> int:
+    """Columns of a value projector (kv_heads, dim, width) in shared memory at once: 64 KiB of 16-bit numbers.
+
+    Others are held in three parts of 16 bits.
+    """
+    columns = 32768 // block_v if proj.dtype == torch.bfloat16 else 8192 // block_v
+    return max(16, min(columns, 1 << (proj.shape[2] - 1).bit_length()))
 
 
 def folding_tile(single: bool, block_dim: int, rows: int, width: int) -> tuple[int, int]:
-    """Rows and columns of the projector that one program of `absorb_kernel` takes; `single`: products in float32."""
+    """Rows of a KV head and columns of the projector that one program folds; `single`: products in float32."""
     block_rows, columns = max(16, 1 << (rows - 1).bit_length()), max(16, 1 << (width - 1).bit_length())
     if single:
         return min(block_rows, 16), min(columns, 64 if block_dim <= 128 else 16)
-    return min(block_rows, 64 if block_dim <= 128 else 32), min(columns, 64)
+    most = 128 if block_dim <= 128 and block_rows == 16 else 64
+    return min(block_rows, 64 if block_dim <= 128 else 32), min(columns, most)
 
 
 @tunable("backward")
@@ -122,3 +178,16 @@ def backward_tile(call: Call) -> Tile:
     if call.target.backend == "hip":
         return Tile(32, 16, 4, 1) if call.block_dim <= 128 else Tile(16, 16, 4, 1)
     return Tile(32, 64, 8, 2) if call.block_dim <= 128 else Tile(32, 32, 8, 1)
+
+
+def fuse_tile(target: Target, single: bool, aligned: bool, halves: int) -> FuseTile:
+    """Of `fuse_kernel`. `single`: products in float32; `aligned`: rows of weights, to 16 bytes; `halves`: of a call.
+
+    A tile of 64 tokens reads activations of 64 / columns of the bytes of its weights. Halves of many layers fill a GPU
+    with wide tiles too; by their number alone, so that a token's result depends neither on its batch nor its length.
+    """
+    if single or not aligned:
+        return FuseTile(64, 64, 16 if single and _family(target) == "sm_80" else 32, 8, 2)
+    if target.backend == "hip":
+        return FuseTile(64, 128, 64, 8, 2)
+    return FuseTile(64, 256, 64, 8, 3) if halves >= FUSED_HALVES else FuseTile(64, 128, 64, 8, 3)

@@ -48,7 +48,7 @@ def read_cache(cache: Cache | Sequence[tuple[Tensor, Tensor]], name: str) -> lis
             f"{name} must be a Transformers Cache or per layer a (key, value) pair, got {type(cache).__name__}"
         )
     if not layers:
-        raise ValueError(f"{name} has no layers: run the sharer on its text first")
+        raise ValueError(f"{name} has no layers: run its model on the text first")
     first = layers[0][0]
     for index, (key, value) in enumerate(layers):
         if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3]:
@@ -69,7 +69,7 @@ def _layer_tensors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
     if kind not in _READABLE:
         raise ValueError(f"{name} is a {kind.__name__}, which does not hold plain keys and values: {_ADVICE}")
     if not layer.is_initialized:
-        raise ValueError(f"{name} is empty: run the sharer on its text first")
+        raise ValueError(f"{name} is empty: run its model on the text first")
     seen, held = int(layer.get_seq_length()), layer.keys.shape[2]
     if seen > held:
         raise ValueError(f"{name} is a sliding window that has dropped {seen - held} of {seen} tokens: {_ADVICE}")

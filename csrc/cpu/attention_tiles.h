@@ -1,0 +1,203 @@
+// Attention of many query rows over bfloat16 tokens by matrix tiles (amx.h). Included inside an instruction set's
+// namespace.
+//
+// Scores are transposed as in attention_block.h, s[token][row] = K Q^T, and so are the sums, [value][row] = V^T P^T:
+// weights P, rounded to bfloat16 as PyTorch's attention rounds them, are packed where they are computed, tokens in
+// pairs. Queries are multiplied as they are stored and scores scaled afterwards; folded queries, which are float32, are
+// taken as the sum of two bfloat16 terms.
+
+#if defined(C2C_AMX)
+// Whether many rows attend to a run by tiles.
+static bool reads_tiles(const Run &run, const c2c_attention_params &p) {
+  if (p.query.dtype != C2C_BF16 || run.key->dtype != C2C_BF16 || run.value->dtype != C2C_BF16) return false;
+  return !run.key_scale && !run.value_scale && (run.parts == 1 || run.value_dim % SIDE == 0);
+}
+
+static int64_t query_tiles_size(const Tile &tile) {
+  return round_up(tile.rows, SIDE) * round_up(tile.run.key_width, DEPTH);
+}
+
+static void pack_queries(const Tile &tile, TileScratch &x) {
+  const Run &run = tile.run;
+  bf16 *const first = (bf16 *)x.panels;
+  pack_tile_columns(first, x.q, run.key_ld, tile.rows, run.key_width);
+  if (!run.absorbed) return;
+  for (int64_t i = 0; i < tile.rows * run.key_ld; i += LANES) {
+    const V q = load(x.q + i);
+    bf16 term[LANES];
+    store(term, q);
+    store(x.q + i, q - load(term));
+  }
+  pack_tile_columns(first + query_tiles_size(tile), x.q, run.key_ld, tile.rows, run.key_width);
+}
+
+// Tokens j .. j + n of one head: where they lie, if they are whole tiles, else packed.
+static TileRows stored_rows(const c2c_tensor &t, int64_t b, int64_t head, int64_t j, int64_t n, int64_t dim,
+                            bf16 *packed) {
+  const int64_t depth_tiles = div_up(dim, DEPTH), stride = t.stride[2];
+  if (dim % DEPTH == 0 && n % SIDE == 0) return {(const bf16 *)at(t, b, head, j), stride, SIDE * stride, DEPTH};
+  for (int64_t i = 0; i < n; ++i) {
+    bf16 *const row = packed_row(packed, i, depth_tiles);
+    pack_row(row, 0, (const bf16 *)at(t, b, head, j + i), dim);
+    end_packed_row(row, dim);
+  }
+  end_packed_rows(packed, n, depth_tiles);
+  return packed_rows(packed, depth_tiles);
+}
+
+// Keys j .. j + n of all parts of a run.
+static TileRows block_keys(const Tile &tile, int64_t j, int64_t n, TileScratch &x) {
+  const Run &run = tile.run;
+  if (run.parts == 1)
+    return stored_rows(*run.key, tile.b, run.absorbed ? 0 : tile.group, j, n, run.key_dim, x.key_tiles);
+  const int64_t depth_tiles = div_up(run.key_width, DEPTH);
+  for (int64_t t = 0; t < n; ++t) {
+    bf16 *const row = packed_row(x.key_tiles, t, depth_tiles);
+    for (int64_t part = 0; part < run.parts; ++part)
+      pack_row(row, part * run.key_dim, (const bf16 *)at(*run.key, tile.b, part, j + t), run.key_dim);
+    end_packed_row(row, run.key_width);
+  }
+  end_packed_rows(x.key_tiles, n, depth_tiles);
+  return packed_rows(x.key_tiles, depth_tiles);
+}
+
+// Rows r .. r + count of a tile, a panel at most, and the leading tokens of a block that some of them see.
+struct TilePanel {
+  int64_t r, count, tokens;
+};
+
+// Scores of a panel, s[token][ld].
+static void score_panel(const Tile &tile, const TilePanel &panel, const TileRows &keys, const bf16 *queries, float *s,
+                        int64_t ld) {
+  const int64_t depth_tiles = div_up(tile.run.key_width, DEPTH);
+  for (int64_t term = 0; term < (tile.run.absorbed ? 2 : 1); ++term)
+    gemm_tiles(div_up(panel.tokens, SIDE), div_up(panel.count, SIDE), depth_tiles, keys,
+               queries + term * query_tiles_size(tile) + panel.r * depth_tiles * DEPTH, depth_tiles * PACKED, s, ld,
+               term > 0);
+}
+
+// exp(x) for x <= 0 within 4 ulp near 0; exactly 0 below -87.3 and for -inf, NaN stays NaN. What vexp does with fewer
+// instructions: 2^n 2^r with r = x log2(e) - n, the power of two added to the exponent.
+static ALWAYS_INLINE V exp_of_difference(V x) {
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, (__m512)set1(-87.3f), _CMP_NLT_UQ);
+  const V shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
+  const V r = x * 1.44269504f - (shifted - 12582912.0f);
+  V p = set1(1.8775767e-3f);
+  p = p * r + 8.9893397e-3f;
+  p = p * r + 5.5826318e-2f;
+  p = p * r + 2.4015361e-1f;
+  p = p * r + 6.9315308e-1f;
+  p = p * r + 1.0f;
+  return (V)_mm512_maskz_add_epi32(counts, (__m512i)p, (__m512i)(bit_cast<VI>(shifted) << 23));
+}
+
+// Column softmax of a panel's s[token][ld] times `scale`; packs the weights, zeros behind them.
+static void softmax_panel(const Tile &tile, const TilePanel &panel, const float *s, int64_t ld, float scale,
+                          TileScratch &x, int64_t ldc) {
+  const int64_t n = panel.tokens;
+  for (int64_t r = panel.r; r < panel.r + panel.count; r += LANES, s += LANES) {
+    const Raise raise = raise_max(s, ld, n, load(x.row_max + r), scale);
+    V total = load(x.row_sum + r) * raise.factor;
+    auto weight = [&](int64_t t) __attribute__((always_inline)) {
+      const V found = exp_of_difference(load(s + t * ld) * scale - raise.base);
+      total += found;
+      return found;
+    };
+    bf16 *to = x.weight_tiles + (r - panel.r) * TILED_BLOCK;
+    int64_t t = 0;
+    for (; t + 2 <= n; t += 2, to += DEPTH) {
+      const V even = weight(t), odd = weight(t + 1);
+      store_packed(to, pair_up(even, odd));
+    }
+    if (t < n) {
+      store_packed(to, pair_up(weight(t), V{}));
+      t += 2, to += DEPTH;
+    }
+    for (; t < round_up(n, DEPTH); t += 2, to += DEPTH) store_packed(to, V{});
+    store(x.row_max + r, raise.largest);
+    store(x.row_sum + r, total);
+    if (!rescales(raise.factor)) continue;
+    for (int64_t d = 0; d < tile.run.value_width; ++d)
+      store(x.columns + d * ldc + r, load(x.columns + d * ldc + r) * raise.factor);
+  }
+}
+
+// Values j .. j + n, turned.
+static TileRows block_values(const Tile &tile, int64_t j, int64_t n, TileScratch &x) {
+  const Run &run = tile.run;
+  const int64_t depth_tiles = div_up(n, DEPTH);
+  for (int64_t part = 0; part < run.parts; ++part)
+    pack_tile_pairs<true>(x.value_tiles + part * run.value_dim * depth_tiles * DEPTH,
+                          (const bf16 *)at(*run.value, tile.b, run.absorbed ? part : tile.group, j),
+                          run.value->stride[2], n, run.value_dim);
+  return packed_rows(x.value_tiles, depth_tiles);
+}
+
+// Whether nothing happens to scores between product and softmax but that some are hidden by their row's limits: then a
+// panel goes through all steps while it is in the first-level cache, and the softmax scales it.
+static bool only_limits(const Tile &tile, bool masked) {
+  return !tile.run.absorbed && !masked && !tile.gated && !(tile.p.softcap > 0.0f) &&
+         (!tile.limited || tile.rows_limited()) && tile.p.scale > 0.0f;
+}
+
+// Tokens j .. j + n against all rows. `mask` is null where there is none.
+static void attend_block(const Tile &tile, int64_t j, int64_t n, const float *mask, TileScratch &x, int64_t ldc) {
+  const Run &run = tile.run;
+  const bool fused = only_limits(tile, mask);
+  const int64_t ld = fused ? PANEL : round_up(tile.rows, PANEL) + 16;
+  const TileRows keys = block_keys(tile, j, n, x), values = block_values(tile, j, n, x);
+  const bf16 *const queries = (const bf16 *)x.panels;
+  auto each_panel = [&](auto f) {
+    for (int64_t r = 0; r < tile.rows; r += PANEL) {
+      const TilePanel panel = {r, least<int64_t>(PANEL, tile.rows - r), tile.visible(r, n)};
+      if (panel.tokens) f(panel, fused ? x.s : x.s + r);
+    }
+  };
+  float scale = run.absorbed ? 1.0f : tile.p.scale;
+  if (!fused) {
+    each_panel([&](const TilePanel &panel, float *s) { score_panel(tile, panel, keys, queries, s, ld); });
+    for (int64_t t = 0; scale != 1.0f && t < n; ++t)
+      for (int64_t r = 0; r < tile.rows; r += LANES) store(x.s + t * ld + r, load(x.s + t * ld + r) * scale);
+    scale = 1.0f;
+    adjust_columns(tile, n, x.s, ld, run.absorbed ? x.row_bias : nullptr, mask, nullptr);
+  }
+  each_panel([&](const TilePanel &panel, float *s) {
+    if (fused) {
+      score_panel(tile, panel, keys, queries, s, ld);
+      if (tile.limited) limit_panel(tile, panel.r, panel.tokens, s, ld);
+    }
+    softmax_panel(tile, panel, s, ld, scale, x, ldc);
+    gemm_tiles(div_up(run.value_width, SIDE), div_up(panel.count, SIDE), div_up(panel.tokens, DEPTH), values,
+               x.weight_tiles, TILED_BLOCK * SIDE, x.columns + panel.r, ldc, true);
+  });
+}
+
+static void attend_by_tiles(Tile &tile, TileScratch &x) {
+  const TileRegisters registers;
+  const Run &run = tile.run;
+  const int64_t ldc = round_up(tile.rows, PANEL);
+  const bool masked = !run.segment && tile.p.mask.data;
+  tile.block = TILED_BLOCK;
+  tile.row_lo = x.row_lo;
+  tile.row_hi = x.row_hi;
+  pack_queries(tile, x);
+  load_states(tile, x);
+  bool resumed = false;
+  for (int64_t r = 0; r < tile.rows; ++r) resumed = resumed || x.state[r].max != -INF;
+  if (!resumed) memset(x.columns, 0, run.value_ld * ldc * sizeof(float));
+  for (int64_t r = 0; resumed && r < tile.rows; r += LANES)
+    transpose_rows(x.acc + r * run.value_ld, run.value_ld, least<int64_t>(LANES, tile.rows - r), run.value_ld,
+                   x.columns + r, ldc);
+  for (int64_t j = tile.begin; j < tile.end; j += tile.block) {
+    const int64_t n = least(tile.block, tile.end - j);
+    if (!tile.enter_block(j, n) || (masked && !load_mask(tile, j, n, x.mask))) continue;
+    attend_block(tile, j, n, masked ? x.mask : nullptr, x, ldc);
+  }
+  for (int64_t d = 0; d < run.value_ld; d += LANES)
+    transpose_rows(x.columns + d * ldc, ldc, LANES, tile.rows, x.acc + d, run.value_ld);
+  keep_states(tile, x);
+}
+#else
+static bool reads_tiles(const Run &, const c2c_attention_params &) { return false; }
+static void attend_by_tiles(Tile &, TileScratch &) {}
+#endif
