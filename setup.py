@@ -41,6 +41,14 @@ extern "C" int probe() {
     return n;
 }
 """
+# Kernels take structs of more than the 4 KiB that CUDA 12.0 and devices before sm_70 allow.
+CUDA_PROBE = """
+#include <cuda_runtime.h>
+struct Large {
+    char bytes[5000];
+};
+__global__ void probe(const __grid_constant__ Large large, char *out) { *out = large.bytes[threadIdx.x]; }
+"""
 
 
 def fail(message):
@@ -69,36 +77,43 @@ class Nvcc:
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
         beside = os.path.join(home, "bin", "nvcc") if home else None
         self.path = os.environ.get("NVCC") or shutil.which("nvcc") or (shutil.which(beside) if beside else None)
-        self.include_dirs, self.library_dirs = [], []
+        self.version, self.include_dirs, self.library_dirs = "", [], []
 
-    def refusal(self):
-        """None where it compiles, else one line saying why not. Finds out where the CUDA runtime is."""
+    def refusal(self, archs):
+        """None where it compiles for these, else one line saying why not. Finds out where the CUDA runtime is."""
         if not self.path:
             return "nvcc is not on PATH"
         with tempfile.TemporaryDirectory() as folder:
             source = os.path.join(folder, "probe.cu")
             with open(source, "w") as file:
-                file.write("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
-            command = [self.path, STANDARD, source, "-c", "-o", os.path.join(folder, "probe.o")]
+                file.write(CUDA_PROBE)
+            command = [self.path, *self.flags(archs), source, "-c", "-o", os.path.join(folder, "probe.o")]
             try:
                 result = subprocess.run(command, capture_output=True, text=True)
                 told = subprocess.run([*command, "-dryrun"], capture_output=True, text=True).stderr
+                version = subprocess.run([self.path, "--version"], capture_output=True, text=True)
             except OSError as error:
                 return f"{self.path}: {error}"
         if result.returncode:
             lines = (result.stdout + result.stderr).splitlines()
-            return ([line for line in lines if "error" in line] or lines or [f"{self.path} failed"])[0]
+            return ([line for line in lines if "error" in line or "fatal" in line] or lines or [f"{self.path} failed"])[
+                0
+            ]
+        self.version = version.stdout + version.stderr
         for name, option, found in (("INCLUDES", "-I", self.include_dirs), ("LIBRARIES", "-L", self.library_dirs)):
             for line in re.findall(rf"#\$ {name}=(.*)", told):
                 found += re.findall(rf'{option}([^" ]+)', line)
         return None
 
-    def objects(self, sources, archs):
-        """Compiles the sources, as many at once as there are jobs, and returns the objects."""
+    def flags(self, archs):
         codes = ",".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[0]}"])
         flags = [STANDARD, "-O3", "-Icsrc/include", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        flags += ["-gencode", f"arch=compute_{archs[0]},code=[{codes}]", "-Xfatbin", "-compress-all"]
-        digest = hashlib.sha256(" ".join([self.path, *flags]).encode())
+        return [*flags, "-gencode", f"arch=compute_{archs[0]},code=[{codes}]", "-Xfatbin", "-compress-all"]
+
+    def objects(self, sources, archs):
+        """Compiles the sources, as many at once as there are jobs, and returns the objects. After `refusal`."""
+        flags = self.flags(archs)
+        digest = hashlib.sha256(" ".join([self.path, self.version, *flags]).encode())
         for path in sorted([*glob("csrc/cuda/*"), *glob("csrc/include/*")]):
             with open(path, "rb") as file:
                 digest.update(file.read())
@@ -198,7 +213,7 @@ class BuildExt(build_ext):
     def prepare_cuda(self, extension):
         """Compiles what nvcc compiles; without one the extension is left out, unless C2C_CUDA=1 asks for it."""
         nvcc = Nvcc()
-        reason = nvcc.refusal()
+        reason = nvcc.refusal(cuda_archs())
         if not reason:
             extension.extra_objects = nvcc.objects(sorted(glob("csrc/cuda/*.cu")), cuda_archs())
             extension.include_dirs += nvcc.include_dirs

@@ -146,6 +146,28 @@ class TestBuildSwitches:
         assert result.stderr.splitlines()[-1].startswith("c2c-kernels: C2C_CUDA=1 asks for the CUDA extension: ")
         assert "Traceback" not in result.stderr
 
+    def test_an_architecture_that_nvcc_does_not_know(self, tmp_path):
+        """As nvcc of CUDA 12.4 answers where it is asked for sm_120: CUDA is left out, or the build an error."""
+        nvcc = tmp_path / "nvcc"
+        told = "nvcc fatal   : Unsupported gpu architecture 'compute_120'"
+        nvcc.write_text(f'#!/bin/sh\ncase "$*" in *sm_120*) echo "{told}" >&2; exit 1;; esac\n')
+        nvcc.chmod(0o755)
+        folders = ["--build-temp", tmp_path, "--build-lib", tmp_path]
+        refused = setup_py("build_ext", *folders, C2C_CUDA="1", C2C_CUDA_ARCHS="80,120", NVCC=nvcc)
+        assert refused.returncode != 0
+        assert refused.stderr.splitlines()[-1] == f"c2c-kernels: C2C_CUDA=1 asks for the CUDA extension: {told}"
+        code = f"""if True:
+            import runpy, setuptools
+            setuptools.setup = lambda **options: None
+            made = runpy.run_path({str(ROOT / "setup.py")!r})
+            build = made["BuildExt"](setuptools.Distribution())
+            build.extensions = extensions = made["extensions"]()
+            build.prepare_cuda(extensions[-1])
+            print([each.name for each in build.extensions])"""
+        left_out = run([sys.executable, "-c", code], ROOT, C2C_CUDA_ARCHS="80,120", NVCC=nvcc, C2C_CUDA="auto")
+        assert left_out.stdout.strip() == "['c2c_kernels._cpu']", left_out.stderr
+        assert left_out.stderr.strip() == f"c2c-kernels: built without CUDA kernels: {told}"
+
     def test_missing_compiler_is_one_clear_line(self, tmp_path):
         folders = ["--build-temp", tmp_path, "--build-lib", tmp_path]
         result = setup_py("build_ext", *folders, CC="no-such-compiler", CXX="no-such-compiler")

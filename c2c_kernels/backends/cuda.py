@@ -133,10 +133,16 @@ def refusal(operator: str, named: bool, *call) -> str:
     """
     if _cuda is None:
         return _why_not
-    if not torch.compiler.is_compiling() and _taken_over.get() is None and (reason := _cuda.unavailable()):
-        return reason
     function = _REFUSALS.get(operator)
-    reason = f"has no kernel for {operator}" if function is None else function(*call)
+    if function is None:
+        return f"has no kernel for {operator}"
+    if not torch.compiler.is_compiling() and _taken_over.get() is None:
+        subject = call[0] if isinstance(call[0], Tensor) else call[0].key
+        with torch.cuda.device(subject.device) if subject.is_cuda else contextlib.nullcontext():
+            reason = _cuda.unavailable()
+        if reason:
+            return reason
+    reason = function(*call)
     if reason or named or operator != "merged_attention" or not triton_record().available:
         return reason
     query, value, segments, strategy, everything = call

@@ -22,7 +22,7 @@ c2c_status_code own_run(const c2c_attention_params &p, Run &run) {
   if (!absent_or(p.lengths, is_integer)) return C2C_BAD_DTYPE;
   run.key = strided(p.key, 0, 1, 2);
   run.value = strided(p.value, 0, 1, 2);
-  run.lengths = p.lengths.data;
+  run.lengths = strided(p.lengths, 0, -1, -1);
   run.len = run.stored = static_cast<int32_t>(p.len);
   run.key_type = static_cast<int8_t>(p.key.dtype);
   run.value_type = static_cast<int8_t>(p.value.dtype);
@@ -49,7 +49,7 @@ c2c_status_code segment_run(const c2c_segment &s, const c2c_attention_params &p,
   run.value_scale = strided(s.value_scale, 0, 1, 2);
   run.positions = strided(s.positions, 0, -1, 1);
   run.index = strided(s.index, 0, -1, 1);
-  run.lengths = s.lengths.data;
+  run.lengths = strided(s.lengths, 0, -1, -1);
   run.len = static_cast<int32_t>(s.len);
   run.stored = static_cast<int32_t>(s.raw_len);
   run.key_type = static_cast<int8_t>(s.key.dtype);

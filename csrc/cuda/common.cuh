@@ -10,6 +10,7 @@ namespace c2c {
 constexpr float INF = __builtin_huge_valf();
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
+constexpr float LOWEST = -1.7014118346046923e38f;  // -2^127, of finite masks in base 2: as lse and back it is exact
 constexpr int WARP = 32;
 
 // One number of any floating dtype as float32.
@@ -40,10 +41,14 @@ __device__ __forceinline__ float from_e4m3(uint32_t code) {
 }
 
 // Valid tokens of a batch row, never outside the tensor: values are not checked on a device.
+__device__ __forceinline__ int valid_tokens(const Strided &lengths, int type, int batch, int len) {
+  if (!lengths.data) return len;
+  const int64_t length = load_integer(lengths.data, batch * lengths.b, type);
+  return static_cast<int>(length < 0 ? 0 : length > len ? len : length);
+}
+
 __device__ __forceinline__ int valid_tokens(const Run &run, int batch) {
-  if (!run.lengths) return run.len;
-  const int64_t length = load_integer(run.lengths, batch, run.lengths_type);
-  return static_cast<int>(length < 0 ? 0 : length > run.len ? run.len : length);
+  return valid_tokens(run.lengths, run.lengths_type, batch, run.len);
 }
 
 // The state of a running softmax in base 2: max of the logits seen, sum of exp2(logit - max).
@@ -87,6 +92,13 @@ struct SoftmaxState {
 __device__ __forceinline__ float capped(float product, float scale, float softcap) {
   if (softcap == 0.0f) return product * (scale * LOG2E);
   return tanhf(product * (scale / softcap)) * (softcap * LOG2E);
+}
+
+// What a number of an additive mask adds in base 2, finite where the number is: finfo.min hides nothing from a row that
+// has nothing else to see.
+__device__ __forceinline__ float additive(float mask) {
+  const float product = mask * LOG2E;
+  return mask > -INF ? fmaxf(product, LOWEST) : product;
 }
 
 // log2 of a gate; one that is not above 0 closes its token.
@@ -168,7 +180,7 @@ __device__ __forceinline__ float logit_of(const Attention &p, const Run &run, in
     if (p.mask_type == C2C_BOOL)
       z = static_cast<const uint8_t *>(p.mask.data)[at] ? z : -INF;
     else
-      z += load_float(p.mask.data, at, p.mask_type) * LOG2E;
+      z += additive(load_float(p.mask.data, at, p.mask_type));
   }
   return z;
 }

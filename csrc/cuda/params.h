@@ -22,7 +22,7 @@ struct Run {
   Strided value_scale;  // [batch, kv_heads, stored], nullable: 1
   Strided positions;    // [batch, 1, len], nullable: visible to every query
   Strided index;        // [batch, 1, len], nullable: token j is stored token j
-  const void *lengths;  // [batch], nullable: len
+  Strided lengths;      // [batch], nullable: len
   int32_t len;          // tokens attended to
   int32_t stored;       // tokens in key and value
   int8_t key_type, value_type, gate_type, key_scale_type, value_scale_type, positions_type, index_type, lengths_type;

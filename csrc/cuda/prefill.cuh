@@ -16,6 +16,7 @@
 namespace c2c {
 
 constexpr float MAX_TILE_SUM = 1024.0f;
+constexpr float FAR = 4194304.0f;  // 2^22: numbers from here on lie 1/2 or more apart
 
 // Rows of keys or values on their way into stages: thread t copies chunk t % CHUNKS of rows t / CHUNKS + PASS_ROWS i.
 template <typename T, int DIM>
@@ -111,18 +112,26 @@ __device__ __forceinline__ void multiply_keys(PrefillScores<DIM> &scores, uint32
   }
 }
 
+// Whether a maximum, which was rounded as a product of score and factor, is a quarter or more off.
+__device__ __forceinline__ bool far(float minus_max) { return fabsf(minus_max) >= FAR && fabsf(minus_max) < INF; }
+
+// An exponent of 2. `rounded`: its product is rounded as that of the maximum was, whose score so gives 0.
+__device__ __forceinline__ float exponent(float z, float factor, float minus_max, bool rounded) {
+  return rounded ? __fadd_rn(__fmul_rn(z, factor), minus_max) : fmaf(z, factor, minus_max);
+}
+
 // Weights 2^(z factor - max) of 16 rows as operands of the next product, and this lane's sums of them before rounding.
 template <typename T, int DIM, bool EXACT>
 __device__ __forceinline__ void exponentiate(uint32_t (&weights)[PrefillTile<DIM>::NT / 2][4], float (&exact)[2],
                                              const float (&z)[PrefillTile<DIM>::NT][4], float factor,
-                                             const float (&minus_max)[2]) {
+                                             const float (&minus_max)[2], const bool (&rounded)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     exact[half] = 0.0f;
 #pragma unroll
     for (int n = 0; n < PrefillTile<DIM>::NT; ++n) {
-      const float first = exp2_approx(fmaf(z[n][2 * half], factor, minus_max[half]));
-      const float second = exp2_approx(fmaf(z[n][2 * half + 1], factor, minus_max[half]));
+      const float first = exp2_approx(exponent(z[n][2 * half], factor, minus_max[half], rounded[half]));
+      const float second = exp2_approx(exponent(z[n][2 * half + 1], factor, minus_max[half], rounded[half]));
       weights[n / 2][n % 2 * 2 + half] = pack<T>(first, second);
       if (EXACT) exact[half] += first + second;
     }
@@ -133,11 +142,11 @@ __device__ __forceinline__ void exponentiate(uint32_t (&weights)[PrefillTile<DIM
 template <typename T, int DIM>
 __device__ __forceinline__ void weigh(uint32_t (&weights)[PrefillTile<DIM>::NT / 2][4], float (&sums)[2],
                                       float (&exact)[2], const float (&z)[PrefillTile<DIM>::NT][4], float factor,
-                                      const float (&minus_max)[2], bool exact_wanted) {
+                                      const float (&minus_max)[2], const bool (&rounded)[2], bool exact_wanted) {
   if (exact_wanted)
-    exponentiate<T, DIM, true>(weights, exact, z, factor, minus_max);
+    exponentiate<T, DIM, true>(weights, exact, z, factor, minus_max, rounded);
   else
-    exponentiate<T, DIM, false>(weights, exact, z, factor, minus_max);
+    exponentiate<T, DIM, false>(weights, exact, z, factor, minus_max, rounded);
   const uint32_t ones = pack<T>(1.0f, 1.0f);
   float total[4] = {};
 #pragma unroll
@@ -146,7 +155,10 @@ __device__ __forceinline__ void weigh(uint32_t (&weights)[PrefillTile<DIM>::NT /
   sums[1] = total[2];
 }
 
-// Takes the tile's maximum into rows whose sums are too large or not numbers. `used`: what to subtract from scores.
+// Whether a row takes the tile's maximum: its sums are too large or not numbers, or it is far.
+__device__ __forceinline__ bool rises(float sum, float minus_max) { return !(sum <= MAX_TILE_SUM) || far(minus_max); }
+
+// Takes the tile's maximum into rows that rise. `used`: what to subtract from scores.
 template <int DIM>
 __device__ __forceinline__ void raise_maximum(PrefillState<DIM> &state, int m, float (&used)[2], const float (&sums)[2],
                                               const float (&z)[PrefillTile<DIM>::NT][4], float factor) {
@@ -159,7 +171,7 @@ __device__ __forceinline__ void raise_maximum(PrefillState<DIM> &state, int m, f
     highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 2));
     float &minus_max = state.minus_max[m][half];
     const float before = minus_max;
-    if (!(sums[half] <= MAX_TILE_SUM)) minus_max = fminf(before, -highest * factor);
+    if (rises(sums[half], before)) minus_max = fminf(before, __fmul_rn(-highest, factor));
     used[half] = minus_max == INF ? 0.0f : minus_max;
     const float kept = exp2_approx(used[half] - before);  // 1 where the maximum stays, 0 where there was none
     state.sum[m][half] *= kept;
@@ -188,11 +200,12 @@ __device__ __forceinline__ void attend_tile(const Attention &p, const PrefillRun
 #pragma unroll
   for (int m = 0; m < Tile::MT; ++m) {
     float sums[2], exact[2];
-    weigh<T, DIM>(weights[m], sums, exact, scores.z[m], run.factor, state.minus_max[m], exact_wanted);
-    if (__any_sync(0xffffffff, !(sums[0] <= MAX_TILE_SUM) || !(sums[1] <= MAX_TILE_SUM))) {
+    const float (&before)[2] = state.minus_max[m];
+    weigh<T, DIM>(weights[m], sums, exact, scores.z[m], run.factor, before, {false, false}, exact_wanted);
+    if (__any_sync(0xffffffff, rises(sums[0], before[0]) || rises(sums[1], before[1]))) {
       float used[2];
       raise_maximum(state, m, used, sums, scores.z[m], run.factor);
-      weigh<T, DIM>(weights[m], sums, exact, scores.z[m], run.factor, used, exact_wanted);
+      weigh<T, DIM>(weights[m], sums, exact, scores.z[m], run.factor, used, {far(used[0]), far(used[1])}, exact_wanted);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -226,7 +226,7 @@ __device__ __forceinline__ void mask_scores(const Attention &p, const PrefillRun
   else
     with_floats(p.mask.data, p.mask_type, [&](const auto *data) {
       each_score(scores, token, [&](float &z, int r, int at) {
-        z += static_cast<float>(data[rows[r] + min(at, end - 1) * p.mask_token]) * LOG2E;
+        z += additive(static_cast<float>(data[rows[r] + min(at, end - 1) * p.mask_token]));
       });
     });
 }

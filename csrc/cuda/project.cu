@@ -191,7 +191,7 @@ c2c_status_code launch_project(const c2c_project_params &p, void *workspace, int
   const bool multiplies[2] = {sources[0].proj.data != nullptr, sources[1].proj.data != nullptr};
   if (multiplies[0] && multiplies[1] && sources[0].proj.dtype != sources[1].proj.dtype) return C2C_BAD_DTYPE;
   Projection inner{}, outer{};
-  outer.lengths = p.segment.lengths.data;
+  outer.lengths = strided(p.segment.lengths, 0, -1, -1);
   outer.lengths_type = static_cast<int8_t>(p.segment.lengths.dtype);
   outer.batch = static_cast<int32_t>(p.batch);
   outer.len = static_cast<int32_t>(p.segment.len);

@@ -28,7 +28,7 @@ struct ProjectHalf {
 
 struct Projection {
   ProjectHalf half[2];  // keys, values
-  const void *lengths;  // [batch], nullable: len
+  Strided lengths;      // [batch], nullable: len
   int32_t batch, len;
   int32_t token_tiles;
   int32_t blocks[2];  // of each half, 0 where it is not part of this launch

@@ -7,9 +7,7 @@
 namespace c2c {
 
 __device__ __forceinline__ int valid_tokens(const Projection &p, int batch) {
-  if (!p.lengths) return p.len;
-  const int64_t length = load_integer(p.lengths, batch, p.lengths_type);
-  return static_cast<int>(length < 0 ? 0 : length > p.len ? p.len : length);
+  return valid_tokens(p.lengths, p.lengths_type, batch, p.len);
 }
 
 // Where token `token` is stored; -1 where nothing is read and zeros count.

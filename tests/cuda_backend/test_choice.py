@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +48,22 @@ def test_without_a_gpu_the_reason_is_told():
 def test_the_extension_says_why_it_cannot_run():
     assert "driver" in cuda._cuda.unavailable() or "device" in cuda._cuda.unavailable()
     assert "c2c_kernels._cuda" in sys.modules
+
+
+def test_the_device_asked_about_is_the_tensors(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+        entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cuda, "_cuda", SimpleNamespace(unavailable=lambda: f"asked on {entered[-1]}"))
+    segment = SimpleNamespace(key=SimpleNamespace(is_cuda=True, device="cuda:1"))
+    assert cuda.refusal("project_kv", True, segment, False) == "asked on cuda:1"
+    assert entered == ["cuda:1", None]
 
 
 @built

@@ -42,3 +42,39 @@ def test_attention(name, arch):
     theirs = reference_call(call, plan.dtype, plan.dtype)
     for which, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
         assert_as_exact(which, mine, torchs, exact)
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_lengths_have_a_stride(q_len):
+    """Of the own cache, of a segment and of a projected one; 40 queries go through the prefill kernel."""
+    call = build(
+        Plan(BF16, 3, 1, 1, q_len, 40, 16, 16, segments=[SegmentPlan(30), SegmentPlan(20, projector="dense")]), 4
+    )
+    apart, packed = torch.tensor([5, 99, 17, 99, 12, 99])[::2], torch.tensor([5, 17, 12])
+    found = []
+    for lengths in (apart, packed):
+        call["lengths"] = lengths
+        for segment in call["segments"]:
+            segment.lengths = lengths
+        found.append(attend(call, 80)[0])
+    for strided, contiguous in zip(*found, strict=True):
+        assert torch.equal(strided, contiguous)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_the_lowest_finite_mask_weighs_but_hides_nothing(q_len, dtype):
+    """finfo.min on all tokens of the first query: all weigh alike; on one of the second's, which weighs nothing."""
+    call = build(Plan(BF16, 1, 1, 1, max(q_len, 2), 20, 16, 16), 4)
+    mask = torch.zeros(1, 1, max(q_len, 2), 20, dtype=dtype)
+    mask[..., 0, :] = mask[..., 1, 5] = torch.finfo(dtype).min
+    mask[..., 0, 7] = mask[..., 1, 8] = -torch.inf
+    call["attn_mask"] = mask
+    (out, lse, _), _ = attend(call, 80)
+    seen = torch.arange(20) != 7
+    assert lse.isfinite().all()
+    assert (out[0, 0, 0].float() - call["value"][0, 0, seen].float().mean(0)).abs().max() < 2**-8
+    call["attn_mask"] = mask.masked_fill(mask < -1e30, -torch.inf)
+    call["attn_mask"][..., 0, :] = 0
+    hidden, _ = attend(call, 80)
+    assert torch.equal(out[:, :, 1:], hidden[0][:, :, 1:]) and torch.equal(lse[:, :, 1:], hidden[1][:, :, 1:])

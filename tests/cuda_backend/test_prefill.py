@@ -71,3 +71,17 @@ def test_rising_scores_raise_the_maximum():
     oracle, theirs = reference_call(call, torch.float64), reference_call(call, F16, F16)
     for which, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
         assert_as_exact(which, mine, torchs, exact)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_scores_of_a_billion(dtype):
+    """The highest score of a row weighs 1, in every tile, however its product with the scale is rounded."""
+    query, key = (torch.zeros(1, 1, n, 96, dtype=dtype) for n in (40, 100))
+    query[0, 0, :, 0] = torch.linspace(40000, 60000, 40).to(dtype)
+    key[:, :, [5, 90], 0] = 60000
+    value = torch.randn(1, 1, 100, 96).to(dtype)
+    (out, lse, _), _ = attend({"query": query, "key": key, "value": value, "scale": 0.3}, 80)
+    scores = (query.double() @ key.double().mT * 0.3).amax(-1)
+    assert scores.min() > 7e8
+    assert torch.equal(out, value[:, :, [5, 90]].float().mean(2, keepdim=True).to(dtype).expand_as(out))
+    torch.testing.assert_close(lse.double(), scores, rtol=2**-22, atol=0)

@@ -123,6 +123,50 @@ def test_rows_that_see_nothing(q_len):
     assert not out.any() and (lse == -torch.inf).all() and not mass.any()
 
 
+@pytest.mark.parametrize("q_len", [3, 50])
+def test_the_lowest_finite_mask_weighs_but_hides_nothing(q_len):
+    query, key, value = torch.randn(1, 2, q_len, 16), torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16)
+    mask = torch.zeros(1, 1, q_len, 20)
+    mask[..., 0, :] = mask[..., 1, 5] = torch.finfo(torch.float32).min
+    mask[..., 0, 7] = -torch.inf
+    options = {"return_lse": True}
+    out, lse = on_triton(c2c.merged_attention, query, key, value, attn_mask=mask, **options)
+    assert lse.isfinite().all()
+    assert torch.allclose(out[0, :, 0], value[0, :, torch.arange(20) != 7].mean(1), rtol=0, atol=2**-22)
+    hidden = mask.masked_fill(mask < -1e30, -torch.inf)
+    hidden[..., 0, :] = 0
+    theirs = on_triton(c2c.merged_attention, query, key, value, attn_mask=hidden, **options)
+    assert torch.equal(out[:, :, 1:], theirs[0][:, :, 1:]) and torch.equal(lse[:, :, 1:], theirs[1][:, :, 1:])
+
+
+def test_gradients_under_the_lowest_finite_mask():
+    """Of a row whose every token it masks they are finite; a token that it masks for a row has none from it."""
+    tensors = [torch.randn(1, 1, n, 16, requires_grad=True) for n in (3, 20, 20)]
+    mask = torch.zeros(1, 1, 3, 20)
+    mask[..., 0, :] = mask[..., 5] = torch.finfo(torch.float32).min
+    out = on_triton(c2c.merged_attention, *tensors, attn_mask=mask)
+    for gradient in torch.autograd.grad(out[:, :, 1:].sum(), tensors, retain_graph=True):
+        assert gradient.isfinite().all()
+    assert not torch.autograd.grad(out[:, :, 1:].sum(), tensors[2], retain_graph=True)[0][:, :, 5].any()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), tensors))
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_lengths_have_a_stride(q_len):
+    """Of the own cache, of a segment and of a projected one."""
+    parts = [SegmentPlan(30), SegmentPlan(20, projector="dense")]
+    call = build(Plan(torch.float32, 3, 1, 1, q_len, 40, 16, 16, segments=parts), 4)
+    apart, packed = torch.tensor([5, 99, 17, 99, 12, 99])[::2], torch.tensor([5, 17, 12])
+    found = []
+    for strategy in ("materialize", "absorb"):
+        for lengths in (apart, packed):
+            call.update(lengths=lengths, strategy=strategy)
+            for segment in call["segments"]:
+                segment.lengths = lengths
+            found.append(absorbed_where_it_fits(lambda there: run(there, "triton"), call)[0])
+        assert torch.equal(*found[-2:])
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 3, 16), (2, 4, 0, 16)])
 def test_empty_batches_and_queries(shape):
     key = torch.randn(shape[0], 2, 5, 16)

@@ -28,7 +28,7 @@ class Run(NamedTuple):
     value_n: int
     length: int | None  # tokens to attend to; None for the own cache, whose length is an argument of its own
     stored: int  # tokens of key and value; 0 without an index
-    lengths: Tensor | None  # (batch,)
+    lengths: Tensor | None  # (batch,), contiguous
     gate: Tensor | None  # (batch, q_heads, length)
     gate_b: int
     gate_h: int
@@ -120,6 +120,11 @@ def supported(tensor: Tensor | None) -> Tensor | None:
     return tensor.view(torch.uint8) if tensor.dtype in (torch.bool, torch.float8_e4m3fn) else tensor
 
 
+def contiguous(lengths: Tensor | None) -> Tensor | None:
+    """Lengths as kernels read them, without a stride."""
+    return None if lengths is None else lengths.contiguous()
+
+
 def expanded(tensor: Tensor | None, shape: tuple[int, ...]) -> tuple:
     """The tensor, then its strides once expanded to `shape`."""
     if tensor is None:
@@ -135,7 +140,7 @@ def own_run(key: Tensor, value: Tensor, lengths: Tensor | None, attn_mask: Tenso
     """The receiver's own cache. `rows_of_mask`: (batch, q_heads, q_len)."""
     key, value = rows(key), rows(value)
     return Run._make((
-        key, *key.stride()[:3], value, *value.stride()[:3], None, 0, lengths, *_ABSENT_OPTIONS,
+        key, *key.stride()[:3], value, *value.stride()[:3], None, 0, contiguous(lengths), *_ABSENT_OPTIONS,
         *expanded(attn_mask, (*rows_of_mask, key.shape[2])),
     ))  # fmt: skip
 
@@ -150,7 +155,7 @@ def segment_run(segment: SegmentTensors, batch: int, q_heads: int) -> Run:
     stored = tuple(key.shape[:3])
     reach = 0 if segment.selected is None else key.shape[2]
     return Run._make((
-        key, *key.stride()[:3], value, *value.stride()[:3], segment.length, reach, segment.lengths,
+        key, *key.stride()[:3], value, *value.stride()[:3], segment.length, reach, contiguous(segment.lengths),
         *expanded(segment.gate, (batch, q_heads, segment.length)), *expanded(segment.positions, tokens),
         *expanded(segment.key_scale, stored), *expanded(segment.value_scale, stored),
         *expanded(segment.selected, tokens), None, 0, 0, 0, 0,
@@ -230,7 +235,7 @@ class Rotation(NamedTuple):
 class Selection(NamedTuple):
     """Which tokens of a segment are meant."""
 
-    lengths: Tensor | None  # (batch,)
+    lengths: Tensor | None  # (batch,), contiguous
     selected: Tensor | None  # (batch, length)
     selected_b: int
     selected_n: int

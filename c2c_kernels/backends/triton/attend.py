@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .kinds import CAUSAL_AT, GATE_AT, KEY_E4M3_AT, MASK_AT, POSITIONS_AT, VALUE_E4M3_AT, WIDE_AT, WINDOW_AT
-from .softmax import LOG2E, capped, update
+from .softmax import LOG2E, LOWEST, capped, update
 from .tiles import decoded, dot, factors, from_codes, load_tile, product, step, stride, told
 
 
@@ -61,7 +61,9 @@ def seen(
         if MASK == 1:
             logits = tl.where(mask != 0, logits, -float("inf"))
         else:
-            logits += mask.to(tl.float32) * LOG2E
+            mask = mask.to(tl.float32)
+            added = mask * LOG2E
+            logits += tl.where(mask > -float("inf"), tl.maximum(added, LOWEST), added)  # finfo.min stays finite
     if MASKED:
         logits = tl.where(inside[None, :], logits, -float("inf"))
     if POSITIONS == 2:  # a segment's own positions, in any order

@@ -60,6 +60,7 @@ def _launch(segment: SegmentTensors, remove, apply, key_out: Tensor, value_out: 
     value = half_of(segment.value, segment.value_scale, segment.value_proj, segment.value_bias, values)
     batch, kv_heads, length, _ = key_out.shape
     target = target_of(key_out.device)
+    lengths = arguments.contiguous(segment.lengths)
     index = arguments.expanded(segment.selected, (batch, length))
     block_pairs = min(64, max(16, 1 << ((max(key.dim, value.dim) + 1) // 2 - 1).bit_length()))
     wide = wide_half(segment.key, segment.key_proj), wide_half(segment.value, segment.value_proj)
@@ -72,7 +73,7 @@ def _launch(segment: SegmentTensors, remove, apply, key_out: Tensor, value_out: 
     stages = 2 if exact or block_width == 16 else 1
     names = {
         "key": key, "value": value, "rotation": rotation_of(remove, apply),
-        "selection": arguments.Selection._make((segment.lengths, *index, segment.key.shape[2])), "kv_heads": kv_heads,
+        "selection": arguments.Selection._make((lengths, *index, segment.key.shape[2])), "kv_heads": kv_heads,
         "length": length, "KEY_E4M3": segment.key.dtype == torch.float8_e4m3fn,
         "VALUE_E4M3": segment.value.dtype == torch.float8_e4m3fn, "REMOVES": remove is not None,
         "APPLIES": apply is not None, "KEY_WIDE": wide[0], "VALUE_WIDE": wide[1], "BLOCK_M": _BLOCK_TOKENS,

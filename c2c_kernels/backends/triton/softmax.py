@@ -11,6 +11,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-(2.0**127))  # of finite masks in base 2: as lse and back it is exact
 
 
 @triton.jit
