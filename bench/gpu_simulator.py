@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+from shared_folder import shared_folder
 
 from c2c_kernels.backends.triton import launch as launching
 from c2c_kernels.backends.triton.offline import Compiled, compiled
@@ -20,10 +20,9 @@ CHECKS = {"race": True, "uninit": "error", "global_race": True}
 
 def simulator() -> ModuleType | None:
     """The ptxsim package, from PYTHONPATH or the folder shared/ in or beside the checkout; None where there is none."""
-    root = Path(__file__).resolve().parents[1]
-    for folder in (root / "shared", root.parent / "shared", Path(os.environ.get("C2C_SHARED", root / "shared"))):
-        if (folder / "ptxsim").is_dir() and str(folder) not in sys.path:
-            sys.path.append(str(folder))
+    found = shared_folder("ptxsim")
+    if found is not None and str(found.parent) not in sys.path:
+        sys.path.append(str(found.parent))
     try:
         import ptxsim
     except ImportError:

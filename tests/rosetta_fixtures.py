@@ -1,18 +1,15 @@
-"""What the reference implementation computed: `shared/fixtures/rosetta`; where it is missing, tests are skipped.
-
-$C2C_SHARED names another place of `shared`.
-"""
+"""What the reference implementation computed: `shared/fixtures/rosetta`; where it is missing, tests are skipped."""
 
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from shared_folder import shared_folder
 
-FOLDER = Path(os.environ.get("C2C_SHARED", Path(__file__).parents[1] / "shared")) / "fixtures" / "rosetta"
+FOLDER = shared_folder("fixtures/rosetta") or Path("shared/fixtures/rosetta")
 needs_fixtures = pytest.mark.skipif(not FOLDER.is_dir(), reason="shared/fixtures/rosetta is missing")
 PROJECTORS = (
     [f"c2c_{kind}_float32_k+1v+1" for kind in ("mha_to_gqa_L3", "1head_to_2_L3", "same_L3", "same_L4", "gqa_to_mqa_L3")]

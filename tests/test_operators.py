@@ -164,7 +164,7 @@ def test_dispatch_overhead(segments):
     query, key = torch.randn(1, 9, 1, 64), torch.randn(1, 3, 8, 64)
     parts = [c2c.SharerSegment(key, key, gate=torch.ones(1, 9, 1))] * segments
     out, keep = torch.empty_like(query), []
-    numbers = native._attention_numbers(
+    numbers = native.attention_numbers(
         query, key, key, [to_tensors(s) for s in parts], [False] * segments, None, False, None, None, None, None, None,
         out, None, None, keep,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_gguf
 import torch
+from rosetta_fixtures import FOLDER, cases, model, needs_fixtures
 
 from c2c_kernels import CacheProjector
 from c2c_kernels.cli.models import load_model
@@ -19,9 +20,24 @@ PAIRS = README.parent / "docs" / "pairs.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
+@needs_fixtures
+def test_fuser_block(tmp_path, monkeypatch):
+    """With the tiny models and the checkpoint of the reference implementation."""
+    (tmp_path / "checkpoint").symlink_to(FOLDER / "ckpt_A")
+    monkeypatch.chdir(tmp_path)
+    case = cases("rosetta_model.pt")["A_basic"]
+
+    def tokenizer(text: str, return_tensors: str) -> dict[str, torch.Tensor]:
+        return {"input_ids": case["input_ids"]}
+
+    scope = {"receiver": model("recv"), "sharer": model("shA"), "tokenizer": tokenizer}
+    exec(BLOCKS[2].replace("model.generate", "written = model.generate"), scope)
+    assert scope["written"][0].tolist()[: case["gen"].shape[1]] == case["gen"][0].tolist()
+
+
 def test_operators_block():
     scope: dict = {}
-    exec(BLOCKS[2], scope)
+    exec(BLOCKS[3], scope)
     assert scope["out"].shape == (1, 16, 1, 128) and scope["mass"].shape == (1, 16, 1, 2)
     assert scope["projected_key"].shape == (1, 8, 16384, 128)
 
