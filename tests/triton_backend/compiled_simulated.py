@@ -68,6 +68,10 @@ PLANS = {
         Plan(HALF, 1, 1, 2, 100, 64, 128, 128, segments=[SegmentPlan(200, quantised=True, index=True)]),
         ["prefill_kernel"],
     ),
+    "prefill_256": (
+        Plan(HALF, 1, 1, 1, 70, 40, 256, 256, is_causal=True, window=60, segments=[SegmentPlan(33, gate="head")]),
+        ["prefill_kernel"],
+    ),
     "prefill_float32": (
         Plan(SINGLE, 1, 1, 2, 40, 70, 32, 40, mask="additive", segments=[SegmentPlan(33, gate="head")]),
         ["prefill_kernel"],
