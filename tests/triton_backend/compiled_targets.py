@@ -149,8 +149,8 @@ TWO_TARGETS = (
     "decode 256 float32", "absorbed 512 32 rows", "absorbed 256 64 rows", "absorbed head dim 256 float32",
     "absorbed head dim 128 float32 16 rows", "absorbed head dim 64 float32 32 rows", "absorbed float32 projectors",
     "prefill 64 float32", "prefill 128 float32", "prefill 256 float32", "prefill 64 gate", "backward 64 float32",
-    "backward 128 float32", "backward 256 float32", "fuse float32 weights",
-    "fuse odd sizes",
+    "backward 128 float32", "backward 256 float32", "fuse float32 weights", "fuse odd sizes", "fuse float32",
+    "fuse layers", "absorbed 512", "absorbed head dim 256 64 rows",
 )  # fmt: skip
 # Shapes that bench/static_gpu.py compiles for sm_80 and sm_90, and holds to the same limits.
 STATIC = (
