@@ -113,18 +113,6 @@ def _absorbing_pays(segment: SegmentTensors, query: Tensor, value_dim: int) -> b
     return cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, cost.GPU).strategy == "absorb"
 
 
-def _materialized(segment: SegmentTensors, query: Tensor, name: str) -> SegmentTensors:
-    """The segment in receiver space, projected by the kernel, in the dtype of the queries."""
-
-    def target(raw: Tensor, proj: Tensor | None) -> Tensor:
-        heads, dim = (raw.shape[1], raw.shape[3]) if proj is None else (proj.shape[0], proj.shape[1])
-        return query.new_empty((raw.shape[0], heads, segment.length, dim))
-
-    key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
-    project_kv("cuda", segment, None, key, value, name)
-    return native.plain(segment, key, value)
-
-
 def refusal(operator: str, named: bool, *call) -> str:
     """Why this backend does not take a call of an operator; "" where it does. `call` as its `_refusal` function has it.
 
@@ -145,7 +133,7 @@ def refusal(operator: str, named: bool, *call) -> str:
     reason = function(*call)
     if reason or named or operator != "merged_attention" or not triton_record().available:
         return reason
-    query, value, segments, strategy, everything = call
+    query, value, segments, strategy, everything, *_ = call
     for number, segment in enumerate(segments):
         if strategy == "auto" and not _recorded(everything) and _absorbing_pays(segment, query, value.shape[3]):
             return f"absorbs no projector, and absorbing that of segments[{number}] is faster"
@@ -153,8 +141,9 @@ def refusal(operator: str, named: bool, *call) -> str:
 
 
 def _attention_refusal(
-    query: Tensor, value: Tensor, segments: list[SegmentTensors], strategy: str, everything: Sequence[Tensor | None]
-) -> str:
+    query: Tensor, value: Tensor, segments: list[SegmentTensors], strategy: str, everything: Sequence[Tensor | None],
+    *options: object,
+) -> str:  # fmt: skip
     if _recorded(everything) and not triton_record().available:
         return f"gradients are triton's: {triton_record().reason}"
     for name, dim in (("head_dim", query.shape[3]), ("value_dim", value.shape[3])):
@@ -224,9 +213,10 @@ def merged_attention(
         raise ValueError(f"merged_attention on cuda {reason}")
     batch, q_heads, q_len, _ = query.shape
     segments = [
-        segment if _in_receiver_space(segment) else _materialized(segment, query, f"segments[{number}]")
+        segment if _in_receiver_space(segment)
+        else native.materialized("cuda", segment, query.dtype, project_kv, f"segments[{number}]")
         for number, segment in enumerate(segments)
-    ]
+    ]  # fmt: skip
     out = query.new_empty((batch, q_heads, q_len, value.shape[3]), dtype=out_dtype or query.dtype)
     lse = query.new_empty((batch, q_heads, q_len), dtype=torch.float32) if return_lse else None
     mass_shape = (batch, q_heads, q_len, 1 + len(segments)) if return_mass else (0,)

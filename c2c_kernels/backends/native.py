@@ -85,15 +85,17 @@ def _in_receiver_space(segment: SegmentTensors) -> bool:
     return segment.key_proj is None and segment.value_proj is None and unbiased and not _needs_preparing(segment)
 
 
-def _materialized(backend: str, segment: SegmentTensors, name: str) -> SegmentTensors:
-    """The segment in receiver space, projected by the kernel; float32, so that nothing is rounded on the way."""
+def materialized(
+    backend: str, segment: SegmentTensors, dtype: torch.dtype, project: Callable[..., None], name: str
+) -> SegmentTensors:
+    """The segment in receiver space in this dtype, by a backend's `project_kv`; errors call the segment `name`."""
 
     def target(raw: Tensor, proj: Tensor | None) -> Tensor:
         heads, dim = (raw.shape[1], raw.shape[3]) if proj is None else (proj.shape[0], proj.shape[1])
-        return raw.new_empty((raw.shape[0], heads, segment.length, dim), dtype=torch.float32)
+        return raw.new_empty((raw.shape[0], heads, segment.length, dim), dtype=dtype)
 
     key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
-    project_kv(backend, segment, None, key, value, name)
+    project(backend, segment, None, key, value, name)
     return plain(segment, key, value)
 
 
@@ -214,7 +216,10 @@ def merged_attention_backward(
     their gradients taken back through the projector: memory stays linear in length.
     """
     batch, q_heads = query.shape[:2]
-    direct = [s if s.plain else _materialized(backend, s, f"segments[{number}]") for number, s in enumerate(segments)]
+    direct = [  # float32, so that nothing is rounded on the way
+        s if s.plain else materialized(backend, s, torch.float32, project_kv, f"segments[{number}]")
+        for number, s in enumerate(segments)
+    ]
     if strategy == "absorb" and any(_can_absorb(s) for s in segments):
         # Weights are exp(score - lse): both have to come from the same keys, to the last bit.
         exact, lse, _ = merged_attention(
