@@ -29,7 +29,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
 _VERIFIED = "the PTX for sm_80 and sm_90 run in a simulator; not run on hardware"
 _UNSUPPORTED, _CUDA_ERROR = 8, 9
-_LARGEST_DIM, _MOST_SEGMENTS = (0, 0) if _cuda is None else (_cuda.largest_dim, _cuda.most_segments)
+_LARGEST_DIM, _MOST_SEGMENTS, _MOST_STATES = (
+    (0, 0, 0) if _cuda is None else (_cuda.largest_dim, _cuda.most_segments, _cuda.most_states)
+)
 
 
 class Launch(NamedTuple):
@@ -174,9 +176,17 @@ def _projection_refusal(segment: SegmentTensors, for_backward: bool) -> str:
     return ""
 
 
+def _row_refusal(x: Tensor, count: int = 1) -> str:
+    if x.shape[3] > _LARGEST_DIM:
+        return f"supports head_dim up to {_LARGEST_DIM}; got {x.shape[3]}"
+    return f"supports up to {_MOST_STATES} states; got {count}" if count > _MOST_STATES else ""
+
+
 _REFUSALS: dict[str, Callable[..., str]] = {
     "merged_attention": _attention_refusal,
     "project_kv": _projection_refusal,
+    "merge_states": _row_refusal,
+    "quantize_kv": _row_refusal,
 }
 
 
@@ -261,3 +271,24 @@ def project_kv(
 def project_kv_backward(backend: str, *call) -> list[Tensor | None]:
     """Gradients, by the Triton backend."""
     return kernels("triton").project_kv_backward("triton", *call)
+
+
+def merge_states(backend: str, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Forward kernel."""
+    keep: list[Tensor] = []
+    numbers, out, lse = native.merge_numbers(outs, lses, keep)
+    _run(
+        "merge_states", out, 0, lambda _workspace, _capability, tell: _cuda.merge_launches(numbers, tell),
+        lambda _workspace, stream: _cuda.merge_states(numbers, stream), [out, lse, *keep],
+    )  # fmt: skip
+    return out, lse
+
+
+def quantize(backend: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward kernel."""
+    numbers, x, out, scale = native.quantize_numbers(x)
+    _run(
+        "quantize_kv", x, 0, lambda _workspace, _capability, tell: _cuda.quantize_launches(numbers, tell),
+        lambda _workspace, stream: _cuda.quantize(numbers, stream), [x, out, scale],
+    )  # fmt: skip
+    return out, scale
