@@ -65,6 +65,7 @@ class _Run:
 
     step: int = 0
     seconds: float = 0.0
+    processor: float = 0.0  # seconds of all threads of this process, which other work on the machine does not change
     done: float = 0.0
     taken: dict[str, int] = field(default_factory=dict)
     dealt: int = 0
@@ -170,8 +171,10 @@ def _train(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     looks = max(options.validations, 1)
     before, began = run.seconds, time.perf_counter()
+    processor = run.processor - time.process_time()
     while True:
         run.seconds = before + time.perf_counter() - began
+        run.processor = processor + time.process_time()
         run.done = processes.from_first(_done(run, options))
         projector.gate_temperature = temperature(run.done, options.gate_temperature)
         look = None
@@ -350,6 +353,7 @@ def _facts(run: _Run, examples: Examples, options: TrainOptions, processes: Proc
         "processes": processes.count,
         "steps": run.step,
         "seconds": run.seconds,
+        "processor_seconds": run.processor,  # of the first process
         "windows": run.taken,
         "tokens_scored": run.scored,
         "curve": curve,
