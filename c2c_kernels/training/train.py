@@ -142,7 +142,7 @@ def train_projector(
         if not was_enabled:
             disable(receiver.base_model)
     projector.gate_temperature = options.gate_temperature[1]
-    projector.facts = {**projector.facts, "training": _facts(run, examples, options, processes)}
+    projector.facts = {**projector.facts, "training": _facts(run, examples, options, processes, projector)}
     if checkpoint is not None and processes.rank == 0:
         Path(checkpoint).unlink(missing_ok=True)
     return projector.eval()
@@ -338,7 +338,12 @@ def _made_for(
     }
 
 
-def _facts(run: _Run, examples: Examples, options: TrainOptions, processes: Processes) -> dict[str, Any]:
+def _facts(
+    run: _Run, examples: Examples, options: TrainOptions, processes: Processes, projector: CacheProjector
+) -> dict[str, Any]:
+    """What the file says of the run, and of an earlier one that it went on from."""
+    earlier = dict(projector.facts.get("training", {}))
+    texts = [*earlier.pop("texts", ()), *(digest[:_DIGITS] for digest in examples.hashes)]
     size = -(-len(run.losses) // _CURVE_POINTS)
     curve = []
     for at in range(0, len(run.losses), size or 1):
@@ -358,5 +363,6 @@ def _facts(run: _Run, examples: Examples, options: TrainOptions, processes: Proc
         "tokens_scored": run.scored,
         "curve": curve,
         "held_out": run.looked,
-        "texts": [digest[:_DIGITS] for digest in examples.hashes],
+        "texts": list(dict.fromkeys(texts)),
+        **({"before": earlier} if earlier else {}),
     }
