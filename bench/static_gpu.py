@@ -74,8 +74,8 @@ LIMITS = [
     Limit("bytes_over_least", 1.41, "fuse* layers=28", standing=NOT_REACHED),
     Limit("bank_conflicts", 0.08, "fuse* own=64", archs=(80,), standing=NOT_REACHED),
     Limit("bank_conflicts", 0.22, "fuse* own=64", archs=(90,), standing=NOT_REACHED),
-    # Of 1.53 the exponentials take 0.61, ldmatrix 0.36, padding of the assembler's 0.08. A tile of 64 tokens spills.
-    Limit("others", 1.53, "prefill*", standing=NOT_REACHED, backend="cuda"),
+    # Of 1.58 the exponentials take 0.61, ldmatrix 0.36, padding of the assembler's 0.08. A tile of 64 tokens spills.
+    Limit("others", 1.58, "prefill*", standing=NOT_REACHED, backend="cuda"),
     Limit("launches", 2, "prefill-raw*", standing=HELD),  # one would project the segment for each tile of queries
     # --- no target, held: what several programs read counts each time ---
     Limit("bytes_over_least", 3.50, "prefill *q_len=512*", standing=HELD),

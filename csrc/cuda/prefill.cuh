@@ -198,7 +198,10 @@ __device__ __forceinline__ void weigh(PrefillWeights<DIM> &weights, PrefillState
   for (int m = 0; m < Tile::MT; ++m)
     exponentiate<T, DIM>(weights, m, scores, factor, state.minus_max[m], {false, false});
 #pragma unroll
-  for (int r = 0; r < Tile::LANE_ROWS; ++r) high = high || !(weights.sums[r / 2][r % 2] <= state.most);
+  for (int r = 0; r < Tile::LANE_ROWS; ++r) {
+    const float sum = weights.sums[r / 2][r % 2];  // at head dims up to 64 sm_90 has no register left for `most`
+    high = high || (DIM > 64 ? !(sum <= state.most) : rises(sum, state.minus_max[r / 2][r % 2]));
+  }
   if (__any_sync(0xffffffff, high)) {
     state.most = MAX_TILE_SUM;
 #pragma unroll
@@ -232,8 +235,8 @@ __device__ __forceinline__ void add_exact(PrefillState<DIM> &state, const Prefil
 // lane.
 template <typename T, int DIM>
 __device__ __forceinline__ void attend_tile(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
-                                            PrefillState<DIM> &state, uint32_t queries, uint32_t keys, uint32_t values,
-                                            int first, bool plain) {
+                                            PrefillState<DIM> &state, uint32_t queries, uint32_t keys, int first,
+                                            bool plain) {
   using Tile = PrefillTile<DIM>;
   PrefillScores<DIM> scores;
   multiply_keys<T, DIM>(scores, queries, keys);
@@ -241,6 +244,10 @@ __device__ __forceinline__ void attend_tile(const Attention &p, const PrefillRun
   PrefillWeights<DIM> weights;
   weigh<T, DIM>(weights, state, scores, run.factor);
   if (run.exact) add_exact(state, scores, run.factor);
+  // Values lie behind the keys; lanes 8 to 15 and 16 to 23 have changed places.
+  const int lane = thread_in<WARP>();
+  const uint32_t values =
+      keys + Tile::STAGE / 2 + ((lane / 8 & 1) - lane / 16) * static_cast<uint32_t>(8 * Tile::TOKEN_ROW - 16);
 #pragma unroll
   for (int k = 0; k < Tile::NT / 2; ++k)
 #pragma unroll
@@ -290,13 +297,14 @@ __device__ __forceinline__ void attend_run(const Attention &p, int number, Prefi
   __syncthreads();
   const int lane = thread_in<WARP>();
   TokenCopy<T, DIM> keys(p.run[number].key, place, run.first), values(p.run[number].value, place, run.first);
-  const uint32_t queries =
-      shared + (thread_by<WARP>() * Tile::M + lane % 16) * Tile::QUERY_ROW + swizzled(lane, lane / 16) * 16;
+  const auto find_queries = [&] {
+    const int lane = thread_in<WARP>();
+    return shared + (thread_by<WARP>() * Tile::M + lane % 16) * Tile::QUERY_ROW + swizzled(lane, lane / 16) * 16;
+  };
+  const uint32_t queries = find_queries();
   const uint32_t stages = shared + Tile::ROWS * Tile::QUERY_ROW;
   // The stage worked on: its keys and values for this lane.
   uint32_t work = stages + Tile::STAGE + ((lane & 7) + lane / 16 * 8) * Tile::TOKEN_ROW + (lane / 8 & 1) * 16;
-  const uint32_t values_after =
-      Tile::STAGE / 2 + ((lane / 8 & 1) - lane / 16) * static_cast<uint32_t>(8 * Tile::TOKEN_ROW - 16);
   uint32_t to = stages + thread_by<Tile::CHUNKS>() * Tile::TOKEN_ROW + thread_in<Tile::CHUNKS>() * 16;
   int flip = Tile::STAGE;
   // Tile `next` is on its way while the one before, which in the first round is none that a row sees, is worked on.
@@ -308,7 +316,7 @@ __device__ __forceinline__ void attend_run(const Attention &p, int number, Prefi
     const Sight sight = run.sight[thread_by<WARP>()];
     const int tile = next - Tile::N;
     if (tile < sight.any_to && next > sight.any_from)
-      attend_tile<T, DIM>(p, run, place, state, queries, work, work + values_after, tile,
+      attend_tile<T, DIM>(p, run, place, state, DIM > 64 ? queries : find_queries(), work, tile,
                           tile >= sight.plain_from && next <= sight.plain_to);
     to += flip;
     work -= flip;
