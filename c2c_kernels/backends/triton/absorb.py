@@ -167,8 +167,8 @@ def fold_queries(
             its_programs = raw_programs_of(runs[number], q_len, kv_heads * GROUP, FOLDINGS, number, SPLITS[number])
             low = tl.minimum(tl.maximum(program - first, 0), count)
             high = tl.where(program < first, low, tl.minimum(low + 1, count))
-            # Float32 products of wide heads are no tensor-core's, and spill in a loop: there a piece is its own program's
-            # alone, and those of raw tokens rely on a device that starts programs in the order of their numbers.
+            # Float32 products of wide heads take no tensor cores, and spill in a loop: there a piece is left to its own
+            # program, and those of raw tokens rely on a device that starts programs in the order of their numbers.
             SINGLE: tl.constexpr = query.dtype.element_ty == tl.float32 or FOLDINGS[FOLDING * number + 2] != 0
             ALONE: tl.constexpr = SINGLE and PRECISION == "ieee" and BLOCK_D > 128
             if ALONE:
