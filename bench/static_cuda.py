@@ -40,6 +40,8 @@ CASES = (
     "decode-materialised Qwen3-0.6B bfloat16 own=512 shared=8192 e4m3",
     "prefill Qwen3-0.6B bfloat16 q_len=512 own=512",
     "project Qwen3-0.6B < Llama-3.2-1B bfloat16 shared=512",
+    "fuse Qwen3-0.6B < Qwen2.5-0.5B bfloat16 own=64",
+    "fuse Qwen3-0.6B < Qwen2.5-0.5B bfloat16 own=64 layers=28",
 )
 LIMITS = [
     Limit("refused", False),

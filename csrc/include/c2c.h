@@ -205,6 +205,9 @@ C2C_API int64_t c2c_merged_attention_workspace_cuda(const c2c_attention_params *
 C2C_API c2c_status c2c_merged_attention_cuda(const c2c_attention_params *params, void *workspace, void *stream);
 C2C_API int64_t c2c_project_kv_workspace_cuda(const c2c_project_params *params);
 C2C_API c2c_status c2c_project_kv_cuda(const c2c_project_params *params, void *workspace, void *stream);
+// All tensors of a half in fp16, or all in bf16, gates in any float; up to 13 blocks of project, more are unsupported.
+C2C_API int64_t c2c_fuse_kv_workspace_cuda(const c2c_fuse_params *params);
+C2C_API c2c_status c2c_fuse_kv_cuda(const c2c_fuse_params *params, void *workspace, void *stream);
 // "" where kernels can run here, else why not: no driver, no device, a compute capability below 8.0.
 C2C_API const char *c2c_cuda_unavailable(void);
 // The last error of the CUDA runtime in this thread and the kernel that met it, as words.

@@ -57,7 +57,19 @@ class Simulator(cuda_simulator.Simulator):
             for out, copy in zip(call[3:5], copies[3:5], strict=True):
                 out.copy_(copy)
 
-        return SimpleNamespace(merged_attention=merged_attention, project_kv=project_kv, refusal=cuda.refusal)
+        def fuse_kv_layers(backend: str, calls: Any) -> None:
+            with cuda.executed_by(self.arch, tell):
+                cuda.fuse_kv_layers(backend, calls)
+            copies = there(calls, torch.device(DEVICE))
+            cuda.fuse_kv_layers(backend, copies)
+            for call, copy in zip(calls, copies, strict=True):
+                for out, result in zip(call[-2:], copy[-2:], strict=True):
+                    out.copy_(result)
+
+        return SimpleNamespace(
+            merged_attention=merged_attention, project_kv=project_kv, refusal=cuda.refusal,
+            fuse_kv=lambda backend, *call: fuse_kv_layers(backend, [call]), fuse_kv_layers=fuse_kv_layers,
+        )  # fmt: skip
 
 
 def attend(call: dict, arch: int, **options: Any) -> tuple[tuple, Simulator]:
