@@ -119,9 +119,12 @@ struct FuseCopy {
   const FuseMatrix weights;
   const uint16_t *const norm;  // nullable
   const int size, width, column, first, chunk;
+  const int start;  // of its chunk in the first of its rows, bytes
   const bool enters;
+  const bool whole;  // all of the tile's weights are there, in chunks
   FuseCursor cursor;
-  int weights_at = 0;  // first number of the next step
+  int weights_at = 0;    // first number of the next step
+  const uint16_t *from;  // this thread's next number of weights, in the first of its rows
 
   __device__ __forceinline__ FuseCopy(const Fuse &p, const FuseHalf &half, const FuseRows<Tile::M> &rows,
                                       const FusePlace &place, const FuseMatrix &weights, const void *norm,
@@ -136,39 +139,48 @@ struct FuseCopy {
         column(place.tile * Tile::N + fuse_column(threadIdx.x / Tile::CHUNKS)),
         first(threadIdx.x / Tile::CHUNKS),
         chunk(threadIdx.x % Tile::CHUNKS),
-        enters(place.kind == FUSE_ENTER) {
+        start(first * Tile::ROW + (chunk ^ Tile::key(first)) * 16),
+        enters(place.kind == FUSE_ENTER),
+        whole(p.weights_vectorised && width % Tile::K == 0 && (place.tile + 1) * Tile::N <= size) {
+    from = static_cast<const uint16_t *>(weights.data) + column * weights.row + chunk * 8;
     cursor = {static_cast<const uint16_t *>(source), 0, enters ? p.sharer_dim : width, enters ? p.sharer_heads : 1, 0};
     cursor.advance(p, half, enters, chunk * 8);
   }
 
-  // Where chunk `chunk` of row `first` + `more` lies; `more` leaves the bits of `first` alone.
-  __device__ __forceinline__ int place_of(int more) const {
-    return (first + more) * Tile::ROW + ((chunk ^ Tile::key(first)) ^ Tile::key(more)) * 16;
-  }
+  // Where its chunk of row `first` + `more` lies; `more` leaves the bits of `first` alone.
+  __device__ __forceinline__ int place_of(int more) const { return (start ^ Tile::key(more) * 16) + more * Tile::ROW; }
 
   // The weights of the next step, and the norm with them.
   __device__ __forceinline__ void next_weights(char *stage) {
     const int k = weights_at + chunk * 8;
-    const uint16_t *const from = static_cast<const uint16_t *>(weights.data) + column * weights.row;
     char *const to = stage + Tile::WEIGHTS;
-    if (p.weights_vectorised) {
+    if (norm && p.weights_vectorised && threadIdx.x < Tile::CHUNKS)
+      cp_async_16(shared_address(stage + Tile::NORM + chunk * 16), norm + (k < width ? k : 0), k < width);
+    if (whole) {
       const uint32_t shared = shared_address(to);
+      const uint16_t *row = from;
 #pragma unroll
       for (int i = 0; i < Tile::N; i += Tile::PASS) {
-        const bool inside = k < width && column + fuse_column(i) < size;
-        cp_async_16(shared + place_of(i), inside ? from + fuse_column(i) * weights.row + k : from, inside);
+        cp_async_16(shared + place_of(i), row, true);
+        row += (fuse_column(i + Tile::PASS) - fuse_column(i)) * weights.row;
       }
-      if (norm && threadIdx.x < Tile::CHUNKS)
-        cp_async_16(shared_address(stage + Tile::NORM + chunk * 16), norm + (k < width ? k : 0), k < width);
+    } else if (p.weights_vectorised) {
+      const uint32_t shared = shared_address(to);
+#pragma unroll 1
+      for (int i = 0; i < Tile::N; i += Tile::PASS) {
+        const bool inside = k < width && column + fuse_column(i) < size;
+        cp_async_16(shared + place_of(i), inside ? from + fuse_column(i) * weights.row : weights.data, inside);
+      }
     } else {
 #pragma unroll 1
       for (int i = 0; i < Tile::N; i += Tile::PASS)
-        fetch_numbers<2>(to + place_of(i), reinterpret_cast<const char *>(from + fuse_column(i) * weights.row), k / 8,
-                         width, column + fuse_column(i) < size);
+        fetch_numbers<2>(to + place_of(i), reinterpret_cast<const char *>(from - k + fuse_column(i) * weights.row),
+                         k / 8, width, column + fuse_column(i) < size);
       if (norm && threadIdx.x < Tile::CHUNKS)
         fetch_numbers<2>(stage + Tile::NORM + chunk * 16, reinterpret_cast<const char *>(norm), k / 8, width, true);
     }
     weights_at += Tile::K;
+    from += Tile::K;
   }
 
   // The tokens' numbers of the next step.
