@@ -134,8 +134,8 @@ static void multiply_streamed(const FuseTile &tile, const c2c_tensor &weights, i
                               int64_t row, int64_t n, FuseScratch &x) {
   for (int64_t t = 0; t < tile.count; ++t)
     for (int64_t r = n; r < round_up(n, LANES); ++r) x.products[t * FUSE_ROWS + r] = 0.0f;
-  dot_tokens(operand, round_up(width, LANES), tile.count, weights.dtype, at(weights, row), weights.stride[0], n, width,
-             x.products, FUSE_ROWS, false, at(weights, row + n));
+  dot_weights(operand, round_up(width, LANES), tile.count, weights.dtype, at(weights, row), weights.stride[0], n, width,
+              x.products, FUSE_ROWS, at(weights, row + n));
 }
 
 static void multiply_tile(const FuseTile &tile, const c2c_tensor &weights, int64_t width, const float *operand,

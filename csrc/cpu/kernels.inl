@@ -10,6 +10,8 @@ namespace C2C_NAMESPACE {
 
 #include "rows.h"
 
+#include "stream_weights.h"
+
 #include "softmax.h"
 
 #include "attention_common.h"

@@ -196,8 +196,8 @@ static void project_tile(const c2c_project_params &p, const Half &half, int64_t 
     row_ld = round_up(half.rank, PANEL);
     if (stream) {
       memset(x.inner, 0, n * row_ld * sizeof(float));
-      dot_tokens(x.raw, ld, n, half.proj_in->dtype, half.proj_in->data, half.proj_in->stride[0], half.rank, half.width,
-                 x.inner, row_ld, false, at(*half.proj, first_head));
+      dot_weights(x.raw, ld, n, half.proj_in->dtype, half.proj_in->data, half.proj_in->stride[0], half.rank, half.width,
+                  x.inner, row_ld, at(*half.proj, first_head));
     } else {
       const bool pairs = in_pairs(p, half, *half.proj_in, half.width);
       pack_tokens(x.raw, ld, half.width, n, pairs, x);
@@ -219,8 +219,8 @@ static void project_tile(const c2c_project_params &p, const Half &half, int64_t 
     }
     const int64_t out_ld = round_up(half.out_dim, PANEL);
     if (half.proj->data && stream)
-      dot_tokens(rows, row_ld, n, half.proj->dtype, at(*half.proj, head), half.proj->stride[1], half.out_dim, width,
-                 x.products, out_ld, false, at(*half.proj, head + 1));
+      dot_weights(rows, row_ld, n, half.proj->dtype, at(*half.proj, head), half.proj->stride[1], half.out_dim, width,
+                  x.products, out_ld, at(*half.proj, head + 1));
     else if (half.proj->data)
       multiply(*half.proj, at(*half.proj, head), half.proj->stride[1], half.out_dim, width, x.panels, n, pairs, x);
     for (int64_t first = 0; first < n; first += LANES) {
