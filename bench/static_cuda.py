@@ -22,7 +22,7 @@ from typing import NamedTuple
 import static_cases
 import torch
 from cuda_simulator import ARCHS, Ran, Simulator, file_of, missing, ptx
-from static_limits import HELD, Limit, not_reached, problems
+from static_limits import HELD, NOT_REACHED, Limit, not_reached, problems
 from static_records import Figures, Kernel
 
 from c2c_kernels.bench.table import Table, as_markdown
@@ -52,6 +52,12 @@ LIMITS = [
     Limit("bytes_over_least", 1.05, "decode*"),
     Limit("launches", 2, "decode*"),
     Limit("launches", 1, "prefill*"),
+    Limit("bank_conflicts", 0.01, "fuse*"),
+    Limit("launches", 2, "fuse*"),
+    Limit("bytes_over_least", 1.10, "fuse*"),
+    Limit("bytes_over_least", 1.58, "fuse*", standing=NOT_REACHED),
+    Limit("bytes_over_least", 1.21, "fuse* layers=28", standing=NOT_REACHED),  # 1.07 with what products leave in it
+    Limit("sector_use", 0.88, "fuse*", "c2c_fuse_table_small", standing=HELD),  # of 2 KB
     Limit("resident_warps", 6, "decode*", standing=HELD),  # what hides latency is 96 KiB and more of copies in flight
 ]
 

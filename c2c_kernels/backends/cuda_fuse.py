@@ -42,7 +42,7 @@ def fuse(calls: Sequence[tuple], extension: ModuleType, run: Callable[..., None]
         ):
             raise ValueError(f"fuse_kv on cuda {reason}")
     keep: list[Tensor] = []
-    numbers = [2 * len(calls), 0, *chain.from_iterable(call_numbers(*call, keep) for call in calls)]
+    numbers = [2 * len(calls), 0, *chain.from_iterable(call_numbers(call, keep) for call in calls)]
     tensors = [tensor for call in calls for tensor in _tensors(call)]
     run(
         "fuse_kv", calls[0][0], extension.fuse_workspace(numbers),

@@ -38,26 +38,15 @@ def fuse_kv_layers(backend: str, calls: Sequence[tuple]) -> None:
     keep: list[Tensor] = []
     numbers = [2 * len(calls), torch.get_num_threads()]
     for call in calls:
-        numbers += call_numbers(*call, keep)
+        numbers += call_numbers(call, keep)
     status = extension.fuse_kv(numbers)
     if status:
         raise_status(status, "fuse_kv")
 
 
-def call_numbers(
-    receiver_key: Tensor,
-    receiver_value: Tensor,
-    sharer_key: Tensor,
-    sharer_value: Tensor,
-    weights: FuserWeights,
-    index: Tensor | None,
-    residual: tuple[Tensor, Tensor] | None,
-    gates: tuple[Tensor, Tensor] | None,
-    key_out: Tensor,
-    value_out: Tensor,
-    keep: list[Tensor],
-) -> list[int]:
-    """Both c2c_fuse_half of a layer; copies that they point to are kept in `keep`."""
+def call_numbers(call: tuple, keep: list[Tensor]) -> list[int]:
+    """Both c2c_fuse_half of a layer, of the arguments of `fuse_kv`; copies that they point to are kept in `keep`."""
+    receiver_key, receiver_value, sharer_key, sharer_value, weights, index, residual, gates, *outs = call
     numbers: list[int] = []
     for receiver, sharer, half, base, gate, out in zip(
         (receiver_key, receiver_value),
@@ -65,7 +54,7 @@ def call_numbers(
         (weights.key, weights.value),
         residual or (receiver_key, receiver_value),
         gates or (None, None),
-        (key_out, value_out),
+        outs,
         strict=True,
     ):
         numbers += _half_numbers(receiver, sharer, half, index, base, gate, out, keep)
