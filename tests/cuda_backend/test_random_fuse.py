@@ -30,6 +30,7 @@ def test_calls(plan, dtype, arch, aligned, staged, seed):
             plan, strided=False, key_dim=8, value_dim=16, sharer_key_dim=16, sharer_value_dim=8, hidden=40, inner=24
         )
     call = build(plan, seed)
+    staged = staged and plan.key_dim % 2 == 0  # the check of races between programs sees words, not their halves
     wanted = check(call, Staged(arch) if staged else Whole(arch))
     sources = call.residual or (call.receiver_key, call.receiver_value)
     wholes = [torch.randn(plan.batch, plan.kv_heads + 1, plan.length + 4, x.shape[3]).to(dtype) for x in sources]
