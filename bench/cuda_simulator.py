@@ -27,6 +27,7 @@ ARCHS = (80, 90)
 FILES = {
     "decode": "decode.cu", "combine": "decode.cu", "prefill": "prefill.cu", "project": "project.cu",
     "fuse_table": "fuse_table.cu", "fuse_bf16": "fuse_bf16.cu", "fuse_f16": "fuse_f16.cu",
+    "merge": "states.cu", "quantize": "states.cu",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 // c2c_kernels._cuda: lists of integers in, a status out. See reader.h. Importing it asks for no driver and no device.
 #include "../csrc/cuda/entries.h"
 #include "../csrc/cuda/fuse.h"
+#include "../csrc/cuda/states.h"
 #include "reader.h"
 
 namespace {
@@ -73,6 +74,28 @@ int fuse_launches(const py::list &numbers, uintptr_t workspace, int capability, 
   return encode(c2c::fuse_launches(p, reinterpret_cast<void *>(workspace), capability, tell, &function));
 }
 
+int merge_states(const py::list &numbers, uintptr_t stream) {
+  std::vector<c2c_tensor> states;
+  const c2c_merge_params p = read_merge(numbers, states);
+  py::gil_scoped_release release;
+  return encode(c2c_merge_states_cuda(&p, reinterpret_cast<void *>(stream)));
+}
+
+int merge_launches(const py::list &numbers, py::function function) {
+  std::vector<c2c_tensor> states;
+  return c2c::launch_merge_states(read_merge(numbers, states), tell, &function);
+}
+
+int quantize(const py::list &numbers, uintptr_t stream) {
+  const c2c_quantize_params p = read_quantize(numbers);
+  py::gil_scoped_release release;
+  return encode(c2c_quantize_cuda(&p, reinterpret_cast<void *>(stream)));
+}
+
+int quantize_launches(const py::list &numbers, py::function function) {
+  return c2c::launch_quantize(read_quantize(numbers), tell, &function);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -82,6 +105,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("largest_dim") = c2c::LARGEST_DIM;
   m.attr("most_fuser_blocks") = c2c::MAX_FUSE_BLOCKS - 2;
   m.attr("most_segments") = c2c::MAX_RUNS - 1;
+  m.attr("most_states") = c2c::MAX_STATES;
   m.def("unavailable", &c2c_cuda_unavailable);
   m.def("error", &c2c_cuda_error);
   m.def("attention_workspace", &attention_workspace);
@@ -93,4 +117,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("fuse_workspace", &fuse_workspace);
   m.def("fuse_kv", &fuse_kv);
   m.def("fuse_launches", &fuse_launches);
+  m.def("merge_states", &merge_states);
+  m.def("merge_launches", &merge_launches);
+  m.def("quantize", &quantize);
+  m.def("quantize_launches", &quantize_launches);
 }

@@ -76,17 +76,17 @@ static void score_panel(const Tile &tile, const TilePanel &panel, const TileRows
                term > 0);
 }
 
-// exp(x) for x <= 0 within 4 ulp near 0; exactly 0 below -87.3 and for -inf, NaN stays NaN. What vexp does with fewer
-// instructions: 2^n 2^r with r = x log2(e) - n, the power of two added to the exponent.
+// exp(x) for x <= 0; exactly 0 below -87.3 and for -inf, NaN stays NaN. What vexp does with fewer instructions:
+// 2^n 2^r with r = x log2(e) - n, the power of two added to the exponent; 2^r, |r| <= 1/2, is off by at most 9.2e-8.
 static ALWAYS_INLINE V exp_of_difference(V x) {
   const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, (__m512)set1(-87.3f), _CMP_NLT_UQ);
   const V shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
   const V r = x * 1.44269504f - (shifted - 12582912.0f);
-  V p = set1(1.8775767e-3f);
-  p = p * r + 8.9893397e-3f;
-  p = p * r + 5.5826318e-2f;
-  p = p * r + 2.4015361e-1f;
-  p = p * r + 6.9315308e-1f;
+  V p = set1(1.32647272e-3f);
+  p = p * r + 9.67151264e-3f;
+  p = p * r + 5.55073374e-2f;
+  p = p * r + 2.40222421e-1f;
+  p = p * r + 6.93146978e-1f;
   p = p * r + 1.0f;
   return (V)_mm512_maskz_add_epi32(counts, (__m512i)p, (__m512i)(bit_cast<VI>(shifted) << 23));
 }

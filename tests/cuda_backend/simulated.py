@@ -44,11 +44,6 @@ class Simulator(cuda_simulator.Simulator):
         def tell(launch: cuda.Launch) -> None:
             self.ran.append(Ran(launch, None))
 
-        def merged_attention(*call: Any) -> Any:
-            with cuda.executed_by(self.arch, tell):
-                cuda.merged_attention(*call)
-            return here(cuda.merged_attention(*there(call, torch.device(DEVICE))))
-
         def project_kv(*call: Any) -> None:
             with cuda.executed_by(self.arch, tell):
                 cuda.project_kv(*call)
@@ -66,8 +61,17 @@ class Simulator(cuda_simulator.Simulator):
                 for out, result in zip(call[-2:], copy[-2:], strict=True):
                     out.copy_(result)
 
+        def by_name(name: str) -> Any:
+            def run(*call: Any) -> Any:
+                with cuda.executed_by(self.arch, tell):
+                    getattr(cuda, name)(*call)
+                return here(getattr(cuda, name)(*there(call, torch.device(DEVICE))))
+
+            return run
+
+        returning = {name: by_name(name) for name in ("merged_attention", "merge_states", "quantize")}
         return SimpleNamespace(
-            merged_attention=merged_attention, project_kv=project_kv, refusal=cuda.refusal,
+            **returning, project_kv=project_kv, refusal=cuda.refusal,
             fuse_kv=lambda backend, *call: fuse_kv_layers(backend, [call]), fuse_kv_layers=fuse_kv_layers,
         )  # fmt: skip
 
