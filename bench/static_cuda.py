@@ -32,6 +32,8 @@ CASES = (
     "project Qwen3-0.6B < Llama-3.2-1B bfloat16 shared=512",
     "merge SmolLM2-135M bfloat16 q_len=64 states=8",
     "quantise Qwen3-0.6B bfloat16 own=512",
+    "fuse Qwen3-0.6B < Qwen2.5-0.5B bfloat16 own=64",
+    "fuse Qwen3-0.6B < Qwen2.5-0.5B bfloat16 own=64 layers=28",
 )
 
 

@@ -28,7 +28,7 @@ from static_records import Figures
 
 HERE = Path(__file__).resolve().parent
 ARCHS = (80, 90)
-FILES = ("decode", "prefill", "project", ("merge", "quantise"))  # of csrc/cuda, as names of cases begin
+FILES = ("decode", "prefill", "project", ("merge", "quantise"), "fuse")  # of csrc/cuda, as names of cases begin
 
 # Of the lines that match a figure the last one counts: first what is wanted, then where it is not reached yet, then
 # what is only held. Bounds of NOT_REACHED and HELD lines are the present values, rounded up: lower them where a kernel
@@ -55,6 +55,8 @@ LIMITS = [
     Limit("sector_use", 0.95, "quantise*", backend="cuda"),
     Limit("others", 1.25, "prefill*", backend="cuda"),
     Limit("others", 1.25, "project*", backend="cuda"),
+    Limit("bank_conflicts", 0.01, "fuse*", backend="cuda"),
+    Limit("launches", 2, "fuse*", backend="cuda"),
     # --- targets that are not reached ---
     Limit("refused", True, "decode-absorbed* < Qwen3-4B*", standing=NOT_REACHED),  # as wide as the receiver: no gain
     Limit("bank_conflicts", 0.21, "prefill SmolLM2* float32*", archs=(80,), standing=NOT_REACHED),
@@ -71,6 +73,9 @@ LIMITS = [
     Limit("bank_conflicts", 0.22, "fuse* own=64", archs=(90,), standing=NOT_REACHED),
     # Of 1.58 the exponentials take 0.61, ldmatrix 0.36, padding of the assembler's 0.08. A tile of 64 tokens spills.
     Limit("others", 1.58, "prefill*", standing=NOT_REACHED, backend="cuda"),
+    Limit("bytes_over_least", 1.58, "fuse*", standing=NOT_REACHED, backend="cuda"),
+    # 1.07 where what programs leave for each other is counted among the least.
+    Limit("bytes_over_least", 1.21, "fuse* layers=28", standing=NOT_REACHED, backend="cuda"),
     Limit("launches", 2, "prefill-raw*", standing=HELD),  # one would project the segment for each tile of queries
     # --- no target, held: what several programs read counts each time ---
     Limit("bytes_over_least", 3.50, "prefill *q_len=512*", standing=HELD),
@@ -87,6 +92,7 @@ LIMITS = [
     Limit("bytes_over_least", 1.01, "project* shared=1", standing=HELD),
     Limit("bytes_over_least", 1.14, "merge*", standing=HELD),
     Limit("bytes_over_least", 1.66, "quantise*", standing=HELD),
+    Limit("sector_use", 0.88, "fuse*", "c2c_fuse_table_small", standing=HELD),  # of 2 KB
     Limit("resident_warps", 6, "decode*", standing=HELD, backend="cuda"),  # 96 KiB and more of copies hide the latency
     Limit("bytes_over_least", 1.50, "prefill *q_len=512*", standing=HELD, backend="cuda"),
     Limit("bytes_over_least", 3.60, "project*", standing=HELD, backend="cuda"),
