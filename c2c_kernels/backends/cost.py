@@ -50,6 +50,8 @@ class Machine:
 # Fitted to `c2c-kernels bench --explain` on two cores with AVX-512: bench/README.md has the table. Bandwidth and
 # arithmetic scale alike over cores and sizes of machine.
 CPU = Machine(bandwidth=20e9, project=190e9, attend=150e9, stream=60e9, softmax_width=64, stream_rows=12)
+# The same on two Zen 3 cores, which have AVX2 alone.
+CPU_AVX2 = replace(CPU, bandwidth=30e9, project=95e9, attend=98e9, stream=65e9)
 # An A100's published rates, half of them for attention; a GPU's products hide its exponentials at these widths.
 GPU = Machine(
     bandwidth=1.5e12, project=200e12, attend=100e12, stream=100e12, softmax_width=0, stream_rows=64, fused=False

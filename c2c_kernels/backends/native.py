@@ -106,6 +106,8 @@ def plain(segment: SegmentTensors, key: Tensor, value: Tensor) -> SegmentTensors
 def machine_for(segment: SegmentTensors) -> cost.Machine:
     """What the cpu backend reaches with a segment that has projectors."""
     raw, weights, isa = segment.key.dtype, segment.key_proj.dtype, _cpu.isa()
+    if isa == "avx2":
+        return cost.CPU_AVX2
     if weights != torch.bfloat16:
         return cost.CPU
     if isa == "amx_bf16" and raw in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):

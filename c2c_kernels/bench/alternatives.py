@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from c2c_kernels.bench.check import ULPS
-from c2c_kernels.bench.inputs import AttentionInputs, joined
+from c2c_kernels.bench.inputs import AttentionInputs, joined, joined_beforehand
 from c2c_kernels.bench.work import Call, LeftOutError, first_line, in_turn
 
 # The reference holds scores and caches several times in float32, and projects the segment in every call.
@@ -43,7 +43,7 @@ def sdpa_options(inputs: AttentionInputs) -> dict[str, Any]:
 
 def sdpa(inputs: AttentionInputs) -> Call:
     """scaled_dot_product_attention over the projected and concatenated cache, which is made beforehand."""
-    key, value = joined(inputs)
+    key, value = joined_beforehand(inputs)
     options = sdpa_options(inputs)
     return lambda: F.scaled_dot_product_attention(inputs.query, key, value, **options)
 
@@ -98,7 +98,7 @@ def flex(sets: Sequence[AttentionInputs], raw: bool) -> Call:
         attend = partial(compiled, block_mask=block_mask, enable_gqa=True)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = attend(sets[0].query, *joined(sets[0]))
+            found = attend(sets[0].query, *joined_beforehand(sets[0]))
     except Exception as error:  # a compiler's failures have many types
         raise LeftOutError(f"does not compile: {first_line(error)}") from error
     wanted = sdpa(sets[0])()
@@ -109,4 +109,4 @@ def flex(sets: Sequence[AttentionInputs], raw: bool) -> Call:
     def joining(inputs: AttentionInputs) -> Tensor:
         return attend(inputs.query, *joined(inputs))
 
-    return in_turn([partial(joining, i) if raw else partial(attend, i.query, *joined(i)) for i in sets])
+    return in_turn([partial(joining, i) if raw else partial(attend, i.query, *joined_beforehand(i)) for i in sets])

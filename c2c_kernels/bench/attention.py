@@ -10,7 +10,7 @@ from torch import Tensor
 import c2c_kernels as c2c
 from c2c_kernels.bench import alternatives, gpu_alternatives
 from c2c_kernels.bench.check import attention_problem
-from c2c_kernels.bench.inputs import AttentionInputs, Device, attention, receiver_space, storage_bytes
+from c2c_kernels.bench.inputs import AttentionInputs, Device, attention, storage_bytes
 from c2c_kernels.bench.shapes import Case
 from c2c_kernels.bench.work import Call, Cost, Work, in_turn
 
@@ -53,8 +53,7 @@ def _over_all(make: Callable[[AttentionInputs], Call], sets: list[AttentionInput
 
 def _materialised(inputs: AttentionInputs) -> Call:
     """Our own kernel on the segment projected beforehand."""
-    assert inputs.segment is not None
-    segment = c2c.SharerSegment(*receiver_space(inputs.segment, inputs.query.dtype))
+    segment = c2c.SharerSegment(*inputs.projected)
     return call(AttentionInputs(inputs.query, inputs.key, inputs.value, segment), "auto")
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from c2c_kernels.bench.inputs import AttentionInputs, joined
+from c2c_kernels.bench.inputs import AttentionInputs, joined_beforehand
 from c2c_kernels.bench.work import Call, LeftOutError, first_line
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -20,7 +20,7 @@ _HALF = (torch.bfloat16, torch.float16)
 def flash_attention(inputs: AttentionInputs) -> Call:
     """flash-attn's flash_attn_func, whose causal mask is lower-right as ours (since version 2.1)."""
     package = _package("flash_attn", inputs)
-    query, key, value = (tensor.transpose(1, 2).contiguous() for tensor in (inputs.query, *joined(inputs)))
+    query, key, value = (tensor.transpose(1, 2).contiguous() for tensor in (inputs.query, *joined_beforehand(inputs)))
 
     def run() -> Tensor:
         return package.flash_attn_func(query, key, value, causal=True).transpose(1, 2)
@@ -34,7 +34,7 @@ def flashinfer(inputs: AttentionInputs) -> Call:
     batch, _, q_len, _ = inputs.query.shape
     if batch != 1:
         raise LeftOutError("its kernels for several sequences want a paged cache")
-    key, value = (tensor[0].contiguous() for tensor in joined(inputs))
+    key, value = (tensor[0].contiguous() for tensor in joined_beforehand(inputs))
     query = inputs.query[0].transpose(0, 1).contiguous()
     if q_len == 1:
         return lambda: (

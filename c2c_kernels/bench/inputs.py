@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -39,6 +40,20 @@ class AttentionInputs:
     def segments(self) -> list[c2c.SharerSegment]:
         """As `merged_attention` takes them."""
         return [] if self.segment is None else [self.segment]
+
+    @cached_property
+    def projected(self) -> tuple[Tensor, Tensor]:
+        """The segment's keys and values in receiver space, for what is timed without making them: made once.
+
+        On a CPU products are of float32, where torch's in two bytes take seconds, rounded to the dtype once.
+        """
+        assert self.segment is not None
+        if self.segment.key_proj is None:
+            return self.segment.key, self.segment.value
+        dtype = self.query.dtype
+        products = torch.float32 if self.query.device.type == "cpu" else dtype
+        key, value = project_with_torch(self.segment, products)
+        return key.to(dtype), value.to(dtype)
 
     def merged(self, strategy: str = "auto", backend: str | None = None) -> Tensor:
         """out (batch, q_heads, q_len, head_dim) of merged attention, causal as in a model."""
@@ -125,20 +140,23 @@ def project_with_torch(segment: c2c.SharerSegment, dtype: torch.dtype) -> tuple[
 
     key, value = dequantised(segment, dtype)
     assert isinstance(segment.key_proj, Tensor) and isinstance(segment.value_proj, Tensor)
-    return apply(key, segment.key_proj), apply(value, segment.value_proj)
-
-
-def receiver_space(segment: c2c.SharerSegment, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values that a receiver can attend to as they are."""
-    return (segment.key, segment.value) if segment.key_proj is None else project_with_torch(segment, dtype)
+    return apply(key.to(dtype), segment.key_proj.to(dtype)), apply(value.to(dtype), segment.value_proj.to(dtype))
 
 
 def joined(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """The cache that attention without segments needs: sharer tokens, then the own ones, copied into one."""
-    if inputs.segment is None:
-        return inputs.key, inputs.value
-    key, value = receiver_space(inputs.segment, inputs.query.dtype)
-    return torch.cat([key, inputs.key], dim=2), torch.cat([value, inputs.value], dim=2)
+    """The cache that attention without segments needs: sharer tokens, projected here, then own ones, in one copy."""
+    if inputs.segment is None or inputs.segment.key_proj is None:
+        return joined_beforehand(inputs)
+    return _concatenated(inputs, project_with_torch(inputs.segment, inputs.query.dtype))
+
+
+def joined_beforehand(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """The same from `inputs.projected`: for what is timed without the projection."""
+    return (inputs.key, inputs.value) if inputs.segment is None else _concatenated(inputs, inputs.projected)
+
+
+def _concatenated(inputs: AttentionInputs, segment: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.cat([segment[0], inputs.key], dim=2), torch.cat([segment[1], inputs.value], dim=2)
 
 
 def storage_bytes(*tensors: Tensor | None) -> int:

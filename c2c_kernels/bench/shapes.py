@@ -149,6 +149,11 @@ def grid(*, quick: bool = False, dtypes: Sequence[str] | None = None, text: str 
     return sorted(cases, key=lambda case: order.index(case.family))
 
 
+def without_compilation(cases: Iterable[Case]) -> list[Case]:
+    """The same shapes without what torch compiles beside them, which takes far longer than to measure it."""
+    return [replace(case, flex=False, compiled=False) for case in cases]
+
+
 def matches(name: str, text: str) -> bool:
     """Whether every word of `text` is in `name`."""
     return all(word in name.lower() for word in text.lower().split())

@@ -22,6 +22,7 @@ from c2c_kernels.cli import outputs
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.progress import note, stage
 
+_SWITCHES = ("quick", "no_compile", "explain", "end_to_end")
 _DRIFT = 0.1  # of a limit between start and end that is worth a line
 
 
@@ -32,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
     _check_files(options)
     on_gpu = options.device != "cpu"
     cases = shapes.grid(quick=options.quick, dtypes=options.dtype, text=options.filter, gpu=on_gpu)
+    if options.no_compile:
+        cases = shapes.without_compilation(cases)
     choices = explain.grid(quick=options.quick, dtypes=options.dtype, text=options.filter) if options.explain else []
     plan = end_to_end.plan(quick=options.quick, dtypes=options.dtype)
     generations = end_to_end.lines(plan, options.filter) if options.end_to_end else []
@@ -44,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         report.notes.append("--explain leaves out everything: it has no line of those asked for")
     if options.end_to_end and not generations:
         report.notes.append("--end-to-end leaves out everything: it has no line of those asked for")
-    _measure_lines(report, cases, measure.QUICK if options.quick else measure.FULL, options.quick)
+    _measure_lines(report, cases, measure.QUICK if options.quick else measure.FULL, options)
     _explain(report, choices)
     _generate(report, plan, generations)
     _close(report, options, began)
@@ -80,8 +83,10 @@ def _because(reason: str) -> str:
     return f" ({reason})" if reason else ""
 
 
-def _measure_lines(report: Report, cases: list[shapes.Case], effort: Effort, quick: bool) -> None:
-    if quick and any(not case.flex for case in cases):
+def _measure_lines(report: Report, cases: list[shapes.Case], effort: Effort, options: argparse.Namespace) -> None:
+    if options.no_compile:
+        report.notes.append("--no-compile leaves out flex_attention and torch.compile")
+    elif options.quick and any(not case.flex for case in cases):
         where = "" if report.machine.device == "cpu" else " of most lines"
         report.notes.append(
             f"--quick leaves out flex_attention{where}, whose compilation takes seconds for every shape"
@@ -228,7 +233,7 @@ def _check_files(options: argparse.Namespace) -> None:
 def _command(options: argparse.Namespace) -> str:
     """The command that repeats the run, without the files it writes."""
     parts = ["c2c-kernels", "bench"]
-    parts += [f"--{name.replace('_', '-')}" for name in ("quick", "explain", "end_to_end") if getattr(options, name)]
+    parts += [f"--{name.replace('_', '-')}" for name in _SWITCHES if getattr(options, name)]
     if options.device != "cpu":
         parts += ["--device", options.device]
     if options.filter:

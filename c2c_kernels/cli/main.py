@@ -145,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         "match the reference is not timed. The page is bench/README.md.",
     )
     bench.add_argument("--quick", action="store_true", help="a short list of shapes, under two minutes")
+    bench.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="leave out flex_attention and torch.compile, which are compiled for every shape for some 20 s",
+    )
     bench.add_argument("--filter", default="", metavar="TEXT", help="only lines whose name has all these words")
     bench.add_argument(
         "--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="of caches (repeatable)"

@@ -150,6 +150,7 @@ static void weigh_across(const Tile &tile, int64_t head, int64_t j, int64_t n, c
 static void stream_tile(Tile &tile, TileScratch &x) {
   const Run &run = tile.run;
   const bool across = tile.rows > STREAM_ROWS;
+  const bool alike = run.parts == 1 && run.key_dim == run.value_dim && run.key->dtype == run.value->dtype;
   for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
     int64_t n = least(BLOCK, tile.end - j);
     if (!tile.enter_block(j, n)) continue;
@@ -168,7 +169,7 @@ static void stream_tile(Tile &tile, TileScratch &x) {
         dot_across(tile, head, j, n, q, dots, add, x, values_ahead);
       else
         dot_tokens(q, run.key_ld, tile.rows, run.key->dtype, keys, run.key->stride[2], n, run.key_dim, dots, BLOCK, add,
-                   next);
+                   next, alike ? Turn::FIRST : Turn::ALONE);
       if (!run.key_scale) continue;
       load_scales(*run.key_scale, tile.b, head, j, n, x.scales);
       for (int64_t r = 0; r < tile.rows; ++r)
@@ -202,7 +203,7 @@ static void stream_tile(Tile &tile, TileScratch &x) {
         weigh_across(tile, head, j, n, weights, acc, x, keys_ahead);
       else
         weigh_tokens(weights, BLOCK, tile.rows, run.value->dtype, values, run.value->stride[2], n, run.value_dim, acc,
-                     run.value_ld, next);
+                     run.value_ld, next, alike ? Turn::SECOND : Turn::ALONE);
     }
   }
 }

@@ -328,6 +328,12 @@ static ALWAYS_INLINE V fold_quarters(V a, V b, V c, V d) {
 static ALWAYS_INLINE V4 sum4(V a, V b, V c, V d) {
 #if defined(C2C_AVX512)
   return fold_to_4(quarter_sums(a, b, c, d));
+#elif defined(C2C_AVX2)
+  // Both halves at once, and these added last.
+  const V ab = (V)_mm256_unpacklo_ps((__m256)a, (__m256)b) + (V)_mm256_unpackhi_ps((__m256)a, (__m256)b);
+  const V cd = (V)_mm256_unpacklo_ps((__m256)c, (__m256)d) + (V)_mm256_unpackhi_ps((__m256)c, (__m256)d);
+  return fold_to_4((V)_mm256_shuffle_ps((__m256)ab, (__m256)cd, 0x44) +
+                   (V)_mm256_shuffle_ps((__m256)ab, (__m256)cd, 0xee));
 #elif defined(__x86_64__)
   V4 p = fold_to_4(a), q = fold_to_4(b), r = fold_to_4(c), s = fold_to_4(d);
   __m128 ab = _mm_add_ps(_mm_unpacklo_ps((__m128)p, (__m128)q), _mm_unpackhi_ps((__m128)p, (__m128)q));

@@ -155,6 +155,13 @@ def test_the_quick_run_measures_the_machine(small_machine, tmp_path, capsys):
     assert "--quick leaves out flex_attention, whose compilation takes seconds for every shape" in found["notes"]
 
 
+def test_without_compilation_nothing_is_compiled(quickly, tmp_path, capsys):
+    found = _json(capsys, tmp_path, "--no-compile", "--filter", "decode smollm2 float32 own=256", "--dtype", "float32")
+    assert [list(line["beside"]) for line in found["lines"]] == [["sdpa", "reference"]]
+    assert "--no-compile leaves out flex_attention and torch.compile" in found["notes"]
+    assert "--no-compile" in found["command"]
+
+
 # wrong results
 
 
