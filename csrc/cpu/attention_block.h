@@ -24,11 +24,13 @@ static ALWAYS_INLINE Raise raise_max(const float *s, int64_t ld, int64_t n, V ol
 // Whether some of LANES rows' sums so far change.
 static ALWAYS_INLINE bool rescales(V factor) { return any(factor != set1(1.0f)); }
 
-// exp(x) for x <= 0 within 4 ulp near 0; exactly 0 below -87.3 and for -inf, NaN stays NaN. What vexp does with fewer
-// instructions: 2^n 2^r with r = x log2(e) - n, the power of two added to the exponent.
-static ALWAYS_INLINE V exp_of_difference(V x) {
-  const V shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
-  const V r = x * 1.44269504f - (shifted - 12582912.0f);
+// exp(x - base) for x <= base, within 4 ulp where they are close; exactly 0 from 87.3 apart and for x = -inf. What vexp
+// does with fewer instructions: 2^n 2^r with the power of two added to the exponent. NaN stays NaN: a broken row's base
+// is the NaN without a payload, whose shifted bits change nothing, and comes first, where it decides over the score's.
+static ALWAYS_INLINE V exp_of_difference(V base, V x) {
+  const V apart = base - x;
+  const V shifted = apart * -1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
+  const V r = apart * -1.44269504f - (shifted - 12582912.0f);
   V p = set1(1.5353362e-4f);
   p = p * r + 1.3398874e-3f;
   p = p * r + 9.6184373e-3f;
@@ -36,12 +38,12 @@ static ALWAYS_INLINE V exp_of_difference(V x) {
   p = p * r + 2.4022648e-1f;
   p = p * r + 6.9314720e-1f;
   p = p * r + 1.0f;
+  const VI power = bit_cast<VI>(shifted) << 23;
 #if defined(C2C_AVX512)
-  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, (__m512)set1(-87.3f), _CMP_NLT_UQ);
-  return (V)_mm512_maskz_add_epi32(counts, (__m512i)p, (__m512i)(bit_cast<VI>(shifted) << 23));
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)apart, (__m512)set1(87.3f), _CMP_NGT_UQ);
+  return (V)_mm512_maskz_add_epi32(counts, (__m512i)p, (__m512i)power);
 #else
-  const VI under = x < set1(-87.3f);
-  return bit_cast<V>((bit_cast<VI>(p) + (bit_cast<VI>(shifted) << 23)) & ~under);
+  return bit_cast<V>((bit_cast<VI>(p) + power) & ~(apart > set1(87.3f)));
 #endif
 }
 
@@ -167,14 +169,14 @@ static void block_tile(Tile &tile, TileScratch &x) {
 // the first-level cache while the block's tokens, the broadcast side of both products, pass by from the second. Sums
 // are columns, [panel][value_ld][PANEL].
 
-// Column softmax of `vectors` of a panel's s[tokens][ld]; raises its sums to the new maxima.
+// Column softmax of a panel's s[tokens][ld] from row r on; raises its sums to the new maxima.
 static void softmax_panel(const Run &run, float *s, int64_t ld, int64_t tokens, int64_t r, int64_t rows, float *columns,
                           TileScratch &x) {
   for (int64_t i = 0; i < rows; i += LANES) {
     const Raise raise = raise_max(s + i, ld, tokens, load(x.row_max + r + i));
     V total = load(x.row_sum + r + i) * raise.factor;
     for (int64_t t = 0; t < tokens; ++t) {
-      const V weight = exp_of_difference(load(s + t * ld + i) - raise.base);
+      const V weight = exp_of_difference(raise.base, load(s + t * ld + i));
       store(s + t * ld + i, weight);
       total += weight;
     }

@@ -86,7 +86,7 @@ static void softmax_panel(const Tile &tile, const TilePanel &panel, const float 
     auto weight = [&](int64_t t) __attribute__((always_inline)) {
       V score = load(s + t * ld) * scale;
       keep_in_register(score);  // rounded as the maximum is: a fused difference may be half an ulp of the score above 0
-      const V found = exp_of_difference(score - raise.base);
+      const V found = exp_of_difference(raise.base, score);
       total += found;
       return found;
     };
