@@ -47,12 +47,14 @@ static ALWAYS_INLINE V exp_of_difference(V base, V x) {
 #endif
 }
 
+#if LANES != 16 || defined(C2C_AMX)
 // Whether nothing happens to scores between product and softmax but that some are hidden by their row's limits: then a
 // panel goes through all steps while it is in the first-level cache.
 static bool only_limits(const Tile &tile, bool masked) {
   return !tile.run.absorbed && !masked && !tile.gated && !(tile.p.softcap > 0.0f) &&
          (!tile.limited || tile.rows_limited()) && tile.p.scale > 0.0f;
 }
+#endif
 
 // f(first row, count, tokens): rows in whole panels with the leading tokens of a block that they see. All rows at once
 // where they see the same.
