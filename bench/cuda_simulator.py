@@ -24,7 +24,10 @@ backends = importlib.import_module("c2c_kernels.backends")  # the package's attr
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = (80, 90)
-FILES = {"decode": "decode.cu", "combine": "decode.cu", "prefill": "prefill.cu", "project": "project.cu"}
+FILES = {
+    "decode": "decode.cu", "combine": "decode.cu", "prefill": "prefill.cu", "project": "project.cu",
+    "merge": "states.cu", "quantize": "states.cu",
+}  # fmt: skip
 
 
 def file_of(kernel: str) -> str:

@@ -55,7 +55,8 @@ fi
 echo "::: test"
 spread=()
 if "$python" -c 'import xdist' 2>/dev/null; then spread=(-n 3); fi
-within 270 "$python" -m pytest -q -m gpu "${spread[@]}" --junitxml "$work/tests.xml" tests/triton_backend tests/cuda_backend ||
+within 270 "$python" -m pytest -q -m gpu "${spread[@]}" --junitxml "$work/tests.xml" tests/triton_backend tests/cuda_backend \
+    tests/test_flash_attn.py ||
     status=1
 
 echo "::: bench"

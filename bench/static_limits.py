@@ -22,6 +22,7 @@ _AT_MOST = (
     "bank_conflicts",
     "launches",
     "refused",
+    "others",
 )
 _AT_LEAST = ("resident_warps", "sector_use")
 
@@ -36,6 +37,7 @@ class Limit(NamedTuple):
         case, kernel: patterns of names, as in a shell.
         archs: the architectures meant.
         standing: TARGET, NOT_REACHED or HELD.
+        backend: a pattern too.
     """
 
     figure: str
@@ -44,10 +46,11 @@ class Limit(NamedTuple):
     kernel: str = "*"
     archs: tuple[int, ...] = (80, 90)
     standing: str = TARGET
+    backend: str = "*"
 
     def words(self) -> str:
         """The line as text."""
-        where = [self.case, *([] if self.kernel == "*" else [self.kernel])]
+        where = [self.case, *(part for part in (self.kernel, self.backend) if part != "*")]
         archs = " and ".join(f"sm_{arch}" for arch in self.archs)
         return f"{self.figure} {self.bound} ({self.standing}) of {', '.join(where)} on {archs}"
 
@@ -58,6 +61,7 @@ class Found(NamedTuple):
     case: str
     kernel: str
     arch: int
+    backend: str
     figure: str
     value: Any
 
@@ -65,15 +69,19 @@ class Found(NamedTuple):
 def values(figures: Figures) -> Iterator[Found]:
     """Every figure of a case that a line may bound."""
     refused = figures.problem.startswith("refused")
-    yield Found(figures.case, "", figures.arch, "refused", refused)
+    call = (figures.case, "", figures.arch, figures.backend)
+    yield Found(*call, "refused", refused)
     if figures.problem:
         return
-    yield Found(figures.case, "", figures.arch, "launches", len(figures.kernels))
+    yield Found(*call, "launches", len(figures.kernels))
     for name in ("bytes_over_least", "flops_over_least"):
-        yield Found(figures.case, "", figures.arch, name, getattr(figures, name))
+        yield Found(*call, name, getattr(figures, name))
     for kernel in figures.kernels:
+        place = (figures.case, kernel.name, figures.arch, figures.backend)
         for name in ("registers", "spills", "shared", "resident_warps", "sector_use", "bank_conflicts", "products"):
-            yield Found(figures.case, kernel.name, figures.arch, name, getattr(kernel, name))
+            yield Found(*place, name, getattr(kernel, name))
+        if kernel.others:
+            yield Found(*place, "others", kernel.others)
 
 
 def _matches(limit: Limit, found: Found) -> bool:
@@ -82,6 +90,7 @@ def _matches(limit: Limit, found: Found) -> bool:
         and found.arch in limit.archs
         and fnmatchcase(found.case, limit.case)
         and fnmatchcase(found.kernel, limit.kernel)
+        and fnmatchcase(found.backend, limit.backend)
     )
 
 

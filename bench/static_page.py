@@ -8,7 +8,7 @@ from static_records import Figures
 
 from c2c_kernels.bench.table import Table, as_markdown
 
-_HEAD = """# What the Triton kernels do, without a GPU
+_HEAD = """# What the Triton and CUDA kernels do, without a GPU
 
 Written by `python bench/static_gpu.py` (triton {triton}), checked by `.ci/run` with `--check`. **Nothing here was
 measured on a GPU.** Registers, spills and shared memory are what the compiler (ptxas) reports for the kernel that the
@@ -25,6 +25,8 @@ reference before anything is counted.
   lanes read the same).
 - *conflicts*: passes through the shared-memory banks beyond the fewest possible, over requests.
 - *warps*: of a block / resident on a multiprocessor at once, by registers and shared memory.
+- *others*: instructions beside each matrix instruction in the machine code of the innermost loop (sass.py), a usual
+  pass that multiplies and copies what comes next; counted of the CUDA kernels alone, whose names begin with c2c.
 - Of *fuse* the keys of one layer have an open gate, and the least is theirs; programs of closed halves return at once.
 - Where some of the KV heads were simulated the line says so: they do the same work each, and the script sees to it
   that they are compiled to the same code.
@@ -42,20 +44,31 @@ def page(found: Sequence[Figures], standings: Sequence[str], triton: str) -> str
 
 
 def _calls(group: Sequence[Figures]) -> Table:
+    cuda = {each.case: each for each in group if each.backend == "cuda"}
     rows = []
     for each in group:
+        if each.backend == "cuda":
+            continue
+        beside = cuda.get(each.case)
+        ours = [_number(beside.bytes_over_least, 3), _number(beside.flops_over_least, 2)] if beside else ["–", "–"]
         if each.problem:
-            rows.append([each.case, each.problem, "–", "–", "–"])
+            rows.append([each.case, each.problem, "–", ours[0], "–", ours[1], "–"])
             continue
         launches = " + ".join(kernel.name.removesuffix("_kernel") for kernel in each.kernels)
-        flops = f"{each.flops_over_least:.2f}" if each.flops_over_least else "–"
-        rows.append([each.case, launches, f"{each.bytes_over_least:.3f}", flops, each.cut or "all"])
-    return Table("Calls", ["", "launches", "bytes / least", "FLOPs / least", "simulated"], rows, [])
+        bytes_moved, flops = _number(each.bytes_over_least, 3), _number(each.flops_over_least, 2)
+        rows.append([each.case, launches, bytes_moved, ours[0], flops, ours[1], each.cut or "all"])
+    headings = ["", "launches", "bytes / least", "CUDA's", "FLOPs / least", "CUDA's", "simulated"]
+    return Table("Calls", headings, rows, [])
+
+
+def _number(number: float, digits: int) -> str:
+    return f"{number:.{digits}f}" if number else "–"
 
 
 def _kernels(group: Sequence[Figures]) -> Table:
+    order = {case: number for number, case in enumerate(dict.fromkeys(each.case for each in group))}
     rows = []
-    for each in group:
+    for each in sorted(group, key=lambda figures: order[figures.case]):
         for kernel in each.kernels:
             rows.append(
                 [
@@ -68,7 +81,8 @@ def _kernels(group: Sequence[Figures]) -> Table:
                     f"{kernel.sector_use:.1%}",
                     f"{kernel.bank_conflicts:.1%}",
                     kernel.products or "–",
+                    _number(kernel.others, 2),
                 ]
             )
-    headings = ["", "registers", "spills", "shared", "warps", "sectors", "used", "conflicts", "products"]
+    headings = ["", "registers", "spills", "shared", "warps", "sectors", "used", "conflicts", "products", "others"]
     return Table("Kernels", headings, rows, [])

@@ -20,6 +20,8 @@ class Kernel:
         bank_conflicts: passes through the banks beyond the fewest possible, over requests to shared memory.
         products: "wgmma", "mma" or "": the matrix instructions.
         flops: of matrix instructions.
+        others: instructions per matrix instruction in the usual pass of the innermost loop, see sass.py; 0 where they
+            were not counted.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Kernel:
     bank_conflicts: float
     products: str
     flops: int
+    others: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Figures:
         bytes_over_least: bytes of the sectors over those that have to be moved; what launches leave for each other
             counts on top.
         flops_over_least: FLOPs of matrix instructions over those of the formula; 0 where it has no products.
+        backend: "triton" or "cuda".
     """
 
     case: str
@@ -58,10 +62,15 @@ class Figures:
     kernels: tuple[Kernel, ...] = ()
     bytes_over_least: float = 0.0
     flops_over_least: float = 0.0
+    backend: str = "triton"
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data, without what only the CUDA kernels' figures have where it is not theirs."""
+        data = asdict(self)
+        for part, name in [(data, "backend"), *((kernel, "others") for kernel in data["kernels"])]:
+            if part[name] in ("triton", 0.0):
+                del part[name]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Figures:

@@ -410,13 +410,15 @@ def _project_recorded(
     segment = SharerSegment(
         key, value, layer.weights("key"), layer.weights("value"), layer.key_bias, layer.value_bias, lengths=lengths
     )
-    recipes = {(half.data_ptr(), half.shape): found for half, found in zip((key, value), sources, strict=True)}
+    recipes = {half.untyped_storage().data_ptr(): found for half, found in zip((key, value), sources, strict=True)}
 
-    def keep(tensor: Tensor) -> Tensor | tuple[Source, ...]:
-        return recipes.get((tensor.data_ptr(), tensor.shape), tensor)
+    def keep(tensor: Tensor) -> Any:
+        found = recipes.get(tensor.untyped_storage().data_ptr())
+        # Views as well: the next layer's heads are written to the same place.
+        return tensor if found is None else (found, tensor.shape, tensor.stride(), tensor.storage_offset())
 
-    def fetch(kept: Tensor | tuple[Source, ...]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else plain.wide(kept)
+    def fetch(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else plain.wide(kept[0]).as_strided(*kept[1:])
 
     with torch.autograd.graph.saved_tensors_hooks(keep, fetch):
         made = project_kv(segment, rope=None if applied is None else Rope(apply=applied), backend=backend)

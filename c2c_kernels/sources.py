@@ -108,7 +108,8 @@ class Wide:
     Attributes:
         shape: of the cache.
         stored: gives (batch, heads, len, dim) of a source.
-        most: lists of sources that are remembered; None: all.
+        most: lists of sources that are remembered; None: all. What is forgotten is written over by what comes next:
+            13 MB that the system would hand out anew, page by page, for every layer of every step.
     """
 
     shape: CacheShape
@@ -119,8 +120,9 @@ class Wide:
     def read(self, sources: tuple[Source, ...]) -> Tensor:
         """(batch, 1, len, width), columns in the order of `wide_columns`."""
         if sources not in self.made:
+            room = None
             while self.most is not None and len(self.made) >= self.most:
-                self.made.pop(next(iter(self.made)))
+                room = self.made.pop(next(iter(self.made)))[:, 0]
             first, second, rest = [], [], []
             for source in sources:
                 stored = self.stored(source)
@@ -132,7 +134,11 @@ class Wide:
                     second.append(part[..., half : 2 * half])
                     rest.append(part[..., 2 * half :])
             parts = [part for part in first + second + rest if part.shape[-1]]
-            self.made[sources] = torch.cat(parts, dim=-1)[:, None]
+            if room is not None and room.shape[-1] != sum(part.shape[-1] for part in parts):
+                room = None
+            self.made[sources] = torch.cat(parts, dim=-1, out=room)[:, None]
+        else:
+            self.made[sources] = self.made.pop(sources)  # the one asked for last is forgotten last
         return self.made[sources]
 
 
@@ -149,10 +155,11 @@ class PlainSources:
     def __init__(self, shape: CacheShape, cache: Layers, positions: Tensor, index: Tensor) -> None:
         self._shape, self._cache, self._positions, self._index = shape, cache, positions, index
         self._made: dict[Source, Tensor] = {}
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         self._wide = Wide(shape, self._plain, most=2)  # keys and values of the receiver layer at hand
 
     def wide(self, sources: tuple[Source, ...]) -> Tensor:
-        """(batch, 1, n, width) float32, columns in the order of `wide_columns`."""
+        """(batch, 1, n, width) float32, columns in the order of `wide_columns`; good until two others are asked for."""
         return self._wide.read(sources)
 
     def _plain(self, source: Source) -> Tensor:
@@ -160,7 +167,10 @@ class PlainSources:
             stored = shifted(stored_of(self._cache, source), source.offset)
             remove = None
             # An offset turns a source by a constant angle more, which is part of the fitted map.
-            if source.kind == "key" and self._shape.frequencies[self._shape.layer_frequencies[source.layer]]:
-                remove = self._shape.table([source.layer], self._positions)
+            which = self._shape.layer_frequencies[source.layer]
+            if source.kind == "key" and self._shape.frequencies[which]:
+                if which not in self._tables:
+                    self._tables[which] = self._shape.table([source.layer], self._positions)
+                remove = self._tables[which]
             self._made[source] = reference.prepare_raw(stored, None, self._index, remove, None, torch.float32)
         return self._made[source]

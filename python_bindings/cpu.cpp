@@ -39,30 +39,14 @@ int project_kv(const py::list &numbers) {
 }
 
 int merge_states(const py::list &numbers) {
-  Reader in(numbers);
-  c2c_merge_params p;
-  p.out = in.tensor();
-  p.lse = in.tensor();
-  for (int64_t *n : {&p.batch, &p.q_heads, &p.q_len, &p.head_dim}) *n = in.number();
-  p.state_count = static_cast<int32_t>(in.number());
-  p.threads = static_cast<int32_t>(in.number());
-  std::vector<c2c_tensor> outs, lses;
-  for (int32_t i = 0; i < p.state_count; ++i) outs.push_back(in.tensor());
-  for (int32_t i = 0; i < p.state_count; ++i) lses.push_back(in.tensor());
-  in.end();
-  p.outs = outs.data();
-  p.lses = lses.data();
+  std::vector<c2c_tensor> states;
+  const c2c_merge_params p = read_merge(numbers, states);
   py::gil_scoped_release release;
   return encode(c2c_merge_states_cpu(&p));
 }
 
 int quantize(const py::list &numbers) {
-  Reader in(numbers);
-  c2c_quantize_params p;
-  for (c2c_tensor *t : {&p.x, &p.out, &p.scale}) *t = in.tensor();
-  for (int64_t *n : {&p.batch, &p.heads, &p.len, &p.dim}) *n = in.number();
-  p.threads = static_cast<int32_t>(in.number());
-  in.end();
+  const c2c_quantize_params p = read_quantize(numbers);
   py::gil_scoped_release release;
   return encode(c2c_quantize_cpu(&p));
 }

@@ -1,5 +1,6 @@
 // c2c_kernels._cuda: lists of integers in, a status out. See reader.h. Importing it asks for no driver and no device.
 #include "../csrc/cuda/entries.h"
+#include "../csrc/cuda/states.h"
 #include "reader.h"
 
 namespace {
@@ -50,6 +51,28 @@ int project_launches(const py::list &numbers, uintptr_t workspace, int capabilit
   return encode(c2c::project_launches(p, reinterpret_cast<void *>(workspace), capability, tell, &function));
 }
 
+int merge_states(const py::list &numbers, uintptr_t stream) {
+  std::vector<c2c_tensor> states;
+  const c2c_merge_params p = read_merge(numbers, states);
+  py::gil_scoped_release release;
+  return encode(c2c_merge_states_cuda(&p, reinterpret_cast<void *>(stream)));
+}
+
+int merge_launches(const py::list &numbers, py::function function) {
+  std::vector<c2c_tensor> states;
+  return c2c::launch_merge_states(read_merge(numbers, states), tell, &function);
+}
+
+int quantize(const py::list &numbers, uintptr_t stream) {
+  const c2c_quantize_params p = read_quantize(numbers);
+  py::gil_scoped_release release;
+  return encode(c2c_quantize_cuda(&p, reinterpret_cast<void *>(stream)));
+}
+
+int quantize_launches(const py::list &numbers, py::function function) {
+  return c2c::launch_quantize(read_quantize(numbers), tell, &function);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -58,6 +81,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("archs") = C2C_CUDA_ARCHS;
   m.attr("largest_dim") = c2c::LARGEST_DIM;
   m.attr("most_segments") = c2c::MAX_RUNS - 1;
+  m.attr("most_states") = c2c::MAX_STATES;
   m.def("unavailable", &c2c_cuda_unavailable);
   m.def("error", &c2c_cuda_error);
   m.def("attention_workspace", &attention_workspace);
@@ -66,4 +90,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("project_workspace", &project_workspace);
   m.def("project_kv", &project_kv);
   m.def("project_launches", &project_launches);
+  m.def("merge_states", &merge_states);
+  m.def("merge_launches", &merge_launches);
+  m.def("quantize", &quantize);
+  m.def("quantize_launches", &quantize_launches);
 }

@@ -104,6 +104,32 @@ inline c2c_project_params read_projection(const py::list &numbers) {
   return p;
 }
 
+// `states` has to outlive what is returned.
+inline c2c_merge_params read_merge(const py::list &numbers, std::vector<c2c_tensor> &states) {
+  Reader in(numbers);
+  c2c_merge_params p;
+  p.out = in.tensor();
+  p.lse = in.tensor();
+  for (int64_t *n : {&p.batch, &p.q_heads, &p.q_len, &p.head_dim}) *n = in.number();
+  p.state_count = static_cast<int32_t>(in.number());
+  p.threads = static_cast<int32_t>(in.number());
+  for (int32_t i = 0; i < 2 * p.state_count; ++i) states.push_back(in.tensor());
+  in.end();
+  p.outs = states.data();
+  p.lses = states.data() + p.state_count;
+  return p;
+}
+
+inline c2c_quantize_params read_quantize(const py::list &numbers) {
+  Reader in(numbers);
+  c2c_quantize_params p;
+  for (c2c_tensor *t : {&p.x, &p.out, &p.scale}) *t = in.tensor();
+  for (int64_t *n : {&p.batch, &p.heads, &p.len, &p.dim}) *n = in.number();
+  p.threads = static_cast<int32_t>(in.number());
+  in.end();
+  return p;
+}
+
 // Status in the low byte, segment + 1 above it.
 inline int encode(c2c_status status) {
   return status.code == C2C_OK ? 0 : static_cast<int>(status.code) | (status.segment + 1) << 8;

@@ -224,7 +224,7 @@ def test_float64_runs_on_the_reference():
 
 def test_records():
     records = {record.name: record for record in c2c.backends()}
-    assert set(records) == {"reference", "cpu", "triton", "cuda"}
+    assert set(records) == {"reference", "cpu", "triton", "flash-attn", "cuda"}
     sets = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline", "neon")
     assert records["cpu"].available and records["cpu"].isa in sets
     assert all(record.available or record.reason for record in records.values())

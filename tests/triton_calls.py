@@ -46,6 +46,11 @@ def _quantised(tokens: int) -> c2c.SharerSegment:
     return c2c.SharerSegment(key, value, key_scale=scales[0], value_scale=scales[1])
 
 
+def decode_raw(tokens: int) -> Call:
+    """Decode beside a segment whose projectors may be absorbed."""
+    return _attention(1, 300, [_raw(tokens)])
+
+
 def _fused() -> Call:
     def half() -> c2c.FuserHalf:
         def weight(*shape: int) -> torch.Tensor:
@@ -64,7 +69,7 @@ def _fused() -> Call:
 
 CALLS: dict[str, Callable[[], Call]] = {
     "decode": lambda: _attention(1, 300, [_plain(130)]),
-    "decode raw": lambda: _attention(1, 300, [_raw(130)]),
+    "decode raw": lambda: decode_raw(130),
     "decode int8": lambda: _attention(1, 300, [_quantised(130)]),
     "prefill": lambda: _attention(100, 150, [_plain(130)]),
     "prefill raw": lambda: _attention(100, 150, [_raw(130)]),

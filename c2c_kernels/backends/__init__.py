@@ -21,7 +21,7 @@ class Backend:
     """One implementation of the operators.
 
     Attributes:
-        name: "reference", "cpu", "triton" or "cuda".
+        name: "reference", "cpu", "triton", "cuda" or "flash-attn".
         available: whether it can run on this machine.
         reason: why not, "" where it is available.
         devices: torch device types that it runs on.
@@ -66,6 +66,7 @@ _TRITON_VERIFIED = (
     "run in a simulator; not run on hardware"
 )
 _TRITONS_YES = ("1", "true", "yes", "on", "y")
+_ASKED = ("cuda", "flash-attn")  # backends that are asked about every call
 _records: tuple[Backend, ...] | None = None
 _choices: dict[tuple, Backend] = {}
 _said: set[tuple] = set()
@@ -76,12 +77,13 @@ def backends() -> tuple[Backend, ...]:
     """The records of all backends, fastest first."""
     global _records
     if _records is None:
-        from . import cuda, native
+        from . import cuda, flash_attn, native
 
-        _modules.update(cuda=cuda, cpu=native)  # at hand where a traced call asks first
+        _modules.update({"cuda": cuda, "flash-attn": flash_attn, "cpu": native})  # at hand where a traced call asks
         _records = (
             cuda.cuda_record(),
             triton_record(),
+            flash_attn.flash_attn_record(),
             native.cpu_record(),
             _REFERENCE,
         )
@@ -110,7 +112,7 @@ def triton_record() -> Backend:
 def kernels(name: str) -> ModuleType:
     """The module whose functions run the operators on the backend `name`; that of triton is imported here."""
     if name not in _modules:
-        _modules[name] = importlib.import_module(f".{name}" if name in ("cuda", "triton") else ".native", __name__)
+        _modules[name] = importlib.import_module(".triton" if name == "triton" else ".native", __name__)
     return _modules[name]
 
 
@@ -125,25 +127,42 @@ def choose(
     """The backend for a call: the one asked for by argument or environment, else the fastest that can run it.
 
     `native_refusal` says why backends other than the reference cannot serve this call ("" where they can). `call` is
-    what the `cuda` backend is asked about: the others run every call, or raise where they cannot.
+    what the `cuda` and `flash-attn` backends are asked about: the others run every call, or raise where they cannot.
     Raises ValueError for an unknown name, or for a named backend that cannot run the call.
     """
     if name is None:
         name = os.environ.get(ENVIRONMENT_VARIABLE) or None
-    fastest = backends()[0]
-    cuda_refusal = ""
-    if fastest.name == "cuda" and fastest.available and device.type in fastest.devices:
-        cuda_refusal = _cuda_refusal(operator, name, fastest, device, dtype, call)
-    request = (operator, name, device.type, dtype, cuda_refusal)
+    return _choose(operator, name, device, dtype, native_refusal, call)
+
+
+def fastest(operator: str, device: torch.device, dtype: torch.dtype, call: tuple = ()) -> Backend:
+    """The backend for a step of another one's call, whatever the environment asks for. Arguments as of `choose`."""
+    return _choose(operator, None, device, dtype, "", call)
+
+
+def _choose(
+    operator: str, name: str | None, device: torch.device, dtype: torch.dtype, native_refusal: str, call: tuple
+) -> Backend:
+    first = backends()[0]
+    first_refusal = ""
+    if first.name in _ASKED and first.available and device.type in first.devices:
+        first_refusal = _refusal_of_call(first, operator, name, device, dtype, call)
+    request = (operator, name, device.type, dtype, first_refusal)
     remembered = not native_refusal and not torch.compiler.is_compiling()
     if remembered and request in _choices:
         return _choices[request]
     refusals: list[str] = []
-    reasons = {"reference": "", "cuda": native_refusal or cuda_refusal}
     for record in backends():
         if name is not None and record.name != name:
             continue
-        refusal = record.refusal(device, dtype, name is not None) or reasons.get(record.name, native_refusal)
+        refusal = record.refusal(device, dtype, name is not None)
+        if not refusal and record.name != "reference":
+            refusal = native_refusal
+        if not refusal and record.name in _ASKED:
+            refusal = (
+                first_refusal if record is first else _refusal_of_call(record, operator, name, device, dtype, call)
+            )
+            remembered = remembered and record is first  # a later call of this kind may get another answer
         if not refusal:
             if remembered:
                 _choices[request] = record
@@ -155,13 +174,13 @@ def choose(
     raise ValueError(f"{operator} cannot run on the backend asked for. {'; '.join(refusals)}")
 
 
-def _cuda_refusal(
-    operator: str, name: str | None, record: Backend, device: torch.device, dtype: torch.dtype, call: tuple
+def _refusal_of_call(
+    record: Backend, operator: str, name: str | None, device: torch.device, dtype: torch.dtype, call: tuple
 ) -> str:
-    """Why the `cuda` backend does not take this call, where it takes tensors of this device and dtype."""
-    if name not in (None, "cuda") or record.refusal(device, dtype, name is not None):
+    """Why a backend of _ASKED does not take this call, where it takes tensors of this device and dtype."""
+    if name not in (None, record.name) or record.refusal(device, dtype, name is not None):
         return ""
-    return kernels("cuda").refusal(operator, name is not None, *call)
+    return kernels(record.name).refusal(operator, name is not None, *call)
 
 
 def _say_once(operator: str, name: str, device: torch.device, dtype: torch.dtype, refusals: list[str]) -> None:

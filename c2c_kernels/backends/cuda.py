@@ -29,7 +29,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
 _VERIFIED = "the PTX for sm_80 and sm_90 run in a simulator; not run on hardware"
 _UNSUPPORTED, _CUDA_ERROR = 8, 9
-_LARGEST_DIM, _MOST_SEGMENTS = (0, 0) if _cuda is None else (_cuda.largest_dim, _cuda.most_segments)
+_LARGEST_DIM, _MOST_SEGMENTS, _MOST_STATES = (
+    (0, 0, 0) if _cuda is None else (_cuda.largest_dim, _cuda.most_segments, _cuda.most_states)
+)
 
 
 class Launch(NamedTuple):
@@ -113,18 +115,6 @@ def _absorbing_pays(segment: SegmentTensors, query: Tensor, value_dim: int) -> b
     return cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, cost.GPU).strategy == "absorb"
 
 
-def _materialized(segment: SegmentTensors, query: Tensor, name: str) -> SegmentTensors:
-    """The segment in receiver space, projected by the kernel, in the dtype of the queries."""
-
-    def target(raw: Tensor, proj: Tensor | None) -> Tensor:
-        heads, dim = (raw.shape[1], raw.shape[3]) if proj is None else (proj.shape[0], proj.shape[1])
-        return query.new_empty((raw.shape[0], heads, segment.length, dim))
-
-    key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
-    project_kv("cuda", segment, None, key, value, name)
-    return native.plain(segment, key, value)
-
-
 def refusal(operator: str, named: bool, *call) -> str:
     """Why this backend does not take a call of an operator; "" where it does. `call` as its `_refusal` function has it.
 
@@ -145,7 +135,7 @@ def refusal(operator: str, named: bool, *call) -> str:
     reason = function(*call)
     if reason or named or operator != "merged_attention" or not triton_record().available:
         return reason
-    query, value, segments, strategy, everything = call
+    query, value, segments, strategy, everything, *_ = call
     for number, segment in enumerate(segments):
         if strategy == "auto" and not _recorded(everything) and _absorbing_pays(segment, query, value.shape[3]):
             return f"absorbs no projector, and absorbing that of segments[{number}] is faster"
@@ -153,8 +143,9 @@ def refusal(operator: str, named: bool, *call) -> str:
 
 
 def _attention_refusal(
-    query: Tensor, value: Tensor, segments: list[SegmentTensors], strategy: str, everything: Sequence[Tensor | None]
-) -> str:
+    query: Tensor, value: Tensor, segments: list[SegmentTensors], strategy: str, everything: Sequence[Tensor | None],
+    *options: object,
+) -> str:  # fmt: skip
     if _recorded(everything) and not triton_record().available:
         return f"gradients are triton's: {triton_record().reason}"
     for name, dim in (("head_dim", query.shape[3]), ("value_dim", value.shape[3])):
@@ -185,9 +176,17 @@ def _projection_refusal(segment: SegmentTensors, for_backward: bool) -> str:
     return ""
 
 
+def _row_refusal(x: Tensor, count: int = 1) -> str:
+    if x.shape[3] > _LARGEST_DIM:
+        return f"supports head_dim up to {_LARGEST_DIM}; got {x.shape[3]}"
+    return f"supports up to {_MOST_STATES} states; got {count}" if count > _MOST_STATES else ""
+
+
 _REFUSALS: dict[str, Callable[..., str]] = {
     "merged_attention": _attention_refusal,
     "project_kv": _projection_refusal,
+    "merge_states": _row_refusal,
+    "quantize_kv": _row_refusal,
 }
 
 
@@ -224,9 +223,10 @@ def merged_attention(
         raise ValueError(f"merged_attention on cuda {reason}")
     batch, q_heads, q_len, _ = query.shape
     segments = [
-        segment if _in_receiver_space(segment) else _materialized(segment, query, f"segments[{number}]")
+        segment if _in_receiver_space(segment)
+        else native.materialized("cuda", segment, query.dtype, project_kv, f"segments[{number}]")
         for number, segment in enumerate(segments)
-    ]
+    ]  # fmt: skip
     out = query.new_empty((batch, q_heads, q_len, value.shape[3]), dtype=out_dtype or query.dtype)
     lse = query.new_empty((batch, q_heads, q_len), dtype=torch.float32) if return_lse else None
     mass_shape = (batch, q_heads, q_len, 1 + len(segments)) if return_mass else (0,)
@@ -271,3 +271,24 @@ def project_kv(
 def project_kv_backward(backend: str, *call) -> list[Tensor | None]:
     """Gradients, by the Triton backend."""
     return kernels("triton").project_kv_backward("triton", *call)
+
+
+def merge_states(backend: str, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Forward kernel."""
+    keep: list[Tensor] = []
+    numbers, out, lse = native.merge_numbers(outs, lses, keep)
+    _run(
+        "merge_states", out, 0, lambda _workspace, _capability, tell: _cuda.merge_launches(numbers, tell),
+        lambda _workspace, stream: _cuda.merge_states(numbers, stream), [out, lse, *keep],
+    )  # fmt: skip
+    return out, lse
+
+
+def quantize(backend: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward kernel."""
+    numbers, x, out, scale = native.quantize_numbers(x)
+    _run(
+        "quantize_kv", x, 0, lambda _workspace, _capability, tell: _cuda.quantize_launches(numbers, tell),
+        lambda _workspace, stream: _cuda.quantize(numbers, stream), [x, out, scale],
+    )  # fmt: skip
+    return out, scale

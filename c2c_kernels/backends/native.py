@@ -85,15 +85,17 @@ def _in_receiver_space(segment: SegmentTensors) -> bool:
     return segment.key_proj is None and segment.value_proj is None and unbiased and not _needs_preparing(segment)
 
 
-def _materialized(backend: str, segment: SegmentTensors, name: str) -> SegmentTensors:
-    """The segment in receiver space, projected by the kernel; float32, so that nothing is rounded on the way."""
+def materialized(
+    backend: str, segment: SegmentTensors, dtype: torch.dtype, project: Callable[..., None], name: str
+) -> SegmentTensors:
+    """The segment in receiver space in this dtype, by a backend's `project_kv`; errors call the segment `name`."""
 
     def target(raw: Tensor, proj: Tensor | None) -> Tensor:
         heads, dim = (raw.shape[1], raw.shape[3]) if proj is None else (proj.shape[0], proj.shape[1])
-        return raw.new_empty((raw.shape[0], heads, segment.length, dim), dtype=torch.float32)
+        return raw.new_empty((raw.shape[0], heads, segment.length, dim), dtype=dtype)
 
     key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
-    project_kv(backend, segment, None, key, value, name)
+    project(backend, segment, None, key, value, name)
     return plain(segment, key, value)
 
 
@@ -216,7 +218,10 @@ def merged_attention_backward(
     their gradients taken back through the projector: memory stays linear in length.
     """
     batch, q_heads = query.shape[:2]
-    direct = [s if s.plain else _materialized(backend, s, f"segments[{number}]") for number, s in enumerate(segments)]
+    direct = [  # float32, so that nothing is rounded on the way
+        s if s.plain else materialized(backend, s, torch.float32, project_kv, f"segments[{number}]")
+        for number, s in enumerate(segments)
+    ]
     if strategy == "absorb" and any(_can_absorb(s) for s in segments):
         # Weights are exp(score - lse): both have to come from the same keys, to the last bit.
         exact, lse, _ = merged_attention(
@@ -478,29 +483,42 @@ def _projector_grads(grad, x, proj, proj_in, wants_raw) -> tuple[Tensor | None, 
     return grad_inner.reshape(batch, length, heads, dim).transpose(1, 2), grad_proj, grad_proj_in
 
 
-def merge_states(backend: str, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Forward kernel."""
+def merge_numbers(outs: list[Tensor], lses: list[Tensor], keep: list[Tensor]) -> tuple[list[int], Tensor, Tensor]:
+    """A merge call's numbers, and the out and lse that it writes; tensors made on the way are put into `keep`."""
     outs = [as_rows(out) for out in outs]
     lses = [supported(lse) for lse in lses]
+    keep += [*outs, *lses]
     out = outs[0].new_empty(outs[0].shape)
     lse = out.new_empty(out.shape[:3], dtype=torch.float32)
     numbers = [
         *tensor_numbers(out), *tensor_numbers(lse), *out.shape, len(outs), torch.get_num_threads(),
         *(n for t in (*outs, *lses) for n in tensor_numbers(t)),
     ]  # fmt: skip
+    return numbers, out, lse
+
+
+def merge_states(backend: str, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Forward kernel."""
+    keep: list[Tensor] = []
+    numbers, out, lse = merge_numbers(outs, lses, keep)
     status = _cpu.merge_states(numbers)
     if status:
         raise_status(status, "merge_states")
     return out, lse
 
 
-def quantize(backend: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward kernel."""
+def quantize_numbers(x: Tensor) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """A quantise call's numbers; x as it is read, and the codes and scale that are written."""
     x = as_rows(x)
     out, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:3], dtype=torch.float32)
-    status = _cpu.quantize(
-        [*tensor_numbers(x), *tensor_numbers(out), *tensor_numbers(scale), *x.shape, torch.get_num_threads()]
-    )
+    numbers = [*tensor_numbers(x), *tensor_numbers(out), *tensor_numbers(scale), *x.shape, torch.get_num_threads()]
+    return numbers, x, out, scale
+
+
+def quantize(backend: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward kernel."""
+    numbers, _kept, out, scale = quantize_numbers(x)
+    status = _cpu.quantize(numbers)
     if status:
         raise_status(status, "quantize_kv")
     return out, scale

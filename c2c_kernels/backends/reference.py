@@ -63,6 +63,8 @@ def unrotate_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def gather_tokens(x: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         return x
+    if index.dim() == 1 or index.shape[0] == 1:
+        return x.index_select(2, index.reshape(-1).long())  # whole tokens are copied
     index = index.expand(x.shape[0], index.shape[-1]).long()
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 

@@ -55,6 +55,7 @@ def _record(build: corpus.Build) -> dict[str, Any]:
         "collection": build.collection,
         "path": str(build.path),
         "packages": [asdict(package) for package in build.packages],
+        "left_out": list(build.left_out),
         "splits": {
             split: {
                 "documents": len(part),
@@ -77,4 +78,5 @@ def _text(found: Sequence[corpus.Build]) -> str:
         )
         lines += [f"{build.collection}: {amounts}", f"  {build.path}"]
         lines += [f"  {package.name} {package.version}, SHA-256 {package.sha256}" for package in build.packages]
+        lines += [f"  left out, not converted in time: {', '.join(build.left_out)}"] if build.left_out else []
     return "\n".join(lines)

@@ -70,6 +70,12 @@ def _build(collection: corpus.Collection, folder: Path, again: bool) -> corpus.B
                     update(len(done))
                     done.append(what)
 
-                return corpus.build(collection, folder, step)
+                found = corpus.build(collection, folder, step)
         except corpus.CorpusError as error:
             raise CommandError(f"the {collection.name} texts cannot be had: {error}") from error
+        if found.left_out:
+            note(
+                f"{len(found.left_out)} of the {collection.name} texts left out, whose conversion did not end in time: "
+                f"{', '.join(found.left_out)}; `c2c-kernels corpus --collection {collection.name} --again` tries anew"
+            )
+        return found

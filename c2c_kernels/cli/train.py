@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from c2c_kernels.projectors import CacheProjector
     from c2c_kernels.training import Asked, Progress, TrainOptions
 
-_MADE_UP = "made-up"
+_MADE_UP, _RECALL = "made-up", "recall"
 _MADE_UP_COUNT = 20_000
 _LR, _DISTILL = 4e-4, 0.8
 
@@ -47,7 +47,8 @@ def add_parser(commands: Any) -> None:
         "--questions",
         action="append",
         metavar="SET",
-        help=f"questions to train on (repeatable): a .jsonl file of context, question and answer, or '{_MADE_UP}'",
+        help=f"questions to train on (repeatable): a .jsonl file of context, question and answer, '{_MADE_UP}' "
+        f"(facts), or '{_RECALL}' (facts, and sentences said again)",
     )
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, metavar="N", help="how long to train")
@@ -146,6 +147,8 @@ def _questions(options: argparse.Namespace) -> list[corpus.Question]:
         try:
             if spec == _MADE_UP:
                 found += corpus.made_up(options.most_questions, seed=options.seed, split="fit")
+            elif spec == _RECALL:
+                found += corpus.recalled(options.most_questions, seed=options.seed, split="fit")
             else:
                 found += corpus.read_questions(spec)[: options.most_questions]
         except corpus.CorpusError as error:
@@ -258,6 +261,7 @@ def _report(options: argparse.Namespace, projector: CacheProjector, output: Path
         return
     curve = facts["curve"]
     print(
-        f"{output}: {size / 1e6:.1f} MB, {facts['steps']} steps in {facts['seconds']:.0f} s over "
+        f"{output}: {size / 1e6:.1f} MB, {facts['steps']} steps in {facts['seconds']:.0f} s "
+        f"({facts['processor_seconds']:.0f} s of processor time) over "
         f"{facts['tokens_scored']} tokens; loss {curve[0]['loss']:.3f} at first, {curve[-1]['loss']:.3f} at last"
     )

@@ -14,7 +14,7 @@ from c2c_kernels.corpus.debian import Build, build, open_build
 from c2c_kernels.corpus.documents import Document, digest, read, select, split_of, write
 from c2c_kernels.corpus.errors import CorpusError
 from c2c_kernels.corpus.extracted import about
-from c2c_kernels.corpus.facts import made_up
+from c2c_kernels.corpus.facts import made_up, recalled
 from c2c_kernels.corpus.packages import Package
 from c2c_kernels.corpus.questions import Question, is_exact, is_right, read_questions, write_questions
 
@@ -35,6 +35,7 @@ __all__ = [
     "open_build",
     "read",
     "read_questions",
+    "recalled",
     "select",
     "split_of",
     "write",

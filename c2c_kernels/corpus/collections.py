@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from c2c_kernels.corpus import fortunes, html, manual
-from c2c_kernels.corpus.errors import CorpusError
+from c2c_kernels.corpus.errors import CorpusError, UnfinishedError
 
 _MANUALS = ("usr/share/man/man[1-9]/*",)
 # Conversions that run at the same time, each a process of its own.
@@ -23,14 +23,14 @@ class Collection:
         name: first part of its documents' names.
         what: for people.
         packages: per Debian package the patterns of its files, from the root.
-        convert: from files to (name, text) pairs, in order.
+        convert: from files to (name, text) pairs, in order; None for a text whose conversion did not end in time.
         check: raises where a tool is missing.
     """
 
     name: str
     what: str
     packages: dict[str, tuple[str, ...]]
-    convert: Callable[[list[Path]], Iterable[tuple[str, str]]]
+    convert: Callable[[list[Path]], Iterable[tuple[str, str | None]]]
     check: Callable[[], None] = lambda: None
 
 
@@ -39,9 +39,15 @@ def _pages(files: list[Path]) -> Iterator[tuple[str, str]]:
         yield path.name.removesuffix(".html").removesuffix(".en"), html.to_text(_utf8(path))
 
 
-def _manuals(files: list[Path]) -> Iterator[tuple[str, str]]:
+def _manuals(files: list[Path]) -> Iterator[tuple[str, str | None]]:
+    def text_of(path: Path) -> str | None:
+        try:
+            return manual.to_text(path)
+        except UnfinishedError:
+            return None
+
     with ThreadPoolExecutor(_PAGES_AT_ONCE) as pool:
-        for path, text in zip(files, pool.map(manual.to_text, files), strict=True):
+        for path, text in zip(files, pool.map(text_of, files), strict=True):
             yield path.name.removesuffix(".gz"), text
 
 

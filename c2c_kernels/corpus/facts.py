@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from c2c_kernels.corpus.documents import SPLITS
@@ -21,6 +22,24 @@ from c2c_kernels.corpus.relations import of_split
 
 # Relations per text; with fewer than facts, some come more than once.
 _RELATIONS = 4
+# Questions about each text of `recalled`.
+_ABOUT_EACH = 3
+# Ways to ask for a whole sentence; the last one is for held-out texts alone.
+_RECALL = (
+    "What does the text say about {x}?",
+    "Repeat what is said about {x}.",
+    "What is written about {x}?",
+    "Which sentence mentions {x}?",
+)
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """A sentence of a text, whom or what it is about, and the question that it answers."""
+
+    sentence: str
+    subject: str
+    question: Question
 
 
 def made_up(
@@ -56,39 +75,83 @@ def made_up(
     return list(islice(_stream(draw, split, facts, per_text, between), count))
 
 
+def recalled(count: int, *, seed: int, split: str, facts: int = 6) -> list[Question]:
+    """`count` questions about made-up texts, three about each: of every second text two of them ask for a sentence.
+
+    A sentence is found as its fact is, and has some 15 tokens to be scored where a fact has 3.
+
+    Args:
+        count, seed, split, facts: see `made_up`; at least 3 facts.
+
+    Raises:
+        CorpusError: as `made_up` does.
+    """
+    if facts < _ABOUT_EACH:
+        raise CorpusError(f"facts must be at least {_ABOUT_EACH}, got {facts}")
+    if count < 1:
+        raise CorpusError(f"count must be at least 1, got {count}")
+    if split not in SPLITS:
+        raise CorpusError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    return list(islice(_recall_stream(random.Random(f"recall/{split}/{seed}"), split, facts), count))
+
+
+def _recall_stream(draw: random.Random, split: str, facts: int) -> Iterator[Question]:
+    ways = _RECALL[-1:] if split == "held-out" else _RECALL[:-1]
+    while True:
+        for sentences in (0, _ABOUT_EACH - 1):
+            text, found = _text(draw, split, facts)
+            found = _answered_once(text, found)
+            draw.shuffle(found)
+            for number, fact in enumerate(found[:_ABOUT_EACH]):
+                if number < sentences:
+                    way = draw.choice(ways).format(x=fact.subject)
+                    yield Question(text, way, fact.sentence, "sentence", fact.question.template)
+                else:
+                    yield _about(text, fact)
+
+
 def _stream(draw: random.Random, split: str, facts: int, per_text: int, between: Sequence[str]) -> Iterator[Question]:
     while True:
-        text, questions = _text(draw, split, facts)
+        text, found = _text(draw, split, facts)
         if between:
             text = "\n\n".join((draw.choice(between), text, draw.choice(between)))
-        asked = [q for q in questions if f" {normal(text)} ".count(f" {normal(q.answer)} ") == 1]
+        asked = _answered_once(text, found)
         draw.shuffle(asked)
-        for question in asked[:per_text]:
-            yield Question(text, question.question, question.answer, question.kind, question.template)
+        for fact in asked[:per_text]:
+            yield _about(text, fact)
 
 
-def _text(draw: random.Random, split: str, facts: int) -> tuple[str, list[Question]]:
-    """A paragraph of facts, and one question for each."""
+def _answered_once(text: str, facts: Sequence[_Fact]) -> list[_Fact]:
+    return [fact for fact in facts if f" {normal(text)} ".count(f" {normal(fact.question.answer)} ") == 1]
+
+
+def _about(text: str, fact: _Fact) -> Question:
+    asked = fact.question
+    return Question(text, asked.question, asked.answer, asked.kind, asked.template)
+
+
+def _text(draw: random.Random, split: str, facts: int) -> tuple[str, list[_Fact]]:
+    """A paragraph of facts, and these."""
     relations = of_split(split)
     relations = draw.sample(relations, min(_RELATIONS, len(relations)))
     taken: set[str] = set()
-    sentences, questions = [], []
+    found = []
     for number in range(facts):
         relation, statements, asked = relations[number % len(relations)]
         subject, answer = (_unused(kind, split, draw, taken) for kind in (relation.subject, relation.answer))
         statement, question = draw.choice(statements), draw.choice(asked)
-        sentences.append(_sentence(relation.statements[statement].format(x=subject, a=answer)))
-        questions.append(
-            Question(
-                "",
-                relation.questions[question].format(x=subject),
-                answer,
-                relation.answer,
-                f"{relation.name}/{statement}/{question}",
-            )
+        asking = Question(
+            "",
+            relation.questions[question].format(x=subject),
+            answer,
+            relation.answer,
+            f"{relation.name}/{statement}/{question}",
         )
+        sentence = _sentence(relation.statements[statement].format(x=subject, a=answer))
+        found.append(_Fact(sentence, subject, asking))
+    sentences = [fact.sentence for fact in found]
     draw.shuffle(sentences)
-    return " ".join(sentences), questions
+    return " ".join(sentences), found
 
 
 def _unused(kind: str, split: str, draw: random.Random, taken: set[str]) -> str:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from c2c_kernels.corpus.errors import CorpusError
+from c2c_kernels.corpus.errors import CorpusError, UnfinishedError
 
 # Tables, equations, UTF-8 in and out; no colours, bold or underlining; lines as long as paragraphs, not hyphenated and
 # not justified. Without -U groff is in its safe mode: a page can neither run commands nor open files.
@@ -27,6 +27,7 @@ def to_text(path: Path) -> str:
     """The text of a manual page (`.gz` or not), without header and footer; empty for a page that names another one.
 
     Raises:
+        UnfinishedError: where groff takes longer than a minute, as it may on a machine with other work.
         CorpusError: where the file cannot be unpacked or groff fails.
     """
     try:
@@ -38,7 +39,7 @@ def to_text(path: Path) -> str:
     try:
         run = subprocess.run(_GROFF, input=source, capture_output=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise CorpusError(f"groff did not finish {path} within {_SECONDS} seconds") from error
+        raise UnfinishedError(f"groff did not finish {path} within {_SECONDS} seconds") from error
     if run.returncode != 0:
         raise CorpusError(f"groff fails on {path}: {run.stderr.decode(errors='replace').strip()[:200]}")
     return _tidy(run.stdout.decode(errors="replace"))

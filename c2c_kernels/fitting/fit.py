@@ -164,7 +164,9 @@ def fit_projector(
     pair = Pair(sharer, receiver, sharer_tokenizer, receiver_tokenizer, sharer_shape, receiver_shape, frame)
     moments, held_out, seconds = _sum(pair, corpus, sources, options, checkpoint, update)
     layers = _solve(moments, held_out, groups, receiver_shape, options, update)
-    layers, stretch = _stretch(pair, corpus, frame, layers, moments, options, update)
+    tokens, flops, held_out_tokens, means = moments.tokens, moments.flops, len(held_out.x), moments.means()[1]
+    del moments, held_out  # 0.9 GB, before the receiver makes logits
+    layers, stretch = _stretch(pair, corpus, frame, layers, means, options, update)
     facts = {
         "version": __version__,
         "options": asdict(options),
@@ -173,12 +175,12 @@ def fit_projector(
             "documents": corpus.documents,
             # so that an evaluation can tell what was fitted on from what was not
             "texts": [digest[:16] for digest in text_hashes(texts)],
-            "tokens": moments.tokens,
-            "held_out_tokens": len(held_out.x),
+            "tokens": tokens,
+            "held_out_tokens": held_out_tokens,
         },
         "layers": [layer.record for layer in layers],
         "stretch": stretch,
-        "normal_equations": {"flops": moments.flops, "seconds": seconds},
+        "normal_equations": {"flops": flops, "seconds": seconds},
         "seconds": time.perf_counter() - began,
     }
     if checkpoint is not None:
@@ -327,13 +329,15 @@ def _stretch(
     corpus: Corpus,
     frame: CacheProjector,
     layers: list[_Layer],
-    moments: Moments,
+    means: Tensor,
     options: FitOptions,
     update: Update,
 ) -> tuple[list[_Layer], dict[str, Any]]:
-    """The layers with their keys stretched by the factor that is best on held-out text, and what was tried."""
+    """The layers with their keys stretched by the factor that is best on held-out text, and what was tried.
+
+    means: (targets,) float64 of what was fitted.
+    """
     receiver = pair.receiver_shape
-    _, means = moments.means()
     keys, values = receiver.kv_heads * receiver.head_dim, receiver.kv_heads * receiver.value_dim
 
     def by(factor: float) -> list[_Layer]:

@@ -124,7 +124,7 @@ def merged_attention(
     everything: list[Tensor | None] = [query, key, value, sinks]
     for segment in packed:
         everything += [tensor for tensor in segment.tensors if tensor is not None]
-    call = (query, value, packed, strategy, everything)
+    call = (query, value, packed, strategy, everything, attn_mask, sinks, segment_window)
     record = choose("merged_attention", backend, query.device, query.dtype, refusal, call)
     arguments = (attn_mask, is_causal, query_positions, lengths, scale, window, segment_window, softcap, sinks)
     if record.name == "reference":

@@ -34,7 +34,8 @@ def quantize_kv(key: Tensor, value: Tensor, *, backend: str | None = None) -> tu
     check_quantize_kv(key, value)
     if wants_grad((key, value)):
         raise ValueError("quantize_kv has no gradient, but key or value requires grad: detach it")
-    record = choose("quantize_kv", backend, key.device, key.dtype)
+    widest = key if key.shape[3] > value.shape[3] else value
+    record = choose("quantize_kv", backend, key.device, key.dtype, "", (widest,))
     results = []
     for x in (key, value):
         if record.name == "reference":

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits of a chunk: 32 MB in float32.
-_CHUNK = 1 << 23
+# Logits of a chunk: 16 MB in float32, of which up to four copies exist.
+_CHUNK = 1 << 22
 
 
 class Head:
@@ -42,10 +42,12 @@ class Head:
         z = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
         return z if not self.softcap else torch.tanh(z / self.softcap) * self.softcap
 
-    def gradient(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """(tokens, width) float32 from the gradient of `logits`, which is overwritten."""
-        if self.softcap:
-            grad *= 1 - (logits / self.softcap).square()
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """The derivative of the cap where there is one, from capped `logits`."""
+        return 1 - (logits / self.softcap).square() if self.softcap else None
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """(tokens, width) float32 from (tokens, vocabulary), the gradient before the cap."""
         return (grad.to(self.weight.dtype) @ self.weight).float()
 
 
@@ -82,19 +84,19 @@ class _HeadLoss(torch.autograd.Function):
         for at in range(0, count, size):
             part = slice(at, at + size)
             wanted = targets[part, None]
-            logits = head.logits(hidden[part])
-            log_p = torch.log_softmax(logits, dim=-1)
+            log_p = head.logits(hidden[part])
+            slope = head.slope(log_p) if wants else None
+            p = _normalised(log_p)
             entropy -= log_p.gather(1, wanted).double().sum()
-            grad = log_p.exp()
             if teacher is not None:
-                log_q = torch.log_softmax(head.logits(teacher[part]), dim=-1)
-                q = log_q.exp()
-                divergence += ((log_q - log_p) * q).sum(-1).double().sum()
+                log_q = head.logits(teacher[part])
+                q = _normalised(log_q)
+                divergence += log_q.sub_(log_p).mul_(q).sum(-1).double().sum()
                 if wants:
-                    grad.sub_(q, alpha=distill)
+                    p.sub_(q, alpha=distill)
             if wants:
-                grad.scatter_add_(1, wanted, torch.full_like(wanted, distill - 1, dtype=grad.dtype))
-                grads[part] = head.gradient(grad, logits)
+                p.scatter_add_(1, wanted, torch.full_like(wanted, distill - 1, dtype=p.dtype))
+                grads[part] = head.gradient(p if slope is None else p.mul_(slope))
         if wants:
             ctx.save_for_backward(grads.div_(count).to(hidden.dtype))
         entropy, divergence = entropy / count, divergence / count
@@ -111,6 +113,14 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grads,) = ctx.saved_tensors
         return grads * grad_loss.to(grads.dtype), None, None, None, None
+
+
+def _normalised(logits: Tensor) -> Tensor:
+    """p of (tokens, vocabulary) float32; ln p takes the logits' place: one exponential and no other copy."""
+    p = torch.exp(logits.sub_(logits.amax(dim=-1, keepdim=True)))
+    total = p.sum(dim=-1, keepdim=True)
+    logits.sub_(total.log())
+    return p.div_(total)
 
 
 def _largest(tensor: Tensor) -> float:

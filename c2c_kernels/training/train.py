@@ -65,6 +65,7 @@ class _Run:
 
     step: int = 0
     seconds: float = 0.0
+    processor: float = 0.0  # seconds of all threads of this process, which other work on the machine does not change
     done: float = 0.0
     taken: dict[str, int] = field(default_factory=dict)
     dealt: int = 0
@@ -141,7 +142,7 @@ def train_projector(
         if not was_enabled:
             disable(receiver.base_model)
     projector.gate_temperature = options.gate_temperature[1]
-    projector.facts = {**projector.facts, "training": _facts(run, examples, options, processes)}
+    projector.facts = {**projector.facts, "training": _facts(run, examples, options, processes, projector)}
     if checkpoint is not None and processes.rank == 0:
         Path(checkpoint).unlink(missing_ok=True)
     return projector.eval()
@@ -170,8 +171,10 @@ def _train(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     looks = max(options.validations, 1)
     before, began = run.seconds, time.perf_counter()
+    processor = run.processor - time.process_time()
     while True:
         run.seconds = before + time.perf_counter() - began
+        run.processor = processor + time.process_time()
         run.done = processes.from_first(_done(run, options))
         projector.gate_temperature = temperature(run.done, options.gate_temperature)
         look = None
@@ -335,7 +338,12 @@ def _made_for(
     }
 
 
-def _facts(run: _Run, examples: Examples, options: TrainOptions, processes: Processes) -> dict[str, Any]:
+def _facts(
+    run: _Run, examples: Examples, options: TrainOptions, processes: Processes, projector: CacheProjector
+) -> dict[str, Any]:
+    """What the file says of the run, and of an earlier one that it went on from."""
+    earlier = dict(projector.facts.get("training", {}))
+    texts = [*earlier.pop("texts", ()), *(digest[:_DIGITS] for digest in examples.hashes)]
     size = -(-len(run.losses) // _CURVE_POINTS)
     curve = []
     for at in range(0, len(run.losses), size or 1):
@@ -350,9 +358,11 @@ def _facts(run: _Run, examples: Examples, options: TrainOptions, processes: Proc
         "processes": processes.count,
         "steps": run.step,
         "seconds": run.seconds,
+        "processor_seconds": run.processor,  # of the first process
         "windows": run.taken,
         "tokens_scored": run.scored,
         "curve": curve,
         "held_out": run.looked,
-        "texts": [digest[:_DIGITS] for digest in examples.hashes],
+        "texts": list(dict.fromkeys(texts)),
+        **({"before": earlier} if earlier else {}),
     }

@@ -3,8 +3,8 @@
 
 #if defined(C2C_AVX2)
 constexpr int WEIGHT_CHAINS = 4;    // of additions for a row: as many loads of 32 bytes as the latency of one covers
-constexpr int NARROW = 8;           // vectors of a weight row, up to which tokens are no worse a way to read it
 constexpr int WEIGHTS_AHEAD = 512;  // bytes: Zen 3 reads 5 to 8 % faster from memory, as fast in its caches
+constexpr int SHORT_WEIGHTS = 64;   // numbers of a row, up to which rows pass side by side as tokens do
 
 // Sums of x[r] . weight over `dim` elements, folded to one vector a row; the same chains for any number of rows.
 template <int ROWS, class T>
@@ -46,7 +46,7 @@ static ALWAYS_INLINE void stream_rows(const float *x, int64_t ldx, const T *weig
 
 static void dot_weights(const float *x, int64_t ldx, int64_t rows, int32_t dtype, const void *weights, int64_t stride,
                         int64_t n, int64_t dim, float *s, int64_t lds, const void *next) {
-  if (dim <= NARROW * LANES) return dot_tokens(x, ldx, rows, dtype, weights, stride, n, dim, s, lds, false, next);
+  if (dim <= SHORT_WEIGHTS) return dot_tokens(x, ldx, rows, dtype, weights, stride, n, dim, s, lds, false, next);
   with_type(dtype, weights, [&](auto *weight) {
     for (int64_t j = 0; j < n; j += 4)
       with_count<4>(least<int64_t>(4, n - j), [&](auto taken) {

@@ -20,4 +20,7 @@ int64_t project_workspace(const c2c_project_params &p);
 c2c_status_code launch_project(const c2c_project_params &p, void *workspace, int capability, Executor run,
                                void *context);
 
+c2c_status_code launch_merge_states(const c2c_merge_params &p, Executor run, void *context);
+c2c_status_code launch_quantize(const c2c_quantize_params &p, Executor run, void *context);
+
 }  // namespace c2c

@@ -15,7 +15,6 @@
 
 namespace c2c {
 
-constexpr float MAX_TILE_SUM = 1024.0f;
 constexpr float FAR = 4194304.0f;  // 2^22: numbers from here on lie 1/2 or more apart
 
 // Rows of keys or values on their way into stages: thread t copies chunk t % CHUNKS of rows t / CHUNKS + PASS_ROWS i.
@@ -28,6 +27,12 @@ struct TokenCopy {
     const int chunk = thread_in<Tile::CHUNKS>(), row = thread_by<Tile::CHUNKS>();
     from = static_cast<const T *>(rows.data) + place.batch * rows.b + place.kv_head * rows.h + (first + row) * rows.n +
            chunk * 8;
+  }
+
+  // The next tile, all of it.
+  __device__ __forceinline__ void whole(uint32_t shared, int step) {
+#pragma unroll
+    for (int i = 0; i < Tile::N; i += Tile::PASS_ROWS, from += step) cp_async_16(shared + i * Tile::TOKEN_ROW, from);
   }
 
   // The next tile, `left` tokens of which, counted from this thread's first row, are there; zeros for others. `step`:
@@ -90,7 +95,7 @@ __device__ __forceinline__ void copy_queries(const Attention &p, const PrefillPl
 }
 
 // scores = q k^T for the warp's M rows and the tile's N tokens. `queries`, `keys`: of the first step, for this lane;
-// another step's chunk of queries is swizzled to where its number differs.
+// another step's chunk of queries is swizzled to where its number differs within 128 bytes.
 template <typename T, int DIM>
 __device__ __forceinline__ void multiply_keys(PrefillScores<DIM> &scores, uint32_t queries, uint32_t keys) {
   using Tile = PrefillTile<DIM>;
@@ -98,7 +103,8 @@ __device__ __forceinline__ void multiply_keys(PrefillScores<DIM> &scores, uint32
   for (int k = 0; k < DIM / 16; ++k) {
     uint32_t q[Tile::MT][4];
 #pragma unroll
-    for (int m = 0; m < Tile::MT; ++m) ldmatrix_x4(q[m], (queries ^ k * 32) + m * 16 * Tile::QUERY_ROW);
+    for (int m = 0; m < Tile::MT; ++m)
+      ldmatrix_x4(q[m], (queries ^ k % 4 * 32) + k / 4 * 128 + m * 16 * Tile::QUERY_ROW);
 #pragma unroll
     for (int n = 0; n < Tile::NT; n += 2) {
       uint32_t b[4];
@@ -120,39 +126,34 @@ __device__ __forceinline__ float exponent(float z, float factor, float minus_max
   return rounded ? __fadd_rn(__fmul_rn(z, factor), minus_max) : fmaf(z, factor, minus_max);
 }
 
-// Weights 2^(z factor - max) of 16 rows as operands of the next product, and this lane's sums of them before rounding.
-template <typename T, int DIM, bool EXACT>
-__device__ __forceinline__ void exponentiate(uint32_t (&weights)[PrefillTile<DIM>::NT / 2][4], float (&exact)[2],
-                                             const float (&z)[PrefillTile<DIM>::NT][4], float factor,
-                                             const float (&minus_max)[2], const bool (&rounded)[2]) {
+// What the exponentials of a tile are: operands of the next product, and their sums as they are rounded there, in all
+// lanes of a row.
+template <int DIM>
+struct PrefillWeights {
+  using Tile = PrefillTile<DIM>;
+  uint32_t words[Tile::MT][Tile::NT / 2][4];
+  float sums[Tile::MT][2];
+};
+
+// Weights 2^(z factor - max) of 16 rows.
+template <typename T, int DIM>
+__device__ __forceinline__ void exponentiate(PrefillWeights<DIM> &weights, int m, const PrefillScores<DIM> &scores,
+                                             float factor, const float (&minus_max)[2], const bool (&rounded)[2]) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    exact[half] = 0.0f;
+  for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int n = 0; n < PrefillTile<DIM>::NT; ++n) {
-      const float first = exp2_approx(exponent(z[n][2 * half], factor, minus_max[half], rounded[half]));
-      const float second = exp2_approx(exponent(z[n][2 * half + 1], factor, minus_max[half], rounded[half]));
-      weights[n / 2][n % 2 * 2 + half] = pack<T>(first, second);
-      if (EXACT) exact[half] += first + second;
+      const float *const z = &scores.z[m][n][2 * half];
+      weights.words[m][n / 2][n % 2 * 2 + half] =
+          pack<T>(exp2_approx(exponent(z[0], factor, minus_max[half], rounded[half])),
+                  exp2_approx(exponent(z[1], factor, minus_max[half], rounded[half])));
     }
-  }
-}
-
-// The same, with the sums of what was rounded in all lanes of a row.
-template <typename T, int DIM>
-__device__ __forceinline__ void weigh(uint32_t (&weights)[PrefillTile<DIM>::NT / 2][4], float (&sums)[2],
-                                      float (&exact)[2], const float (&z)[PrefillTile<DIM>::NT][4], float factor,
-                                      const float (&minus_max)[2], const bool (&rounded)[2], bool exact_wanted) {
-  if (exact_wanted)
-    exponentiate<T, DIM, true>(weights, exact, z, factor, minus_max, rounded);
-  else
-    exponentiate<T, DIM, false>(weights, exact, z, factor, minus_max, rounded);
   const uint32_t ones = pack<T>(1.0f, 1.0f);
   float total[4] = {};
 #pragma unroll
-  for (int k = 0; k < PrefillTile<DIM>::NT / 2; ++k) mma_16816<T>(total, weights[k], ones, ones);
-  sums[0] = total[0];
-  sums[1] = total[2];
+  for (int k = 0; k < PrefillTile<DIM>::NT / 2; ++k) mma_16816<T>(total, weights.words[m][k], ones, ones);
+  weights.sums[m][0] = total[0];
+  weights.sums[m][1] = total[2];
 }
 
 // Whether a row takes the tile's maximum: its sums are too large or not numbers, or it is far.
@@ -160,19 +161,22 @@ __device__ __forceinline__ bool rises(float sum, float minus_max) { return !(sum
 
 // Takes the tile's maximum into rows that rise. `used`: what to subtract from scores.
 template <int DIM>
-__device__ __forceinline__ void raise_maximum(PrefillState<DIM> &state, int m, float (&used)[2], const float (&sums)[2],
-                                              const float (&z)[PrefillTile<DIM>::NT][4], float factor) {
+__device__ __forceinline__ void raise_maximum(PrefillState<DIM> &state, int m, float (&used)[2],
+                                              const PrefillWeights<DIM> &weights, const PrefillScores<DIM> &scores,
+                                              float factor) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float highest = -INF;
 #pragma unroll
-    for (int n = 0; n < PrefillTile<DIM>::NT; ++n) highest = fmaxf(highest, fmaxf(z[n][2 * half], z[n][2 * half + 1]));
+    for (int n = 0; n < PrefillTile<DIM>::NT; ++n)
+      highest = fmaxf(highest, fmaxf(scores.z[m][n][2 * half], scores.z[m][n][2 * half + 1]));
     highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 1));
     highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 2));
     float &minus_max = state.minus_max[m][half];
     const float before = minus_max;
-    if (rises(sums[half], before)) minus_max = fminf(before, __fmul_rn(-highest, factor));
+    if (rises(weights.sums[m][half], before)) minus_max = fminf(before, __fmul_rn(-highest, factor));
     used[half] = minus_max == INF ? 0.0f : minus_max;
+    if (far(minus_max)) state.most = -1.0f;
     const float kept = exp2_approx(used[half] - before);  // 1 where the maximum stays, 0 where there was none
     state.sum[m][half] *= kept;
     state.exact[m][half] *= kept;
@@ -184,37 +188,66 @@ __device__ __forceinline__ void raise_maximum(PrefillState<DIM> &state, int m, f
   }
 }
 
-// One tile of tokens: scores, weights and the product with values.
+// Weights of a tile by the maximum of the tiles before, or by its own where a row's rises.
 template <typename T, int DIM>
-__device__ __forceinline__ void attend_tile(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
-                                            PrefillState<DIM> &state, uint32_t queries, uint32_t stage, int first,
-                                            bool plain) {
+__device__ __forceinline__ void weigh(PrefillWeights<DIM> &weights, PrefillState<DIM> &state,
+                                      const PrefillScores<DIM> &scores, float factor) {
   using Tile = PrefillTile<DIM>;
-  const int lane = thread_in<WARP>();
-  PrefillScores<DIM> scores;
-  multiply_keys<T, DIM>(scores, queries, stage + ((lane & 7) + lane / 16 * 8) * Tile::TOKEN_ROW + (lane / 8 & 1) * 16);
-  if (!plain) finish_scores(p, run, place, scores, first);
-
-  const bool exact_wanted = run.exact;
-  uint32_t weights[Tile::MT][Tile::NT / 2][4];
+  bool high = false;
 #pragma unroll
-  for (int m = 0; m < Tile::MT; ++m) {
-    float sums[2], exact[2];
-    const float (&before)[2] = state.minus_max[m];
-    weigh<T, DIM>(weights[m], sums, exact, scores.z[m], run.factor, before, {false, false}, exact_wanted);
-    if (__any_sync(0xffffffff, rises(sums[0], before[0]) || rises(sums[1], before[1]))) {
+  for (int m = 0; m < Tile::MT; ++m)
+    exponentiate<T, DIM>(weights, m, scores, factor, state.minus_max[m], {false, false});
+#pragma unroll
+  for (int r = 0; r < Tile::LANE_ROWS; ++r) {
+    const float sum = weights.sums[r / 2][r % 2];  // at head dims up to 64 sm_90 has no register left for `most`
+    high = high || (DIM > 64 ? !(sum <= state.most) : rises(sum, state.minus_max[r / 2][r % 2]));
+  }
+  if (__any_sync(0xffffffff, high)) {
+    state.most = MAX_TILE_SUM;
+#pragma unroll
+    for (int m = 0; m < Tile::MT; ++m) {
       float used[2];
-      raise_maximum(state, m, used, sums, scores.z[m], run.factor);
-      weigh<T, DIM>(weights[m], sums, exact, scores.z[m], run.factor, used, {far(used[0]), far(used[1])}, exact_wanted);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      state.sum[m][half] += sums[half];
-      if (exact_wanted) state.exact[m][half] += exact[half];
+      raise_maximum(state, m, used, weights, scores, factor);
+      exponentiate<T, DIM>(weights, m, scores, factor, used, {far(used[0]), far(used[1])});
     }
   }
+#pragma unroll
+  for (int r = 0; r < Tile::LANE_ROWS; ++r) state.sum[r / 2][r % 2] += weights.sums[r / 2][r % 2];
+}
 
-  const uint32_t values = stage + (Tile::N + (lane & 15)) * Tile::TOKEN_ROW + lane / 16 * 16;
+// Adds this lane's part of the sums of unrounded weights, once rows have taken the maximum that they keep.
+template <int DIM>
+__device__ __forceinline__ void add_exact(PrefillState<DIM> &state, const PrefillScores<DIM> &scores, float factor) {
+#pragma unroll
+  for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r) {
+    const float minus_max = state.minus_max[r / 2][r % 2], used = minus_max == INF ? 0.0f : minus_max;
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < PrefillTile<DIM>::NT; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        sum += exp2_approx(exponent(scores.z[r / 2][n][r % 2 * 2 + j], factor, used, far(used)));
+    state.exact[r / 2][r % 2] += sum;
+  }
+}
+
+// One tile of tokens: scores, weights and the product with values. `keys`, `values`: of their first step, for this
+// lane.
+template <typename T, int DIM>
+__device__ __forceinline__ void attend_tile(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
+                                            PrefillState<DIM> &state, uint32_t queries, uint32_t keys, int first,
+                                            bool plain) {
+  using Tile = PrefillTile<DIM>;
+  PrefillScores<DIM> scores;
+  multiply_keys<T, DIM>(scores, queries, keys);
+  if (!plain) finish_scores(p, run, place, scores, first);
+  PrefillWeights<DIM> weights;
+  weigh<T, DIM>(weights, state, scores, run.factor);
+  if (run.exact) add_exact(state, scores, run.factor);
+  // Values lie behind the keys; lanes 8 to 15 and 16 to 23 have changed places.
+  const int lane = thread_in<WARP>();
+  const uint32_t values =
+      keys + Tile::STAGE / 2 + ((lane / 8 & 1) - lane / 16) * static_cast<uint32_t>(8 * Tile::TOKEN_ROW - 16);
 #pragma unroll
   for (int k = 0; k < Tile::NT / 2; ++k)
 #pragma unroll
@@ -223,22 +256,29 @@ __device__ __forceinline__ void attend_tile(const Attention &p, const PrefillRun
       ldmatrix_x4_trans(b, values + k * 16 * Tile::TOKEN_ROW + d * 16);
 #pragma unroll
       for (int m = 0; m < Tile::MT; ++m) {
-        mma_16816<T>(state.out[m][d], weights[m][k], b[0], b[1]);
-        mma_16816<T>(state.out[m][d + 1], weights[m][k], b[2], b[3]);
+        mma_16816<T>(state.out[m][d], weights.words[m][k], b[0], b[1]);
+        mma_16816<T>(state.out[m][d + 1], weights.words[m][k], b[2], b[3]);
       }
     }
 }
 
-// Copies the tile of tokens from `first` on.
+// Copies the tile of tokens from `first` on, where it is one of the run.
 template <typename T, int DIM>
 __device__ __forceinline__ void copy_tile(const Attention &p, const PrefillRun &run, TokenCopy<T, DIM> &keys,
                                           TokenCopy<T, DIM> &values, const PrefillPlace &place, uint32_t to,
                                           int first) {
   using Tile = PrefillTile<DIM>;
-  const int left = run.end - first - thread_by<Tile::CHUNKS>(), chunk = thread_in<Tile::CHUNKS>();
-  if (run.vectorised) {
-    keys.next(to, chunk * 8 < p.head_dim ? left : 0, run.key_step);
-    values.next(to + Tile::STAGE / 2, chunk * 8 < p.value_dim ? left : 0, run.value_step);
+  if (first < run.whole) {  // the usual tile; nothing before this is asked
+    keys.whole(to, run.key_step);
+    values.whole(to + Tile::STAGE / 2, run.value_step);
+    cp_async_commit();
+  } else if (first >= run.stop - Tile::N) {
+    return;
+  } else if (run.vectorised) {
+    const Run &source = p.run[run.number];
+    const int left = run.end - first - thread_by<Tile::CHUNKS>(), chunk = thread_in<Tile::CHUNKS>();
+    keys.next(to, chunk * 8 < p.head_dim ? left : 0, source.key.n * Tile::PASS_ROWS);
+    values.next(to + Tile::STAGE / 2, chunk * 8 < p.value_dim ? left : 0, source.value.n * Tile::PASS_ROWS);
     cp_async_commit();
   } else {
     convert_tile<T, DIM>(p, run, place, to, first);
@@ -257,21 +297,26 @@ __device__ __forceinline__ void attend_run(const Attention &p, int number, Prefi
   __syncthreads();
   const int lane = thread_in<WARP>();
   TokenCopy<T, DIM> keys(p.run[number].key, place, run.first), values(p.run[number].value, place, run.first);
-  const uint32_t queries =
-      shared + (thread_by<WARP>() * Tile::M + lane % 16) * Tile::QUERY_ROW + swizzled(lane, lane / 16) * 16;
-  uint32_t work = shared + Tile::ROWS * Tile::QUERY_ROW + Tile::STAGE;  // the stage worked on
-  uint32_t to = work - Tile::STAGE + thread_by<Tile::CHUNKS>() * Tile::TOKEN_ROW + thread_in<Tile::CHUNKS>() * 16;
+  const auto find_queries = [&] {
+    const int lane = thread_in<WARP>();
+    return shared + (thread_by<WARP>() * Tile::M + lane % 16) * Tile::QUERY_ROW + swizzled(lane, lane / 16) * 16;
+  };
+  const uint32_t queries = find_queries();
+  const uint32_t stages = shared + Tile::ROWS * Tile::QUERY_ROW;
+  // The stage worked on: its keys and values for this lane.
+  uint32_t work = stages + Tile::STAGE + ((lane & 7) + lane / 16 * 8) * Tile::TOKEN_ROW + (lane / 8 & 1) * 16;
+  uint32_t to = stages + thread_by<Tile::CHUNKS>() * Tile::TOKEN_ROW + thread_in<Tile::CHUNKS>() * 16;
   int flip = Tile::STAGE;
   // Tile `next` is on its way while the one before, which in the first round is none that a row sees, is worked on.
 #pragma unroll 1
   for (int next = run.first; next < run.stop; next += Tile::N) {
     cp_async_wait<0>();
     __syncthreads();
-    if (next < run.stop - Tile::N) copy_tile(p, run, keys, values, place, to, next);
+    copy_tile(p, run, keys, values, place, to, next);
     const Sight sight = run.sight[thread_by<WARP>()];
     const int tile = next - Tile::N;
     if (tile < sight.any_to && next > sight.any_from)
-      attend_tile<T, DIM>(p, run, place, state, queries, work, tile,
+      attend_tile<T, DIM>(p, run, place, state, DIM > 64 ? queries : find_queries(), work, tile,
                           tile >= sight.plain_from && next <= sight.plain_to);
     to += flip;
     work -= flip;

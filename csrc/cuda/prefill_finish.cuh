@@ -5,6 +5,8 @@
 
 namespace c2c {
 
+constexpr float MAX_TILE_SUM = 1024.0f;  // of weights that were formed with an older maximum
+
 // A lane's rows are the warp's first + lane / 4 + 8 r.
 template <int DIM>
 struct PrefillState {
@@ -13,6 +15,7 @@ struct PrefillState {
   float minus_max[Tile::MT][2];   // +inf while nothing has been seen: then exponentials are inf or NaN
   float sum[Tile::MT][2] = {};    // of the weights as they are multiplied, rounded to 16 bits
   float exact[Tile::MT][2] = {};  // of unrounded weights, for lse and mass: this lane's part of this run's
+  float most = MAX_TILE_SUM;      // of the lane's rows; -1 where one is far, so that it is looked at in every tile
 
   __device__ __forceinline__ PrefillState() {
 #pragma unroll

@@ -7,8 +7,9 @@ namespace c2c {
 
 // Rows of keys and values are padded by one chunk of 16 bytes, so that all addresses of ldmatrix in a tile are one
 // register and constants, and eight rows touch all banks. Queries are swizzled: with them a block stays below 99 KiB.
-template <int DIM>
+template <int LARGEST>
 struct PrefillTile {
+  static constexpr int DIM = LARGEST;
   static constexpr int WARPS = 8;
   static constexpr int M = DIM > 128 ? 16 : 32;                  // rows of a warp
   static constexpr int N = DIM > 128 ? 16 : DIM > 64 ? 32 : 64;  // tokens of a tile
@@ -95,10 +96,11 @@ __device__ __forceinline__ Sight sight_of(const Attention &p, int number, const 
 
 // What warps have to know of a run; in shared memory too.
 struct PrefillRun {
-  Sight sight[8];                // of each warp
-  int64_t key_step, value_step;  // of a pass of copies
-  int number, end;
-  int first, stop;  // tiles of the block; stop is one tile further, or equal to first where there are none
+  Sight sight[8];            // of each warp
+  int key_step, value_step;  // numbers from a pass of copies to the next, where there are whole tiles
+  int whole;                 // tiles that begin before are copied whole
+  int stop;                  // one tile after the block's last one, or equal to first where there are none
+  int first, number, end;
   float factor;     // of scores in the exponent of 2
   bool special;     // finish_scores turns scores into logits of base 2; factor is 1 then
   bool compares;    // positions hide tokens
@@ -118,8 +120,6 @@ struct PrefillRun {
     }
     if (thread()) return;
     const Sight block = sight_of(p, run, place, tokens, place.block_row, Tile::ROWS);
-    key_step = source.key.n * Tile::PASS_ROWS;
-    value_step = source.value.n * Tile::PASS_ROWS;
     number = run;
     end = tokens;
     first = block.any_from / Tile::N * Tile::N;
@@ -129,6 +129,13 @@ struct PrefillRun {
     compares = hides;
     vectorised = source.vectorised && source.key_type == p.dtype && !source.index.data && !source.key_scale.data &&
                  !source.value_scale.data;
+    const int64_t keys = source.key.n * Tile::PASS_ROWS, values = source.value.n * Tile::PASS_ROWS;
+    key_step = static_cast<int>(keys);
+    value_step = static_cast<int>(values);
+    whole =
+        vectorised && key_step == keys && value_step == values && p.head_dim == Tile::DIM && p.value_dim == Tile::DIM
+            ? min(tokens, stop - Tile::N) - Tile::N + 1
+            : 0;
     exact = p.lse.data || p.mass.data;
   }
 };

@@ -53,6 +53,10 @@ c2c_status_code check(const c2c_project_params &p, const Source &s) {
   for (int64_t n : {p.batch, p.kv_heads, s.out_dim, segment.heads, s.dim, segment.len, segment.raw_len, s.rank})
     if (n < 0 || n > MOST) return C2C_BAD_SHAPE;
   if (segment.heads * s.dim > MOST || p.kv_heads * round_up(s.out_dim, 16) > MOST) return C2C_UNSUPPORTED;
+  // Rows of weights are counted in 32 bits.
+  if (s.proj.data && (p.kv_heads - 1) * s.proj.stride[0] + (s.out_dim - 1) * s.proj.stride[1] >= UINT32_MAX)
+    return C2C_UNSUPPORTED;
+  if (s.proj_in.data && (s.rank - 1) * s.proj_in.stride[0] >= UINT32_MAX) return C2C_UNSUPPORTED;
   if (!s.proj.data && (segment.heads != p.kv_heads || s.dim != s.out_dim)) return C2C_BAD_SHAPE;
   const int32_t type = s.raw.dtype;
   if (!is_float(type) && !is_byte(type)) return C2C_BAD_DTYPE;

@@ -26,29 +26,56 @@ struct ProjectPlace {
 template <typename T>
 struct ProjectCopy {
   using Tile = ProjectTile;
-  int stored[Tile::PASSES];       // this thread's tokens; -1: zeros
-  int64_t weights[Tile::PASSES];  // where its rows of weights begin; -1: zeros
-  int head, dim;                  // of its chunk in a token
-  int k;                          // of its chunk
+  static constexpr uint32_t NONE = UINT32_MAX;
+  int stored[Tile::PASSES];        // this thread's tokens; -1: zeros
+  uint32_t weights[Tile::PASSES];  // where its rows of weights begin; NONE: zeros
+  int k, dim;                      // of its chunk in a token, and within a head
+  const T *raw, *from;             // of its chunk in token 0 and in the weights' row that begins at 0
+  bool whole;                      // every thread of the block copies all its rows as they are, to the end of the width
 
-  __device__ __forceinline__ ProjectCopy(const ProjectHalf &half, const ProjectPlace &place)
+  __device__ __forceinline__ ProjectCopy(const ProjectHalf &half, const ProjectPlace &place, int width)
       : k(threadIdx.x % Tile::CHUNKS * 8) {
     const int row = threadIdx.x / Tile::CHUNKS;
+    bool all = half.raw_copied && half.weights_vectorised && width % Tile::K == 0 && half.raw.n < INT32_MAX;
 #pragma unroll
     for (int i = 0; i < Tile::PASSES; ++i) {
       stored[i] = stored_token(half, place.batch, place.token + row + i * Tile::PASS_ROWS, place.end);
       const int column = row + i * Tile::PASS_ROWS;
       const Columns c = columns_of(half, place.group + column / 8);
-      weights[i] = column % 8 < c.count ? c.head * half.weights.h + (c.dim + column % 8) * half.weights.n : -1;
+      weights[i] = column % 8 < c.count
+                       ? static_cast<uint32_t>(c.head * half.weights.h + (c.dim + column % 8) * half.weights.n)
+                       : NONE;
+      all = all && stored[i] >= 0 && weights[i] != NONE;
     }
-    head = k / half.dim;
+    whole = __syncthreads_and(all);
     dim = k % half.dim;
+    from = static_cast<const T *>(half.weights.data) + k;
+    raw = static_cast<const T *>(half.raw.data) + place.batch * half.raw.b + k / half.dim * half.raw.h + dim;
   }
 
-  // The next K numbers of every row, into a stage; `to`: of this thread's first row.
+  // The next K numbers of every row, into a stage; `to`: of this thread's first row. WHOLE: as `whole` says.
+  template <bool WHOLE>
   __device__ __forceinline__ void next(const ProjectHalf &half, int batch, int width, uint32_t to) {
-    const T *const from = static_cast<const T *>(half.weights.data) + k;
-    const T *const raw = static_cast<const T *>(half.raw.data) + batch * half.raw.b + head * half.raw.h + dim;
+    if (WHOLE) {
+      const uint32_t step = static_cast<uint32_t>(half.raw.n) * sizeof(T);
+#pragma unroll
+      for (int i = 0; i < Tile::PASSES; ++i) {
+        cp_async_16(to + i * Tile::PASS_ROWS * Tile::ROW, further(raw, stored[i], step));
+        cp_async_16(to + (i * Tile::PASS_ROWS + Tile::M) * Tile::ROW, further(from, weights[i], sizeof(T)));
+      }
+    } else {
+      some(half, batch, width, to);
+    }
+    k += Tile::K;
+    from += Tile::K;
+    dim += Tile::K;
+    raw += Tile::K;
+#pragma unroll 1
+    for (; dim >= half.dim; dim -= half.dim) raw += half.raw.h - half.dim;
+  }
+
+  // Rows some of which are not there, or not stored as they are multiplied.
+  __device__ __forceinline__ void some(const ProjectHalf &half, int batch, int width, uint32_t to) const {
     const bool inside = k < width;
     if (half.raw_copied) {
 #pragma unroll
@@ -68,23 +95,20 @@ struct ProjectCopy {
     to += Tile::M * Tile::ROW;
     if (half.weights_vectorised) {
 #pragma unroll
-      for (int i = 0; i < Tile::PASSES; ++i)
-        cp_async_16(to + i * Tile::PASS_ROWS * Tile::ROW, from + max(weights[i], int64_t{0}),
-                    inside && weights[i] >= 0);
+      for (int i = 0; i < Tile::PASSES; ++i) {
+        const bool there = weights[i] != NONE;
+        cp_async_16(to + i * Tile::PASS_ROWS * Tile::ROW, from + (there ? weights[i] : 0), inside && there);
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < Tile::PASSES; ++i) {
         float x[8] = {};
         uint32_t words[4];
-        if (weights[i] >= 0) load_eight(x, half.weights.data, weights[i], half.weights_type, k, width, false);
+        if (weights[i] != NONE) load_eight(x, half.weights.data, weights[i], half.weights_type, k, width, false);
         pack_eight<T>(words, x, 1.0f);
         store_shared_16(to + i * Tile::PASS_ROWS * Tile::ROW, words);
       }
     }
-    k += Tile::K;
-    dim += Tile::K;
-#pragma unroll 1
-    while (dim >= half.dim) dim -= half.dim, ++head;
   }
 
   // Eight numbers of a token that are not stored as they are multiplied.
@@ -93,7 +117,7 @@ struct ProjectCopy {
     if (token >= 0 && k < width) {
       float x[8] = {};
       if (in_eights(half)) {
-        raw_eight(x, half, batch, head, token, dim);
+        raw_eight(x, half, batch, k / half.dim, token, dim);
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
@@ -127,6 +151,33 @@ __device__ __forceinline__ void multiply_stage(float (&products)[2][8][4], uint3
   }
 }
 
+// products = tokens weights^T over the whole width: while a step is multiplied the next one is on its way.
+template <typename T, bool WHOLE>
+__device__ __forceinline__ void multiply(float (&products)[2][8][4], ProjectCopy<T> &copy, const ProjectHalf &half,
+                                         int batch, int width, int steps, uint32_t stages) {
+  using Tile = ProjectTile;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  uint32_t to = stages + threadIdx.x / Tile::CHUNKS * Tile::ROW + threadIdx.x % Tile::CHUNKS * 16;
+  uint32_t tokens = stages + Tile::STAGE + (warp % 4 * 32 + lane % 16) * Tile::ROW + lane / 16 * 16;
+  uint32_t weights =
+      stages + Tile::STAGE + (Tile::M + warp / 4 * 64 + (lane & 7) + lane / 16 * 8) * Tile::ROW + (lane / 8 & 1) * 16;
+  int flip = Tile::STAGE;
+  if (steps) copy.template next<WHOLE>(half, batch, width, to);
+  cp_async_commit();
+#pragma unroll 1
+  for (int left = steps; left > 0; --left) {
+    to += flip;
+    tokens -= flip;
+    weights -= flip;
+    flip = -flip;
+    cp_async_wait<0>();
+    __syncthreads();
+    if (left > 1) copy.template next<WHOLE>(half, batch, width, to);
+    cp_async_commit();
+    multiply_stage<T>(products, tokens, weights);
+  }
+}
+
 // Where 16-byte chunk `chunk` of a row of products lies: moved within 64 bytes so that threads that read 64 bytes each
 // touch all banks.
 __device__ __forceinline__ int product_chunk(int chunk) { return chunk ^ (chunk >> 3 & 3); }
@@ -140,9 +191,9 @@ __device__ __forceinline__ void stage_products(float *shared, const float (&prod
     for (int n = 0; n < 8; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j)
-        *reinterpret_cast<float2 *>(shared + (row + m * 16 + j * 8) * ProjectTile::PRODUCT_ROW +
-                                    product_chunk(chunk + 2 * n) * 4 + lane % 2 * 2) =
-            make_float2(products[m][n][2 * j], products[m][n][2 * j + 1]);
+        store_shared_pair(shared_address(shared + (row + m * 16 + j * 8) * ProjectTile::PRODUCT_ROW +
+                                         product_chunk(chunk + 2 * n) * 4 + lane % 2 * 2),
+                          products[m][n][2 * j], products[m][n][2 * j + 1]);
 }
 
 __device__ __forceinline__ void finish_tile(const Projection &p, const ProjectHalf &half, const ProjectPlace &place,
@@ -179,31 +230,14 @@ __device__ __forceinline__ void project(const Projection &p) {
   place.token = block % p.token_tiles * Tile::M;
   place.batch = block / p.token_tiles;
   place.end = valid_tokens(p, place.batch);
-  const int width = half.heads * half.dim, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int width = half.heads * half.dim;
   const int steps = place.token < place.end ? (width + Tile::K - 1) / Tile::K : 0;
-  ProjectCopy<T> copy(half, place);
+  ProjectCopy<T> copy(half, place, width);
   float products[2][8][4] = {};
-  const uint32_t stages = shared_address(shared);
-  uint32_t to = stages + threadIdx.x / Tile::CHUNKS * Tile::ROW + threadIdx.x % Tile::CHUNKS * 16;
-  uint32_t tokens = stages + Tile::STAGE + (warp % 4 * 32 + lane % 16) * Tile::ROW + lane / 16 * 16;
-  uint32_t weights =
-      stages + Tile::STAGE + (Tile::M + warp / 4 * 64 + (lane & 7) + lane / 16 * 8) * Tile::ROW + (lane / 8 & 1) * 16;
-  int flip = Tile::STAGE;
-  // Step `next` is on its way while the one before is multiplied.
-#pragma unroll 1
-  for (int next = 0; next <= steps && steps; ++next) {
-    cp_async_wait<0>();
-    __syncthreads();
-    if (next < steps) {
-      copy.next(half, place.batch, width, to);
-      cp_async_commit();
-    }
-    if (next) multiply_stage<T>(products, tokens, weights);
-    to += flip;
-    tokens -= flip;
-    weights -= flip;
-    flip = -flip;
-  }
+  if (copy.whole)
+    multiply<T, true>(products, copy, half, place.batch, width, steps, shared_address(shared));
+  else
+    multiply<T, false>(products, copy, half, place.batch, width, steps, shared_address(shared));
   __syncthreads();
   stage_products(reinterpret_cast<float *>(shared), products);
   __syncthreads();

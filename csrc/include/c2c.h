@@ -205,6 +205,10 @@ C2C_API int64_t c2c_merged_attention_workspace_cuda(const c2c_attention_params *
 C2C_API c2c_status c2c_merged_attention_cuda(const c2c_attention_params *params, void *workspace, void *stream);
 C2C_API int64_t c2c_project_kv_workspace_cuda(const c2c_project_params *params);
 C2C_API c2c_status c2c_project_kv_cuda(const c2c_project_params *params, void *workspace, void *stream);
+// Up to 32 states in fp16 or bf16, rows of up to 256 numbers.
+C2C_API c2c_status c2c_merge_states_cuda(const c2c_merge_params *params, void *stream);
+// Rows of up to 256 numbers in fp32, fp16 or bf16.
+C2C_API c2c_status c2c_quantize_cuda(const c2c_quantize_params *params, void *stream);
 // "" where kernels can run here, else why not: no driver, no device, a compute capability below 8.0.
 C2C_API const char *c2c_cuda_unavailable(void);
 // The last error of the CUDA runtime in this thread and the kernel that met it, as words.

@@ -40,7 +40,9 @@ def test_tests_then_bench_then_one_file(tmp_path):
     status, calls = run(tmp_path)
     assert status == 0
     tests, bench, results = calls
-    assert "pytest -q -m gpu" in tests and tests.endswith("tests/triton_backend tests/cuda_backend")
+    assert "pytest -q -m gpu" in tests and tests.endswith(
+        "tests/triton_backend tests/cuda_backend tests/test_flash_attn.py"
+    )
     assert "c2c_kernels.cli bench --device cuda --quick --json" in bench
     assert results.startswith("bench/gpu_results.py --tests")
     report = tests[tests.index("--junitxml") :].split()[1]

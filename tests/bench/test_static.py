@@ -11,7 +11,7 @@ from static_limits import HELD, NOT_REACHED, Limit, not_reached, problems, reach
 from static_page import page
 from static_records import Figures, Kernel
 
-KERNEL = Kernel("split_kernel", 8, 4, 128, 0, 4096, 16, 1000, 15.8, 0.99, 0.01, "wgmma", 10)
+KERNEL = Kernel("split_kernel", 8, 4, 128, 0, 4096, 16, 1000, 15.8, 0.99, 0.01, "wgmma", 10, 1.5)
 FIGURES = Figures("decode Model bfloat16", 80, kernels=(KERNEL,), bytes_over_least=1.04, flops_over_least=8.0)
 
 
@@ -20,7 +20,7 @@ FIGURES = Figures("decode Model bfloat16", 80, kernels=(KERNEL,), bytes_over_lea
     [
         ("bytes_over_least", 1.04, 1.03), ("flops_over_least", 8.0, 7.9), ("registers", 128, 127), ("spills", 0, -1),
         ("shared", 4096, 4095), ("bank_conflicts", 0.01, 0.005), ("launches", 1, 0), ("resident_warps", 16, 17),
-        ("sector_use", 0.99, 0.995), ("products", "wgmma", "mma"),
+        ("sector_use", 0.99, 0.995), ("products", "wgmma", "mma"), ("others", 1.5, 1.4),
     ],
 )  # fmt: skip
 def test_a_figure_that_is_worse_is_a_problem(figure, good, bad):
@@ -44,6 +44,25 @@ def test_the_last_line_that_matches_counts():
     assert reached([spilling], limits) == []
     assert not_reached([FIGURES], limits) == []
     assert [line.partition(" (")[0] for line in reached([FIGURES], limits)] == ["spills 40"]
+
+
+def test_a_line_may_be_of_one_backend():
+    cuda = replace(FIGURES, backend="cuda")
+    limits = [Limit("spills", 0), Limit("launches", 0, backend="cuda")]
+    assert problems([FIGURES], limits, whole=False) == []
+    assert len(problems([FIGURES, cuda], limits)) == 1
+    assert "matches no figure" in problems([FIGURES], limits)[0]
+
+
+def test_figures_of_cuda_stand_beside_tritons():
+    cuda = replace(FIGURES, backend="cuda", bytes_over_least=1.01, kernels=(replace(KERNEL, name="c2c_decode"),))
+    text = page([replace(FIGURES, kernels=(replace(KERNEL, others=0.0),)), cuda], [], "3.7")
+    calls = next(line for line in text.splitlines() if line.startswith("| decode Model bfloat16 |"))
+    assert calls == "| decode Model bfloat16 | split | 1.040 | 1.010 | 8.00 | 8.00 | all |"
+    kernels = [line for line in text.splitlines() if line.startswith("| decode Model bfloat16:")]
+    assert [line.rsplit("|", 2)[1].strip() for line in kernels] == ["–", "1.50"] and "c2c_decode" in kernels[1]
+    for figures in (FIGURES, cuda):
+        assert Figures.from_json(json.loads(json.dumps(figures.as_json()))) == figures
 
 
 def test_wrong_results_and_lines_that_match_nothing_are_problems():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,25 @@ def test_collections_are_made_once_and_again_where_damaged(made: list[str], cach
     assert made == ["handbook", "fortunes", "handbook"] and "is damaged" in capsys.readouterr().err
     assert main(["corpus", "--collection", "handbook", "--again"]) == 0
     assert len(made) == 4
+
+
+def test_what_was_left_out_is_said_when_it_is_made_and_whenever_it_is_listed(made: list[str], monkeypatch, capsys):
+    whole = corpus.build
+
+    def build(collection: corpus.Collection, folder: Path, update) -> corpus.Build:
+        found = replace(whole(collection, folder, update), left_out=("manual/a.3", "manual/b.3"))
+        record = json.loads(found.path.with_suffix(".json").read_text())
+        found.path.with_suffix(".json").write_text(json.dumps({**record, "left_out": found.left_out}))
+        return found
+
+    monkeypatch.setattr(corpus, "build", build)
+    assert main(["corpus", "--collection", "manual"]) == 0
+    came = capsys.readouterr()
+    assert "2 of the manual texts left out, whose conversion did not end in time: manual/a.3, manual/b.3" in came.err
+    assert "left out, not converted in time: manual/a.3, manual/b.3" in came.out
+    assert main(["corpus", "--collection", "manual", "--json"]) == 0
+    came = capsys.readouterr()
+    assert json.loads(came.out)[0]["left_out"] == ["manual/a.3", "manual/b.3"] and "left out" not in came.err
 
 
 def test_output_takes_one_split(made: list[str], tmp_path: Path):

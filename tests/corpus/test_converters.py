@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from c2c_kernels.corpus import CorpusError, fortunes, html, manual
+from c2c_kernels.corpus import COLLECTIONS, CorpusError, fortunes, html, manual
+from c2c_kernels.corpus.errors import UnfinishedError
 
 _PAGE = """<?xml version="1.0" encoding="UTF-8"?><html><head><title>no</title><script>no()</script></head><body>
 <div id="banner">no</div><ul class="docnav top"><li>no</li></ul>
@@ -77,6 +79,21 @@ def test_a_damaged_manual_page_is_named(tmp_path: Path):
     (tmp_path / "a.3.gz").write_bytes(gzip.compress(_MANUAL.encode())[:-9])
     with pytest.raises(CorpusError, match=r"a\.3\.gz cannot be unpacked"):
         manual.to_text(tmp_path / "a.3.gz")
+
+
+def test_a_manual_page_that_takes_too_long_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    groff = tmp_path / "bin" / "groff"
+    groff.parent.mkdir()
+    groff.write_text("#!/bin/sh\nif grep -q slow; then exec sleep 60; fi\nprintf 'head\\n       page\\nfoot\\n'\n")
+    groff.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{groff.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(manual, "_SECONDS", 1)
+    files = [tmp_path / name for name in ("a.3", "b.3", "c.3")]
+    for file, text in zip(files, ("quick", "slow", "quick"), strict=True):
+        file.write_text(text)
+    with pytest.raises(UnfinishedError, match=r"b\.3 within 1 seconds"):
+        manual.to_text(files[1])
+    assert list(COLLECTIONS["manual"].convert(files)) == [("a.3", "page"), ("b.3", None), ("c.3", "page")]
 
 
 def test_without_groff_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

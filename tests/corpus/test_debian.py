@@ -100,6 +100,18 @@ def test_the_same_package_gives_the_same_bytes(archive: Archive, tmp_path: Path)
     assert first == second
 
 
+def test_what_is_not_converted_in_time_is_left_out_and_on_record(archive: Archive, tmp_path: Path):
+    _handbook(archive)
+
+    def convert(files: list[Path]):
+        return ((name, None if name == "page7" else text) for name, text in _HANDBOOK.convert(files))
+
+    build = corpus.build(replace(_HANDBOOK, convert=convert), tmp_path)
+    assert {d.name for d in build.documents} == {f"handbook/page{i}" for i in range(12) if i != 7}
+    assert build.left_out == ("handbook/page7",)
+    assert corpus.open_build(_HANDBOOK, tmp_path) == build
+
+
 @pytest.mark.parametrize("damage", ["truncated", "edited", "record", "format", "missing"])
 def test_what_is_damaged_is_not_opened(archive: Archive, tmp_path: Path, damage: str):
     _handbook(archive)

@@ -56,6 +56,34 @@ def test_the_seed_and_the_split_decide_alone():
     assert corpus.made_up(30, seed=5, split="fit") != corpus.made_up(30, seed=6, split="fit")
 
 
+@pytest.mark.parametrize("split", ["fit", "held-out"])
+def test_what_is_to_be_recalled_is_a_fact_or_its_sentence(split: str):
+    found = corpus.recalled(600, seed=2, split=split)
+    assert found == corpus.recalled(900, seed=2, split=split)[:600] != corpus.recalled(600, seed=3, split=split)
+    assert sum(q.kind == "sentence" for q in found) == 200 and len({q.context for q in found}) == 200
+    for question in found:
+        assert f" {normal(question.context)} ".count(f" {normal(question.answer)} ") == 1
+        if question.kind == "sentence":
+            subject = question.question.rstrip("?.").split(" about " if split == "fit" else " mentions ")[1]
+            assert subject in question.answer and question.answer[-1] == "."
+    other = corpus.recalled(600, seed=2, split="held-out" if split == "fit" else "fit")
+    for part in ("answer", "question", "context"):
+        assert not {getattr(q, part) for q in found} & {getattr(q, part) for q in other}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"count": 0}, "count must be at least 1, got 0"),
+        ({"facts": 2}, "facts must be at least 3, got 2"),
+        ({"split": "test"}, "split must be one of fit, held-out, got 'test'"),
+    ],
+)
+def test_bad_numbers_to_recall_are_named(arguments: dict, message: str):
+    with pytest.raises(corpus.CorpusError, match=message):
+        corpus.recalled(**{"count": 3, "seed": 0, "split": "fit", **arguments})
+
+
 def test_other_text_stands_around_the_facts():
     for question in corpus.made_up(9, seed=0, split="fit", between=["Before or after."]):
         first, facts, last = question.context.split("\n\n")

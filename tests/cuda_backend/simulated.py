@@ -44,11 +44,6 @@ class Simulator(cuda_simulator.Simulator):
         def tell(launch: cuda.Launch) -> None:
             self.ran.append(Ran(launch, None))
 
-        def merged_attention(*call: Any) -> Any:
-            with cuda.executed_by(self.arch, tell):
-                cuda.merged_attention(*call)
-            return here(cuda.merged_attention(*there(call, torch.device(DEVICE))))
-
         def project_kv(*call: Any) -> None:
             with cuda.executed_by(self.arch, tell):
                 cuda.project_kv(*call)
@@ -57,7 +52,16 @@ class Simulator(cuda_simulator.Simulator):
             for out, copy in zip(call[3:5], copies[3:5], strict=True):
                 out.copy_(copy)
 
-        return SimpleNamespace(merged_attention=merged_attention, project_kv=project_kv, refusal=cuda.refusal)
+        def by_name(name: str) -> Any:
+            def run(*call: Any) -> Any:
+                with cuda.executed_by(self.arch, tell):
+                    getattr(cuda, name)(*call)
+                return here(getattr(cuda, name)(*there(call, torch.device(DEVICE))))
+
+            return run
+
+        returning = {name: by_name(name) for name in ("merged_attention", "merge_states", "quantize")}
+        return SimpleNamespace(**returning, project_kv=project_kv, refusal=cuda.refusal)
 
 
 def attend(call: dict, arch: int, **options: Any) -> tuple[tuple, Simulator]:

@@ -104,12 +104,20 @@ def test_segments_of_another_dtype():
 
 
 @built
-@pytest.mark.parametrize("operator", ["merge_states", "quantize_kv"])
-def test_operators_without_a_kernel(operator):
-    out = torch.randn(1, 2, 3, 16).to(BF16)
-    arguments = ([out], [torch.randn(1, 2, 3)]) if operator == "merge_states" else (out, out)
-    with chosen(), pytest.raises(ValueError, match=f"cuda: .*has no kernel for {operator}|driver|device"):
-        getattr(c2c, operator)(*arguments, backend="cuda")
+@pytest.mark.parametrize(
+    ("operator", "arguments", "message"),
+    [
+        ("merge_states", ([torch.zeros(1, 1, 1, 264).to(BF16)], [torch.zeros(1, 1, 1)]), "head_dim up to 256; got 264"),
+        ("merge_states", ([torch.zeros(1, 1, 1, 8).to(BF16)] * 33, [torch.zeros(1, 1, 1)] * 33), "32 states; got 33"),
+        ("quantize_kv", [torch.zeros(1, 1, 1, dim).to(BF16) for dim in (8, 264)], "head_dim up to 256; got 264"),
+        ("quantize_kv", [torch.zeros(1, 1, 1, 8)] * 2, "supports bfloat16, float16; got float32"),
+    ],
+)
+def test_rows_and_states_that_are_too_many(operator, arguments, message):
+    with chosen(), cuda.executed_by(80, lambda launch: None):
+        with pytest.raises(ValueError, match=f"cuda: .*{message}"):
+            getattr(c2c, operator)(*arguments, backend="cuda")
+        getattr(c2c, operator)(*arguments)
 
 
 @built

@@ -194,6 +194,14 @@ def test_what_is_frozen_stays_and_gates_move(models, tmp_path):
     assert again.facts["training"]["options"]["lr"] == OPTIONS.lr
 
 
+def test_a_second_run_tells_of_the_first(models):
+    first = train(models, examples=replace(EXAMPLES, questions=()))
+    second = train(models, first, replace(EXAMPLES, texts=()))
+    before, after = first.facts["training"], second.facts["training"]
+    assert set(after["texts"]) == {digest[:16] for digest in EXAMPLES.hashes} > set(before["texts"])
+    assert after["before"] == {name: value for name, value in before.items() if name != "texts"}
+
+
 def test_rates_and_temperatures():
     assert [rate(done, 0.25) for done in (0.0, 0.125, 0.25, 0.625, 1.0)] == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert rate(0.0, 0.0) == 1

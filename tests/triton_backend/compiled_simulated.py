@@ -76,6 +76,10 @@ PLANS = {
         Plan(SINGLE, 1, 1, 2, 40, 70, 32, 40, mask="additive", segments=[SegmentPlan(33, gate="head")]),
         ["prefill_kernel"],
     ),
+    "prefill_256_float32": (
+        Plan(SINGLE, 1, 1, 1, 33, 40, 200, 256, is_causal=True, segments=[SegmentPlan(17, gate="head")]),
+        ["prefill_kernel"],
+    ),
     "projected": (
         Plan(HALF, 1, 2, 2, 1, 40, 64, 64, segments=[SegmentPlan(33, 2, 24, 24, "dense", bias=True)]),
         ["project_kernel", "split_kernel", "combine_kernel"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_calls import CALLS
+from triton_calls import CALLS, decode_raw
 from triton_device import ON_GPU, there
 
 import c2c_kernels as c2c
@@ -68,6 +68,27 @@ def test_a_captured_call_follows_its_inputs(name):
     graph.replay()
     assert_same_bits(captured, call())
     assert not torch.equal(captured[0], before[0])
+
+
+def test_absorbed_decode_gives_the_same_bits_a_thousand_times():
+    """Its programs wait for each other: in a graph calls follow at once, and start in every order a device has."""
+    function, arguments, options = decode_raw(20_000)
+    arguments, options = there(arguments), there({**options, "strategy": "absorb", "backend": "triton"})
+
+    def call():
+        return function(*arguments, **options)
+
+    wanted = call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [call() for _ in range(20)]
+    for _ in range(50):
+        graph.replay()
+        for found in captured:
+            assert_same_bits(found, wanted)
+            for tensor in found:
+                tensor.fill_(float("nan"))
 
 
 @pytest.fixture

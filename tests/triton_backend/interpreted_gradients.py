@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import test_far_scores
 import test_gradients
 import torch
 from attention_cases import Plan, SegmentPlan, build
@@ -10,7 +11,7 @@ from error_rule import GRADIENT_ULPS, assert_as_exact
 from hypothesis import given, settings
 from plans import DTYPES, plans, seeds
 from torch_backward import operator_gradients
-from triton_device import DEVICE, absorbed_where_it_fits, examples, there
+from triton_device import DEVICE, absorbed_where_it_fits, examples, here, there
 
 import c2c_kernels as c2c
 
@@ -50,6 +51,16 @@ def test_gradients_are_the_same_bits_on_every_run():
     first, second = (operator_gradients(there(call), wanted, "triton") for _ in range(2))
     for name, gradient in first.items():
         assert torch.equal(gradient, second[name]), name
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("q_len", [2, 37])
+def test_rows_that_a_finite_mask_hides(q_len, low, sinks):
+    def ours(call, attn_mask):
+        return here(test_far_scores.gradients(there(call), "triton", attn_mask=there(attn_mask)))
+
+    test_far_scores.check_hidden_rows(q_len, low, sinks, ours)
 
 
 def test_gradient_of_a_closed_gate():

@@ -15,6 +15,7 @@ from ...segment import Rope, SegmentTensors
 from .. import cost, native
 from . import attention, fusing, gradients, projection, quantise, scatter, states, tiles_table
 from .scatter import spread as spread
+from .softmax import LOG2E, LOWEST
 from .supported import LARGEST_DIM, LARGEST_ROW, check_dims, check_dtype
 
 
@@ -117,14 +118,15 @@ def merged_attention_backward(
             softcap, sinks, False, True, torch.float32,
         )  # fmt: skip
     delta = native.score_delta(grad_out, grad_lse, grad_mass, exact, mass, 1 + len(segments))
-    grad_query, found = gradients.gradients(
+    grad_query, found, (base, rest) = gradients.gradients(
         grad_out, lse, delta, query, key, value, direct, native.gate_needs(segments, needs), attn_mask, is_causal,
-        query_positions, lengths, scale, window, segment_window, softcap,
+        query_positions, lengths, scale, window, segment_window, softcap, sinks,
     )  # fmt: skip
     grad_sinks = None
     if sinks is not None:
-        empty = lse == -torch.inf
-        share = torch.exp(sinks.float()[None, :, None] - lse.masked_fill(empty, torch.inf))
+        held = sinks.float()
+        held = torch.where(held > -torch.inf, (held * LOG2E.value).clamp_min(LOWEST.value), held)
+        share = torch.exp2((held[None, :, None] - base) - rest)
         grad_sinks = -(share * native.sink_delta(delta, grad_mass)).sum((0, 2))
     own, *rest = found
     return native.in_order(

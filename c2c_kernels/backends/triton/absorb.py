@@ -4,8 +4,11 @@ A score is q . (Wk x + bk) = (Wk^T q) . x + q . bk and an output Wv (sum w y) + 
 `split_kernel` fold the queries through Wk; those of raw tokens wait for them, then attend with all query heads in one
 tile. What they have found goes through Wv where it is combined, once for all rows of a KV head.
 
-Programs start in the order of their numbers, and those that fold wait for nobody. A program that has folded leaves the
-call's own number, random 64 bits, in its mark; the marks need no other value before, and `combine_kernel` clears them.
+Each piece of folding has a mark, in which a program that takes it on leaves the call's own number (random, 64 bits,
+even) and, once it has folded, that number + 1. With anything else in its mark a piece is free to be taken. A program of
+raw tokens takes on what it finds free before it waits, so it waits only for programs that run and wait for nobody:
+nothing can block, in whatever order a device starts programs. `combine_kernel` clears the marks for the next run of a
+CUDA graph.
 """
 
 from typing import NamedTuple
@@ -85,7 +88,7 @@ def store_folded(absorbed, row, columns, inside, values, WIDTH: tl.constexpr, EX
 
 @triton.jit
 def folds_of(kv_heads, WIDTH: tl.constexpr, FOLDINGS: tl.constexpr, NUMBER: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Programs of a batch row that fold the queries of a segment, BLOCK_M rows of each KV head."""
+    """Pieces of the folding of a batch row's queries for a segment, BLOCK_M rows of each KV head."""
     block_f: tl.constexpr = FOLDINGS[FOLDING * NUMBER]
     block_w: tl.constexpr = FOLDINGS[FOLDING * NUMBER + 1]
     of_head: tl.constexpr = BLOCK_M // block_f * ((WIDTH + block_w - 1) // block_w)
@@ -93,12 +96,18 @@ def folds_of(kv_heads, WIDTH: tl.constexpr, FOLDINGS: tl.constexpr, NUMBER: tl.c
 
 
 @triton.jit
+def raw_programs_of(run, q_len, q_heads, FOLDINGS: tl.constexpr, NUMBER: tl.constexpr, SPLIT: tl.constexpr):
+    """Programs of a batch row that take a segment's raw tokens: splits x tiles of rows of all heads."""
+    return tl.cdiv(told(run.length), SPLIT) * tl.cdiv(q_len * q_heads, FOLDINGS[FOLDING * NUMBER + 4])
+
+
+@triton.jit
 def fold(
-    absorbed, query, query_b, query_h, query_t, call, batch_row, number, kv_heads, q_len, GROUP: tl.constexpr,
+    absorbed, query, query_b, query_h, query_t, mark, call, batch_row, number, kv_heads, q_len, GROUP: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, FOLDINGS: tl.constexpr, NUMBER: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program `number` folds Folding.rows rows of one KV head through Folding.columns columns of its projector."""
+    """Piece `number`: Folding.rows rows of one KV head through Folding.columns columns of its projector."""
     block_f: tl.constexpr = FOLDINGS[FOLDING * NUMBER]
     block_w: tl.constexpr = FOLDINGS[FOLDING * NUMBER + 1]
     tiles: tl.constexpr = (WIDTH + block_w - 1) // block_w
@@ -122,40 +131,80 @@ def fold(
         at = absorbed.key_bias + head64 * absorbed.key_bias_h + dims
         b = tl.load(at, mask=dims < DIM, other=0.0).to(tl.float32)
         shared_store(absorbed.shift + row, tl.sum(q.to(tl.float32) * b[None, :], 1), inside & (tile == 0), exchange)
-    tl.debug_barrier()
-    mark = absorbed.marks + batch_row.to(tl.int64) * folds_of(kv_heads, WIDTH, FOLDINGS, NUMBER, BLOCK_M) + number
-    tl.atomic_xchg(mark, call, sem="release")
+    tl.debug_barrier()  # all of it is stored before the mark says so
+    tl.atomic_xchg(mark, call + 1, sem="release")
+
+
+@triton.jit
+def taken_on(mark, call):
+    """Whether the piece of that mark was free and is now this program's."""
+    found = tl.atomic_add(mark, 0, sem="relaxed")
+    free = (found != call) & (found != call + 1)
+    if free:
+        free = tl.atomic_cas(mark, found, call, sem="relaxed") == found  # only who takes it on changes a free one
+    return free
+
+
+@triton.jit
+def marks_of(absorbed, batch_row, count, FOLDINGS: tl.constexpr, NUMBER: tl.constexpr):
+    """The marks of a batch row's pieces, and which of a block's places have one."""
+    numbers = tl.arange(0, FOLDINGS[FOLDING * NUMBER + 3])
+    at, inside = absorbed.marks + batch_row.to(tl.int64) * count + numbers, numbers < count
+    return tl.atomic_add(at, tl.zeros_like(numbers).to(tl.int64), mask=inside, sem="acquire"), inside
 
 
 @triton.jit
 def fold_queries(
-    absorbed, query, query_b, query_h, query_t, call, batch_row, program, kv_heads, q_len, RUNS: tl.constexpr,
-    RAWS: tl.constexpr, FOLDINGS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    absorbed, runs, query, query_b, query_h, query_t, call, batch_row, program, raw_program, kv_heads, q_len,
+    RUNS: tl.constexpr, RAWS: tl.constexpr, FOLDINGS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program `program` of those that fold, over all absorbed segments."""
-    first = 0
+    """Program `program` of those that fold takes on its own piece, one of raw tokens (from 0 on) all that are free."""
+    first, first_raw = 0, 0
     for number in tl.static_range(RUNS):
         if absorbed[number] is not None:
-            its_folds = folds_of(kv_heads, RAWS[4 * number + 1], FOLDINGS, number, BLOCK_M)
-            if (program >= first) & (program < first + its_folds):
-                fold(
-                    absorbed[number], query, query_b, query_h, query_t, call, batch_row, program - first, kv_heads,
-                    q_len, GROUP, DIM, RAWS[4 * number + 1], FOLDINGS, number, BLOCK_M, BLOCK_D, PRECISION,
-                )  # fmt: skip
-            first += its_folds
+            count = folds_of(kv_heads, RAWS[4 * number + 1], FOLDINGS, number, BLOCK_M)
+            its_programs = raw_programs_of(runs[number], q_len, kv_heads * GROUP, FOLDINGS, number, SPLITS[number])
+            low = tl.minimum(tl.maximum(program - first, 0), count)
+            high = tl.where(program < first, low, tl.minimum(low + 1, count))
+            # Float32 products of wide heads take no tensor cores, and spill in a loop: there a piece is left to its own
+            # program, and those of raw tokens rely on a device that starts programs in the order of their numbers.
+            SINGLE: tl.constexpr = query.dtype.element_ty == tl.float32 or FOLDINGS[FOLDING * number + 2] != 0
+            ALONE: tl.constexpr = SINGLE and PRECISION == "ieee" and BLOCK_D > 128
+            if ALONE:
+                if (raw_program < 0) & (low < high):
+                    mark = absorbed[number].marks + batch_row.to(tl.int64) * count + low
+                    fold(
+                        absorbed[number], query, query_b, query_h, query_t, mark, call, batch_row, low, kv_heads, q_len,
+                        GROUP, DIM, RAWS[4 * number + 1], FOLDINGS, number, BLOCK_M, BLOCK_D, PRECISION,
+                    )  # fmt: skip
+                high = low
+            elif raw_program >= 0:
+                low, high = tl.zeros_like(low), tl.zeros_like(high)
+                if (raw_program >= first_raw) & (raw_program < first_raw + its_programs):
+                    found, inside = marks_of(absorbed[number], batch_row, count, FOLDINGS, number)
+                    free = inside & (found != call) & (found != call + 1)
+                    high = tl.where(tl.max(free.to(tl.int32), 0) != 0, count, high)
+            if not ALONE:
+                for piece_number in range(low, high):
+                    piece = piece_number + tl.zeros((), tl.int32)
+                    mark = absorbed[number].marks + batch_row.to(tl.int64) * count + piece
+                    if taken_on(mark, call):
+                        fold(
+                            absorbed[number], query, query_b, query_h, query_t, mark, call, batch_row, piece, kv_heads,
+                            q_len, GROUP, DIM, RAWS[4 * number + 1], FOLDINGS, number, BLOCK_M, BLOCK_D, PRECISION,
+                        )  # fmt: skip
+            first += count
+            first_raw += its_programs
 
 
 @triton.jit
 def await_folds(absorbed, call, batch_row, count, FOLDINGS: tl.constexpr, NUMBER: tl.constexpr):
-    """Returns when all of the batch row's queries are folded."""
-    block: tl.constexpr = FOLDINGS[FOLDING * NUMBER + 3]
-    numbers = tl.arange(0, block)
-    at, inside = absorbed.marks + batch_row.to(tl.int64) * count + numbers, numbers < count
+    """Returns when all of the batch row's queries are folded, which other programs have taken on."""
     missing = count
     while missing > 0:
-        seen = tl.atomic_add(at, tl.zeros((block,), tl.int64), mask=inside, sem="acquire")
-        missing = tl.sum((inside & (seen != call)).to(tl.int32), 0)
+        found, inside = marks_of(absorbed, batch_row, count, FOLDINGS, NUMBER)
+        missing = tl.sum((inside & (found != call + 1)).to(tl.int32), 0)
     tl.debug_barrier()
 
 
@@ -247,7 +296,7 @@ def absorbed_splits(
     for number in tl.static_range(RUNS):
         if absorbed[number] is not None:
             its_splits = tl.cdiv(told(runs[number].length), SPLITS[number])
-            its_programs = its_splits * tl.cdiv(q_len * kv_heads * GROUP, FOLDINGS[FOLDING * number + 4])
+            its_programs = raw_programs_of(runs[number], q_len, kv_heads * GROUP, FOLDINGS, number, SPLITS[number])
             if (program >= first) & (program < first + its_programs):
                 absorbed_split(
                     absorbed[number], runs[number], states, query_positions, query_positions_b, query_positions_t,

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from .kinds import CAUSAL_AT, GATE_AT, KEY_E4M3_AT, MASK_AT, POSITIONS_AT, VALUE_E4M3_AT, WIDE_AT, WINDOW_AT
-from .softmax import LOG2E, LOWEST, capped, update
-from .tiles import decoded, dot, factors, from_codes, load_tile, product, step, stride, told
+from .softmax import capped, in_base_2, update
+from .tiles import decoded, dot, factors, from_codes, load_rows, load_tile, product, step, stride, told
 
 
 @triton.jit
@@ -61,9 +61,7 @@ def seen(
         if MASK == 1:
             logits = tl.where(mask != 0, logits, -float("inf"))
         else:
-            mask = mask.to(tl.float32)
-            added = mask * LOG2E
-            logits += tl.where(mask > -float("inf"), tl.maximum(added, LOWEST), added)  # finfo.min stays finite
+            logits += in_base_2(mask.to(tl.float32))
     if MASKED:
         logits = tl.where(inside[None, :], logits, -float("inf"))
     if POSITIONS == 2:  # a segment's own positions, in any order
@@ -135,6 +133,57 @@ def scores_by_head(
 
 
 @triton.jit
+def queries_of(base, offsets, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """Factors of a tile of queries; of wide heads in float32 three of one half of dims, then three of the other: fewer
+    registers at once."""
+    if PRECISION != "bf16x6" or BLOCK_D <= 128 or base.dtype.element_ty != tl.float32:
+        return factors(load_rows(base, offsets, inside, tl.arange(0, BLOCK_D), DIM, BLOCK_D, True), PRECISION)
+    else:
+        half: tl.constexpr = BLOCK_D // 2
+        dims = tl.arange(0, half)
+        low = load_rows(base, offsets, inside, dims, DIM, half, True)
+        high = load_rows(base, offsets, inside, dims + half, DIM, half, True)
+        return factors(low, PRECISION) + factors(high, PRECISION)
+
+
+@triton.jit
+def scores_by_half(
+    q, key, offsets, stored, zero, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, EDGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of queries in halves of their dims. key + offsets (tokens, 1): where tokens start."""
+    parts: tl.constexpr = len(q) // 2
+    half: tl.constexpr = BLOCK_D // 2
+    scores = zero
+    for part in tl.static_range(2):
+        dims = part * half + tl.arange(0, half)
+        k = load_tile(key + offsets + dims[None, :], stored, dims, DIM, half, EDGES)
+        k = decoded(k, KIND // KEY_E4M3_AT % 4, tl.float32)
+        its_q = q[:parts] if part == 0 else q[parts:]
+        scores = product(its_q, tl.trans(k), scores, PRECISION)
+    return scores
+
+
+@triton.jit
+def load_values(
+    value, value_n, run, batch_row, start, end, value_dims, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr, EDGES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Values of BLOCK_N tokens from `start` on; with two PARTS those of even tokens and those of odd ones."""
+    found = ()
+    for part in tl.static_range(PARTS):
+        cols = tl.arange(0, BLOCK_N // PARTS) * PARTS + part
+        if run.selected is None:
+            start64 = start + tl.zeros((), tl.int64)
+            pointers, inside = value + start64 * value_n + (cols * value_n)[:, None], start + cols < end
+        else:
+            rows, inside = stored_rows(run, batch_row, start + cols, start + cols < end)
+            pointers = value + (rows * value_n)[:, None]
+        found = found + (load_tile(pointers, inside, value_dims, VALUE_DIM, BLOCK_V, EDGES),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
 def attend(
     q, m, l, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, first, last, end, scale, softcap,
     window, shift, KIND: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
@@ -146,7 +195,8 @@ def attend(
     q: `factors` of (BLOCK_M, BLOCK_D). m, l: (BLOCK_M,) float32. acc: (BLOCK_M, BLOCK_V) float32. MASKED: a tile may
     hold tokens that some row does not see. KEY_RAW, VALUE_RAW: of an absorbed segment, whose tokens are read as they
     are, all sharer heads of this dim at once; then q is absorbed, and `shift` (BLOCK_M,), its product with the key
-    bias, is added to products (None: nothing). Otherwise 0. q may then be a tuple of sharer heads.
+    key bias, is added to products (None: nothing). Otherwise 0. q may then be a tuple of sharer heads. In prefill it
+    may be the factors of the first half of dims, then those of the other (`queries_of`).
     """
     GATE: tl.constexpr = KIND // GATE_AT % 4
     KEY_E4M3: tl.constexpr = KIND // KEY_E4M3_AT % 4
@@ -154,12 +204,18 @@ def attend(
     WIDE: tl.constexpr = KIND // WIDE_AT % 4
     EDGES: tl.constexpr = MASKED or run.selected is not None
     BY_HEAD: tl.constexpr = KEY_RAW != 0 and q[0].shape[1] != BLOCK_D
-    SINGLE: tl.constexpr = (len(q) == 3 and not BY_HEAD) or q[0].dtype == tl.float32  # queries in float32
+    HALVES: tl.constexpr = KEY_RAW == 0 and q[0].shape[1] != BLOCK_D
+    LATE: tl.constexpr = HALVES or WIDE != 0  # values are loaded when keys are done with
+    SINGLE: tl.constexpr = (len(q) >= 3 and not BY_HEAD) or q[0].dtype == tl.float32  # queries in float32
     # What of a wider dtype than 16-bit queries is read in two parts: 2^-16, in the own cache's tiles of rows.
     MODE: tl.constexpr = PRECISION if SINGLE else "bf16x3" if WIDE else "ieee"
     dtype: tl.constexpr = tl.float32 if WIDE or SINGLE else q[0].dtype
     if WIDE and not SINGLE:
         q = factors(q[0], MODE)
+    # Weights of even and of odd tokens are two factors: a thread holds both, and stores of every second one meet no
+    # other thread's bank on their way to where products take float32 factors from; stores of pairs do (Ampere's mma).
+    SCALED: tl.constexpr = VALUE_RAW != 0 and run.value_scale is not None
+    PARTS: tl.constexpr = 2 if MODE == "tf32x3" and BLOCK_N >= 32 and not SCALED else 1
     cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     batch64, head64 = batch_row.to(tl.int64), kv_head.to(tl.int64)
     key_columns = columns_of(dims, KEY_RAW, stride(run.key_h, KIND))[None, :]
@@ -168,7 +224,9 @@ def attend(
         key_columns = tl.max_contiguous(key_columns, (1, 8))
     if VALUE_RAW != 0 and run.value_scale is not None:
         value_columns = tl.max_contiguous(value_columns, (1, 8))
-    key = run.key + batch64 * stride(run.key_b, KIND) + head64 * stride(run.key_h, KIND) + key_columns
+    key = run.key + batch64 * stride(run.key_b, KIND) + head64 * stride(run.key_h, KIND)
+    if not HALVES:
+        key += key_columns
     value = run.value + batch64 * stride(run.value_b, KIND) + head64 * stride(run.value_h, KIND) + value_columns
     key_n, value_n = step(run.key_n, KIND), step(run.value_n, KIND)
     if GATE == 1:
@@ -178,22 +236,23 @@ def attend(
         inside = tokens < end
         if run.selected is None:
             start64 = start + tl.zeros((), tl.int64)
-            if not BY_HEAD:
+            if not BY_HEAD and not HALVES:
                 k = load_tile(key + start64 * key_n + (cols * key_n)[:, None], inside, dims, DIM, BLOCK_D, EDGES)
-            v = load_tile(
-                value + start64 * value_n + (cols * value_n)[:, None], inside, value_dims, VALUE_DIM, BLOCK_V,
-                EDGES,
-            )  # fmt: skip
             rows, stored = tokens.to(tl.int64), inside
         else:
             rows, stored = stored_rows(run, batch_row, tokens, inside)
-            if not BY_HEAD:
+            if not BY_HEAD and not HALVES:
                 k = load_tile(key + (rows * key_n)[:, None], stored, dims, DIM, BLOCK_D, EDGES)
-            v = load_tile(value + (rows * value_n)[:, None], stored, value_dims, VALUE_DIM, BLOCK_V, EDGES)
+        if not LATE:
+            v = load_values(
+                value, value_n, run, batch_row, start, end, value_dims, VALUE_DIM, BLOCK_N, BLOCK_V, EDGES, PARTS
+            )
         zero = tl.zeros((acc.shape[0], BLOCK_N), tl.float32)
         if BY_HEAD:
             heads_of_row = run.key + batch64 * stride(run.key_b, KIND)
             scores = scores_by_head(q, run, heads_of_row, key_n, batch64, rows, stored, zero, KIND, KEY_RAW, MODE)
+        elif HALVES:
+            scores = scores_by_half(q, key, (rows * key_n)[:, None], stored, zero, KIND, DIM, BLOCK_D, EDGES, MODE)
         else:
             if KEY_RAW != 0 and run.key_scale is not None:
                 scales = run.key_scale + batch64 * run.key_scale_b
@@ -217,21 +276,32 @@ def attend(
             logits, run, batch_row, heads, queries, row_inside, positions, tokens, inside, window, KIND, MASKED
         )
         m, l, weights, factor = update(m, l, logits)
-        if VALUE_RAW != 0 and run.value_scale is not None:
+        if LATE:
+            v = load_values(
+                value, value_n, run, batch_row, start, end, value_dims, VALUE_DIM, BLOCK_N, BLOCK_V, EDGES, PARTS
+            )
+        if SCALED:
             scales = run.value_scale + batch64 * run.value_scale_b
-            v = scaled(
-                decoded(v, VALUE_E4M3, tl.float32), scales, run.value_scale_h, run.value_scale_n, rows, stored,
+            its_v = scaled(
+                decoded(v[0], VALUE_E4M3, tl.float32), scales, run.value_scale_h, run.value_scale_n, rows, stored,
                 value_dims, VALUE_RAW, VALUE_DIM,
             )  # fmt: skip
-            v = from_codes(v.to(dtype))
+            factors_v = (from_codes(its_v.to(dtype)),)
+        elif PARTS == 1:
+            factors_v = (decoded(v[0], VALUE_E4M3, dtype),)
         else:
-            v = decoded(v, VALUE_E4M3, dtype)
+            factors_v = decoded(v[0], VALUE_E4M3, dtype), decoded(v[1], VALUE_E4M3, dtype)  # type: ignore[assignment]
         if VALUE_RAW == 0 and run.value_scale is not None:
             scales = run.value_scale + batch64 * run.value_scale_b + head64 * run.value_scale_h
             value_scale = tl.load(scales + rows * run.value_scale_n, mask=stored, other=0.0).to(tl.float32)
             if dtype == tl.float16:  # a weight times a scale may be below the smallest float16, 6e-8
-                v = (v.to(tl.float32) * value_scale[:, None]).to(dtype)
+                factors_v = ((factors_v[0].to(tl.float32) * value_scale[:, None]).to(dtype),)
             else:
                 weights *= value_scale[None, :]
-        acc = dot(weights.to(dtype), v, acc * factor[:, None], MODE)
+        acc *= factor[:, None]
+        if PARTS == 1:
+            acc = dot(weights.to(dtype), factors_v[0], acc, MODE)
+        else:
+            even, odd = tl.split(tl.reshape(weights, (weights.shape[0], BLOCK_N // 2, 2)))
+            acc = dot(odd, factors_v[1], dot(even, factors_v[0], acc, MODE), MODE)
     return m, l, acc

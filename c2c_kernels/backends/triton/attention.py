@@ -146,7 +146,7 @@ def _decode(
     programs = folds + kv_heads * splits + raw_programs
     names = {
         "TOKENS": tuple(tokens), "STAGES": tile.stages, "folds": folds, "programs": programs,
-        "call": secrets.randbits(62) | 1 << 62 if folds else 0,
+        "call": secrets.randbits(61) << 1 | 1 << 62 if folds else 0,
     }  # fmt: skip
     run(Launch(split_kernel, batch * programs, common | shared | names, tile.warps, tile.stages), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")

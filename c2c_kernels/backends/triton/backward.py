@@ -1,45 +1,40 @@
 """Gradients of `merged_attention` in receiver space: two launches, no atomics, the same bits on every run.
 
-Weights are recomputed as exp2(logit - lse); a score's gradient is weight * (grad_out . value - delta), with delta the
-row's sum of the same over all tokens, less what the loss takes from the run's mass. In float32 throughout, products of
-16-bit factors on tensor cores.
+Weights are exp2(logit - base - rest), see `normaliser`; a score's gradient is weight * (grad_out . value - delta), with
+delta the row's sum of the same over all tokens, less what the loss takes from the run's mass. In float32
+throughout, products of 16-bit factors on tensor cores.
 """
 
 import triton
 import triton.language as tl
 
-from .attend import gate_of_rows, log_gate, seen
 from .kinds import CAUSAL_AT, GATE_AT, WIDE_AT, WINDOW_AT
-from .prefill import own_range
-from .softmax import LOG2E, capped, tanh
+from .normaliser import is_far, log_gates, logits_of, normaliser, range_of
+from .softmax import LOG2E, tanh
 from .tiles import dot, length_of, load_rows, positions_of, step, stride, told
 
 
 @triton.jit
 def score_gradients(
-    q, g, k, v, lse, delta, run, batch_row, heads, queries, row_inside, positions, tokens, inside, scale, softcap,
-    window, KIND: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    q, g, k, v, base, rest, delta, run, batch_row, heads, queries, row_inside, positions, tokens, inside, scale,
+    softcap, window, KIND: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of one tile (rows, tokens): weights, gradients of the raw products q . k, and the share of a gate's gradient.
 
-    lse: (rows,) in base 2, +inf for rows that saw nothing. delta: (rows,).
+    base, rest: (rows,), the former +inf for rows that saw nothing. delta: (rows,).
     """
     GATE: tl.constexpr = KIND // GATE_AT % 4
-    zero = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
-    scores = dot(q, tl.trans(k), zero, PRECISION)
-    logits = capped(scores, scale, softcap, SOFTCAP)
-    logits = seen(logits, run, batch_row, heads, queries, row_inside, positions, tokens, inside, window, KIND, MASKED)
-    logits = tl.where(row_inside[:, None], logits, -float("inf")) - lse[:, None]
-    along = dot(g, tl.trans(v), zero, PRECISION) - delta[:, None]
+    scores, logits = logits_of(
+        q, k, run, batch_row, heads, queries, row_inside, positions, tokens, inside, scale, softcap, window, KIND,
+        MASKED, SOFTCAP, PRECISION,
+    )  # fmt: skip
+    logits = (logits - base[:, None]) - rest[:, None]
+    along = dot(g, tl.trans(v), tl.zeros((q.shape[0], k.shape[0]), tl.float32), PRECISION) - delta[:, None]
     if GATE == 0:
         weights = tl.exp2(logits)
         for_gate = weights
     else:
-        if GATE == 1:
-            gate = gate_of_rows(run, batch_row, heads, row_inside, GATE)[:, None]
-        else:
-            gate = log_gate(run, batch_row, heads, row_inside, tokens, inside, GATE)
-        weights = tl.exp2(logits + gate)
+        weights = tl.exp2(logits + log_gates(run, batch_row, heads, row_inside, tokens, inside, KIND))
         # A closed token's derivative by its gate is exp(score - lse) (...), which overflows beyond this.
         for_gate = tl.exp2(tl.minimum(logits, 80.0 * LOG2E)) * along
     change = weights * along
@@ -51,15 +46,18 @@ def score_gradients(
     return weights, change, for_gate
 
 
-@triton.jit(do_not_specialize=["q_len", "own_length"])
+@triton.jit(do_not_specialize=["row_count", "q_len", "own_length"])
 def query_gradient_kernel(
     query, query_b, query_h, query_t,  # (batch, q_heads, q_len, DIM)
     grad_out, grad_out_b, grad_out_h, grad_out_t,  # (batch, q_heads, q_len, VALUE_DIM)
     lse,  # (batch, q_heads, q_len) float32, contiguous
     delta,  # (batch, q_heads, q_len, RUNS) float32, contiguous
+    bases,  # (2, batch, q_heads, q_len) float32, contiguous: base and rest, which this kernel writes
+    sinks, sinks_h,  # (q_heads,), nullable
     grad_query,  # (batch, q_heads, q_len, DIM) float32, contiguous
     query_positions, query_positions_b, query_positions_t,  # (batch, q_len), nullable
     runs,  # RUNS x arguments.Run
+    row_count,  # batch * q_heads * q_len
     kv_heads, q_len, own_length, scale, softcap, window, segment_window,
     RUNS: tl.constexpr, KINDS: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -85,23 +83,29 @@ def query_gradient_kernel(
     row_offsets = heads.to(tl.int64) * grad_out_h + queries.to(tl.int64) * grad_out_t
     g = load_rows(grad_out + batch64 * grad_out_b, row_offsets, row_inside, value_dims, VALUE_DIM, BLOCK_V, True)
     row = (batch64 * kv_heads * GROUP + heads) * q_len + queries
-    found = tl.load(lse + row, mask=row_inside, other=float("inf"))
-    found = tl.where(found == -float("inf"), float("inf"), found) * LOG2E
-    grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     first_query = tile * BLOCK_M // GROUP
     last_query = (tl.minimum(tile * BLOCK_M + BLOCK_M, q_len * GROUP) - 1) // GROUP
+    found = tl.load(lse + row, mask=row_inside, other=float("inf"))
+    base, rest = tl.where(found == -float("inf"), float("inf"), found) * LOG2E, tl.zeros((BLOCK_M,), tl.float32)
+    far = is_far(found)
+    if tl.max(far.to(tl.int32), 0) != 0:
+        its_base, its_rest = normaliser(
+            q, runs, sinks, sinks_h, batch_row, kv_head, heads, queries, row_inside, own_positions, positions,
+            first_query, last_query, own_end, q_len, scale, softcap, window, segment_window, RUNS, KINDS, SOFTCAP, DIM,
+            BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        base, rest = tl.where(far, its_base, base), tl.where(far, its_rest, rest)
+    tl.store(bases + row, base, mask=row_inside)
+    tl.store(bases + row + row_count, rest, mask=row_inside)
+    grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for number in tl.static_range(RUNS):
         run = runs[number]
         its_q, its_g = (q.to(tl.float32), g.to(tl.float32)) if (KINDS[number] // WIDE_AT % 4) else (q, g.to(q.dtype))
         its_delta = tl.load(delta + row * RUNS + number, mask=row_inside, other=0.0)
-        if number == 0:
-            low, _full_low, _full_high, high = own_range(
-                own_end, q_len, first_query, last_query, window, KINDS[number], BLOCK_N
-            )
-            end, its_positions, its_window = own_end, own_positions, window
-        else:
-            end = length_of(run.lengths, batch_row, told(run.length))
-            low, high, its_positions, its_window = 0, end, positions, segment_window
+        low, high, end, its_positions, its_window = range_of(
+            run, batch_row, own_end, q_len, first_query, last_query, own_positions, positions, window, segment_window,
+            KINDS[number], number == 0, BLOCK_N,
+        )  # fmt: skip
         key = run.key + batch64 * stride(run.key_b, KINDS[number]) + head64 * stride(run.key_h, KINDS[number])
         value = run.value + batch64 * stride(run.value_b, KINDS[number]) + head64 * stride(run.value_h, KINDS[number])
         key_n, value_n = step(run.key_n, KINDS[number]), step(run.value_n, KINDS[number])
@@ -112,7 +116,7 @@ def query_gradient_kernel(
             k = load_rows(key + start64 * key_n, cols * key_n, inside, dims, DIM, BLOCK_D, True).to(its_q.dtype)
             v = load_rows(value + start64 * value_n, cols * value_n, inside, value_dims, VALUE_DIM, BLOCK_V, True)
             _weights, change, _gate = score_gradients(
-                its_q, its_g, k, v.to(its_q.dtype), found, its_delta, run, batch_row, heads, queries, row_inside,
+                its_q, its_g, k, v.to(its_q.dtype), base, rest, its_delta, run, batch_row, heads, queries, row_inside,
                 its_positions, tokens, inside, scale, softcap, its_window, KINDS[number], True, SOFTCAP, PRECISION,
             )  # fmt: skip
             grad = dot(change.to(k.dtype), k, grad, PRECISION)
@@ -134,16 +138,16 @@ def first_query_that_sees(own_end, q_len, first, last, window, KIND: tl.constexp
     return low, high
 
 
-@triton.jit(do_not_specialize=["q_len", "own_length", "tiles"])
+@triton.jit(do_not_specialize=["row_count", "q_len", "own_length", "tiles"])
 def token_gradient_kernel(
     query, query_b, query_h, query_t,  # as above
     grad_out, grad_out_b, grad_out_h, grad_out_t,
-    lse, delta,
+    delta, bases,
     query_positions, query_positions_b, query_positions_t,
     runs,  # RUNS x arguments.Run
     grads,  # RUNS x (key, value, gate): (batch, kv_heads, length, DIM or VALUE_DIM), (batch, q_heads, length) nullable;
     # float32, contiguous
-    kv_heads, q_len, own_length, tiles, scale, softcap, window, segment_window,
+    row_count, kv_heads, q_len, own_length, tiles, scale, softcap, window, segment_window,
     RUNS: tl.constexpr, KINDS: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -196,8 +200,8 @@ def token_gradient_kernel(
                     g = load_rows(
                         at, queries.to(tl.int64) * grad_out_t, row_inside, value_dims, VALUE_DIM, BLOCK_V, True
                     ).to(dtype)
-                    found = tl.load(lse + row_head + queries, mask=row_inside, other=float("inf"))
-                    found = tl.where(found == -float("inf"), float("inf"), found) * LOG2E
+                    base = tl.load(bases + row_head + queries, mask=row_inside, other=float("inf"))
+                    rest = tl.load(bases + row_count + row_head + queries, mask=row_inside, other=0.0)
                     its_delta = tl.load(delta + (row_head + queries) * RUNS + number, mask=row_inside, other=0.0)
                     if number == 0:
                         positions = own_end - q_len + queries
@@ -213,8 +217,8 @@ def token_gradient_kernel(
                             q_len,
                         )
                     weights, change, for_gate = score_gradients(
-                        q, g, k, v, found, its_delta, run, batch_row, heads, queries, row_inside, positions, tokens,
-                        inside, scale, softcap, its_window, KINDS[number], True, SOFTCAP, PRECISION,
+                        q, g, k, v, base, rest, its_delta, run, batch_row, heads, queries, row_inside, positions,
+                        tokens, inside, scale, softcap, its_window, KINDS[number], True, SOFTCAP, PRECISION,
                     )  # fmt: skip
                     grad_v = dot(tl.trans(weights.to(dtype)), g, grad_v, PRECISION)
                     grad_k = dot(tl.trans(change.to(dtype)), q, grad_k, PRECISION)

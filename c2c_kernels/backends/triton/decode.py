@@ -23,7 +23,7 @@ def split_kernel(
     query_positions, query_positions_b, query_positions_t,  # (batch, q_len), nullable
     runs,  # RUNS x arguments.Run, the own cache first
     absorbed,  # RUNS x absorb.Absorbed, None for runs in receiver space
-    call,  # a number of the call's own, 64 bits
+    call,  # a number of the call's own, 64 bits, even
     kv_heads, q_len, own_length, splits, raw_splits, folds, programs, scale, softcap, window, segment_window,
     RUNS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr, FOLDINGS: tl.constexpr, GROUP: tl.constexpr,
     SOFTCAP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -46,12 +46,12 @@ def split_kernel(
     dims, value_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     batch64 = batch_row.to(tl.int64)
     own_end = length_of(runs[0].lengths, batch_row, own_length)
-    if program < folds:
+    if (program < folds) | (raw_program >= 0):
         fold_queries(
-            absorbed, query, query_b, query_h, query_t, call, batch_row, program, kv_heads, q_len, RUNS, RAWS,
-            FOLDINGS, GROUP, DIM, BLOCK_M, BLOCK_D, PRECISION,
+            absorbed, runs, query, query_b, query_h, query_t, call, batch_row, program, raw_program, kv_heads, q_len,
+            RUNS, RAWS, FOLDINGS, GROUP, DIM, BLOCK_M, BLOCK_D, SPLITS, PRECISION,
         )  # fmt: skip
-    elif raw_program < 0:
+    if (program >= folds) & (raw_program < 0):
         row_offsets = heads.to(tl.int64) * query_h + queries.to(tl.int64) * query_t
         q = (load_rows(query + batch64 * query_b, row_offsets, row_inside, dims, DIM, BLOCK_D, True),)
         own_positions = own_end - q_len + queries
@@ -93,7 +93,7 @@ def split_kernel(
                     at = row * splits + split
                     tl.store(sums + at[:, None] * VALUE_DIM + value_dims[None, :], acc, mask=inside)
                 first_split += run_splits
-    else:
+    elif raw_program >= 0:
         absorbed_splits(
             absorbed, runs, states, query_positions, query_positions_b, query_positions_t, call, batch_row,
             raw_program, splits + raw_splits, splits, kv_heads, q_len, own_end, scale, softcap, segment_window, RUNS,

@@ -25,10 +25,11 @@ class TokenGradients(NamedTuple):
 def gradients(
     grad_out: Tensor, lse: Tensor, delta: Tensor, query: Tensor, key: Tensor, value: Tensor,
     segments: list[SegmentTensors], wants_gate: list[bool], attn_mask, is_causal, query_positions, lengths, scale,
-    window, segment_window, softcap,
-) -> tuple[Tensor, list[TokenGradients]]:  # fmt: skip
-    """d query, and gradients of the own cache and each segment. delta: (batch, q_heads, q_len, runs) float32."""
-    batch, q_heads = query.shape[:2]
+    window, segment_window, softcap, sinks,
+) -> tuple[Tensor, list[TokenGradients], Tensor]:  # fmt: skip
+    """d query, gradients of the own cache and each segment, and what rows are normalised by: (2, batch, q_heads,
+    q_len) float32, base and rest of `normaliser`. delta: (batch, q_heads, q_len, runs) float32."""
+    batch, q_heads, q_len = query.shape[:3]
     common, choice, _ = call_arguments(
         query, key, value, segments, attn_mask, is_causal, query_positions, lengths, scale, window, segment_window,
         softcap,
@@ -45,7 +46,9 @@ def gradients(
     grad_out = arguments.rows(grad_out)
     common |= {
         "grad_out": grad_out, "grad_out_b": grad_out.stride(0), "grad_out_h": grad_out.stride(1),
-        "grad_out_t": grad_out.stride(2), "lse": lse.contiguous(), "delta": delta.contiguous(),
+        "grad_out_t": grad_out.stride(2), "delta": delta.contiguous(),
+        "bases": query.new_empty((2, batch, q_heads, q_len), dtype=torch.float32),
+        "row_count": batch * q_heads * q_len,
     }  # fmt: skip
     tile = tiles_table.backward_tile(choice)
     names = {
@@ -53,11 +56,10 @@ def gradients(
     }  # fmt: skip
     rows, kv_heads = choice.rows, key.shape[1]
     grid = batch * kv_heads * -(-rows // tile.rows)
-    run(
-        Launch(query_gradient_kernel, grid, common | names | {"grad_query": grad_query}, tile.warps, tile.stages),
-        query.device,
-    )
+    sink_tensor, sinks_h = arguments.expanded(sinks, (q_heads,))
+    alone = {"lse": lse.contiguous(), "sinks": sink_tensor, "sinks_h": sinks_h, "grad_query": grad_query}
+    run(Launch(query_gradient_kernel, grid, common | names | alone, tile.warps, tile.stages), query.device)
     tiles = sum(-(-g.key.shape[2] // tile.tokens) for g in found)
     names |= {"grads": tuple(found), "tiles": tiles}
     run(Launch(token_gradient_kernel, batch * kv_heads * tiles, common | names, tile.warps, tile.stages), query.device)
-    return grad_query, found
+    return grad_query, found, common["bases"]

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from .attend import attend
+from .attend import attend, queries_of
 from .kinds import CAUSAL_AT, MASK_AT, WIDE_AT, WINDOW_AT
-from .softmax import LOG2E, finish, merge, safe
-from .tiles import factors, length_of, load_rows, positions_of, told
+from .softmax import finish, in_base_2, merge, safe
+from .tiles import length_of, positions_of, told
 
 
 @triton.jit
@@ -59,10 +59,9 @@ def prefill_kernel(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = rows < q_len * GROUP
     queries, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
-    dims = tl.arange(0, BLOCK_D)
     batch64 = batch_row.to(tl.int64)
     row_offsets = heads.to(tl.int64) * query_h + queries.to(tl.int64) * query_t
-    q = factors(load_rows(query + batch64 * query_b, row_offsets, row_inside, dims, DIM, BLOCK_D, True), PRECISION)
+    q = queries_of(query + batch64 * query_b, row_offsets, row_inside, DIM, BLOCK_D, PRECISION)
     own_end = length_of(runs[0].lengths, batch_row, own_length)
     own_positions = own_end - q_len + queries
     positions = positions_of(
@@ -83,17 +82,20 @@ def prefill_kernel(
             low, full_low, full_high, high = own_range(
                 own_end, q_len, first_query, last_query, window, KINDS[number], TOKENS[number]
             )
-            # Masks cost little beside products in float32: one loop over all tokens takes fewer registers than three.
-            if query.dtype.element_ty == tl.float32:
+            # Masks cost little beside products in float32, or of wide heads: one loop over all tokens takes fewer
+            # registers than three.
+            WINDOW: tl.constexpr = KINDS[number] // WINDOW_AT % 4
+            ONE_LOOP: tl.constexpr = query.dtype.element_ty == tl.float32 or (WINDOW != 0 and BLOCK_D > 128)
+            if ONE_LOOP:
                 full_low, full_high = low, low
-            if (KINDS[number] // WINDOW_AT % 4) != 0 and query.dtype.element_ty != tl.float32:
+            if WINDOW != 0 and not ONE_LOOP:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, low,
                     tl.minimum(full_low, high), own_end, scale, softcap, window, None,
                     KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
                     0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES, PRECISION,
                 )  # fmt: skip
-            if (KINDS[number] // MASK_AT % 4) == 0 and query.dtype.element_ty != tl.float32:
+            if (KINDS[number] // MASK_AT % 4) == 0 and not ONE_LOOP:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_low,
                     full_high, own_end, scale, softcap, window, None,
@@ -140,7 +142,7 @@ def store_results(
 ):  # fmt: skip
     """Lets the sinks in, divides, and writes what a tile of rows has found."""
     if sinks is not None:
-        sink = tl.load(sinks + heads * sinks_h, mask=row_inside, other=-float("inf")).to(tl.float32) * LOG2E
+        sink = in_base_2(tl.load(sinks + heads * sinks_h, mask=row_inside, other=-float("inf")).to(tl.float32))
         m, l, factor, _ = merge(m, l, sink, tl.where(sink == -float("inf"), 0.0, 1.0))
         acc *= factor[:, None]
         shares *= factor[:, None]

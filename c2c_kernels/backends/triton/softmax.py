@@ -11,13 +11,19 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-(2.0**127))  # of finite masks in base 2: as lse and back it is exact
+LOWEST = tl.constexpr(-(2.0**127))  # of finite numbers in base 2: as lse and back it is exact
 
 
 @triton.jit
 def safe(m):
     """m: (rows,); the maximum to subtract: 0 where nothing has been seen."""
     return tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit
+def in_base_2(x):
+    """A natural logarithm, of a mask or a sink, in base 2: what is finite stays so, finfo.min too."""
+    return tl.where(x > -float("inf"), tl.maximum(x * LOG2E, LOWEST), x * LOG2E)
 
 
 @triton.jit

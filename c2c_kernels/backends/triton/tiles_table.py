@@ -26,7 +26,7 @@ _PREFILL = {
     "sm_90": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(128, 32, 8, 1)),
         (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 1)),
-        (256, Tile(128, 16, 8, 2), Tile(128, 16, 8, 2), Tile(16, 16, 4, 1)),
+        (256, Tile(128, 16, 8, 2), Tile(128, 16, 8, 2), Tile(128, 16, 8, 1)),
     ),
     "sm_100": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
@@ -80,8 +80,7 @@ def prefill_tile(call: Call) -> Tile:
 
 def prefill_precision(call: Call) -> str:
     """What becomes of float32 factors in prefill; on sm_90 what leaves wgmma tiles of 64 rows without a spill."""
-    three_parts = _family(call.target) == "sm_90" and call.block_dim <= 128
-    return "bf16x6" if three_parts else call.precision()
+    return "bf16x6" if _family(call.target) == "sm_90" else call.precision()
 
 
 @tunable("decode", by_rows=True)
@@ -159,7 +158,7 @@ def folding_tile(single: bool, block_dim: int, rows: int, width: int) -> tuple[i
     """Rows of a KV head and columns of the projector that one program folds; `single`: products in float32."""
     block_rows, columns = max(16, 1 << (rows - 1).bit_length()), max(16, 1 << (width - 1).bit_length())
     if single:
-        return min(block_rows, 16), min(columns, 64 if block_dim <= 128 else 16)
+        return min(block_rows, 16), min(columns, max(16, 4096 // block_dim))
     most = 128 if block_dim <= 128 and block_rows == 16 else 64
     return min(block_rows, 64 if block_dim <= 128 else 32), min(columns, most)
 

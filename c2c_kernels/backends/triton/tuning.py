@@ -151,5 +151,5 @@ def _launching(
     wants = [segment.gate is not None for segment in segments]
     return lambda: gradients.gradients(
         query, lse, delta, query, key, value, segments, wants, mask, True, positions, None, scale, window, window,
-        softcap,
+        softcap, sinks,
     )  # fmt: skip
