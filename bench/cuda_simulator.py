@@ -26,13 +26,15 @@ SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = (80, 90)
 FILES = {
     "decode": "decode.cu", "combine": "decode.cu", "prefill": "prefill.cu", "project": "project.cu",
+    "fuse_table": "fuse_table.cu", "fuse_bf16": "fuse_bf16.cu", "fuse_f16": "fuse_f16.cu",
     "merge": "states.cu", "quantize": "states.cu",
 }  # fmt: skip
 
 
 def file_of(kernel: str) -> str:
     """The source of a kernel."""
-    return FILES[kernel.removeprefix("c2c_").partition("_")[0]]
+    first, _, rest = kernel.removeprefix("c2c_").partition("_")
+    return FILES.get(first) or FILES[f"{first}_{rest.partition('_')[0]}"]
 
 
 def missing() -> str:

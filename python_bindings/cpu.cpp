@@ -52,15 +52,9 @@ int quantize(const py::list &numbers) {
 }
 
 int fuse_kv(const py::list &numbers) {
-  Reader in(numbers);
-  c2c_fuse_params p;
-  p.half_count = static_cast<int32_t>(in.number());
-  p.threads = static_cast<int32_t>(in.number());
   std::vector<std::vector<c2c_fuse_block>> blocks;
   std::vector<c2c_fuse_half> halves;
-  for (int32_t i = 0; i < p.half_count; ++i) halves.push_back(in.fuse_half(blocks));
-  in.end();
-  p.halves = halves.data();
+  const c2c_fuse_params p = read_fuse(numbers, halves, blocks);
   py::gil_scoped_release release;
   return encode(c2c_fuse_kv_cpu(&p));
 }

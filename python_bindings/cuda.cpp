@@ -1,5 +1,6 @@
 // c2c_kernels._cuda: lists of integers in, a status out. See reader.h. Importing it asks for no driver and no device.
 #include "../csrc/cuda/entries.h"
+#include "../csrc/cuda/fuse.h"
 #include "../csrc/cuda/states.h"
 #include "reader.h"
 
@@ -51,6 +52,28 @@ int project_launches(const py::list &numbers, uintptr_t workspace, int capabilit
   return encode(c2c::project_launches(p, reinterpret_cast<void *>(workspace), capability, tell, &function));
 }
 
+int64_t fuse_workspace(const py::list &numbers) {
+  std::vector<std::vector<c2c_fuse_block>> blocks;
+  std::vector<c2c_fuse_half> halves;
+  const c2c_fuse_params p = read_fuse(numbers, halves, blocks);
+  return c2c_fuse_kv_workspace_cuda(&p);
+}
+
+int fuse_kv(const py::list &numbers, uintptr_t workspace, uintptr_t stream) {
+  std::vector<std::vector<c2c_fuse_block>> blocks;
+  std::vector<c2c_fuse_half> halves;
+  const c2c_fuse_params p = read_fuse(numbers, halves, blocks);
+  py::gil_scoped_release release;
+  return encode(c2c_fuse_kv_cuda(&p, reinterpret_cast<void *>(workspace), reinterpret_cast<void *>(stream)));
+}
+
+int fuse_launches(const py::list &numbers, uintptr_t workspace, int capability, py::function function) {
+  std::vector<std::vector<c2c_fuse_block>> blocks;
+  std::vector<c2c_fuse_half> halves;
+  const c2c_fuse_params p = read_fuse(numbers, halves, blocks);
+  return encode(c2c::fuse_launches(p, reinterpret_cast<void *>(workspace), capability, tell, &function));
+}
+
 int merge_states(const py::list &numbers, uintptr_t stream) {
   std::vector<c2c_tensor> states;
   const c2c_merge_params p = read_merge(numbers, states);
@@ -80,6 +103,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("abi_version") = C2C_ABI_VERSION;
   m.attr("archs") = C2C_CUDA_ARCHS;
   m.attr("largest_dim") = c2c::LARGEST_DIM;
+  m.attr("most_fuser_blocks") = c2c::MAX_FUSE_BLOCKS - 2;
   m.attr("most_segments") = c2c::MAX_RUNS - 1;
   m.attr("most_states") = c2c::MAX_STATES;
   m.def("unavailable", &c2c_cuda_unavailable);
@@ -90,6 +114,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("project_workspace", &project_workspace);
   m.def("project_kv", &project_kv);
   m.def("project_launches", &project_launches);
+  m.def("fuse_workspace", &fuse_workspace);
+  m.def("fuse_kv", &fuse_kv);
+  m.def("fuse_launches", &fuse_launches);
   m.def("merge_states", &merge_states);
   m.def("merge_launches", &merge_launches);
   m.def("quantize", &quantize);

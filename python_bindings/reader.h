@@ -104,6 +104,19 @@ inline c2c_project_params read_projection(const py::list &numbers) {
   return p;
 }
 
+// `halves` and `blocks` have to outlive what is returned.
+inline c2c_fuse_params read_fuse(const py::list &numbers, std::vector<c2c_fuse_half> &halves,
+                                 std::vector<std::vector<c2c_fuse_block>> &blocks) {
+  Reader in(numbers);
+  c2c_fuse_params p;
+  p.half_count = static_cast<int32_t>(in.number());
+  p.threads = static_cast<int32_t>(in.number());
+  for (int32_t i = 0; i < p.half_count; ++i) halves.push_back(in.fuse_half(blocks));
+  in.end();
+  p.halves = halves.data();
+  return p;
+}
+
 // `states` has to outlive what is returned.
 inline c2c_merge_params read_merge(const py::list &numbers, std::vector<c2c_tensor> &states) {
   Reader in(numbers);

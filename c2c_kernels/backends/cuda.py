@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..segment import Rope, SegmentTensors
-from . import Backend, cost, kernels, native, triton_record
+from . import Backend, cost, cuda_fuse, kernels, native, reference_fuse, triton_record
 
 try:
     from .. import _cuda
@@ -32,6 +32,7 @@ _UNSUPPORTED, _CUDA_ERROR = 8, 9
 _LARGEST_DIM, _MOST_SEGMENTS, _MOST_STATES = (
     (0, 0, 0) if _cuda is None else (_cuda.largest_dim, _cuda.most_segments, _cuda.most_states)
 )
+_MOST_FUSER_BLOCKS = 0 if _cuda is None else _cuda.most_fuser_blocks
 
 
 class Launch(NamedTuple):
@@ -176,6 +177,11 @@ def _projection_refusal(segment: SegmentTensors, for_backward: bool) -> str:
     return ""
 
 
+def _fuse_refusal(receiver_key: Tensor, call: tuple, out: tuple | None) -> str:
+    _, *others, weights, _, residual, _ = call
+    return cuda_fuse.refusal(receiver_key, others, weights, residual, out, _MOST_FUSER_BLOCKS)
+
+
 def _row_refusal(x: Tensor, count: int = 1) -> str:
     if x.shape[3] > _LARGEST_DIM:
         return f"supports head_dim up to {_LARGEST_DIM}; got {x.shape[3]}"
@@ -183,6 +189,7 @@ def _row_refusal(x: Tensor, count: int = 1) -> str:
 
 
 _REFUSALS: dict[str, Callable[..., str]] = {
+    "fuse_kv": _fuse_refusal,
     "merged_attention": _attention_refusal,
     "project_kv": _projection_refusal,
     "merge_states": _row_refusal,
@@ -271,6 +278,23 @@ def project_kv(
 def project_kv_backward(backend: str, *call) -> list[Tensor | None]:
     """Gradients, by the Triton backend."""
     return kernels("triton").project_kv_backward("triton", *call)
+
+
+def fuse_kv(backend: str, *call) -> None:
+    """Both halves of one layer."""
+    fuse_kv_layers(backend, [call])
+
+
+def fuse_kv_layers(backend: str, calls: Sequence[tuple]) -> None:
+    """Independent layers, each as the arguments of `fuse_kv` without the backend; those alike in one launch."""
+    cuda_fuse.fuse(calls, _cuda, _run)
+
+
+def spread(grad: Tensor, index: Tensor, stored: int) -> Tensor:
+    """Of the gradients of `fuse_kv`, by the Triton backend where there is one."""
+    if triton_record().available:
+        return kernels("triton").spread(grad, index, stored)
+    return reference_fuse.spread(grad, index, stored)
 
 
 def merge_states(backend: str, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -37,20 +37,28 @@ def fuse_kv_layers(backend: str, calls: Sequence[tuple]) -> None:
     """Independent layers in one call, each as the arguments of `fuse_kv` without the backend."""
     keep: list[Tensor] = []
     numbers = [2 * len(calls), torch.get_num_threads()]
-    for receiver_key, receiver_value, sharer_key, sharer_value, weights, index, residual, gates, *outs in calls:
-        for receiver, sharer, half, base, gate, out in zip(
-            (receiver_key, receiver_value),
-            (sharer_key, sharer_value),
-            (weights.key, weights.value),
-            residual or (receiver_key, receiver_value),
-            gates or (None, None),
-            outs,
-            strict=True,
-        ):
-            numbers += _half_numbers(receiver, sharer, half, index, base, gate, out, keep)
+    for call in calls:
+        numbers += call_numbers(call, keep)
     status = extension.fuse_kv(numbers)
     if status:
         raise_status(status, "fuse_kv")
+
+
+def call_numbers(call: tuple, keep: list[Tensor]) -> list[int]:
+    """Both c2c_fuse_half of a layer, of the arguments of `fuse_kv`; copies that they point to are kept in `keep`."""
+    receiver_key, receiver_value, sharer_key, sharer_value, weights, index, residual, gates, *outs = call
+    numbers: list[int] = []
+    for receiver, sharer, half, base, gate, out in zip(
+        (receiver_key, receiver_value),
+        (sharer_key, sharer_value),
+        (weights.key, weights.value),
+        residual or (receiver_key, receiver_value),
+        gates or (None, None),
+        outs,
+        strict=True,
+    ):
+        numbers += _half_numbers(receiver, sharer, half, index, base, gate, out, keep)
+    return numbers
 
 
 def _half_numbers(

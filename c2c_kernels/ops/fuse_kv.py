@@ -1,6 +1,6 @@
 """`fuse_kv`: the paper's fuser rewrites the receiver's cache of one layer from its own and the sharer's tokens.
 
-A backend's module that has the operator (`cuda` has not) implements
+A backend's module implements
 
     fuse_kv(backend, receiver_key, receiver_value, sharer_key, sharer_value, weights, index, residual, gates,
             key_out, value_out) -> None
@@ -210,7 +210,8 @@ def _check(call: FuseTensors, out: Pair | None, backend: str | None, name: str =
         raise ValueError(f"{name}out= is written in place without autograd, but a tensor of the call requires grad")
     double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     refusal = "supports float32, bfloat16, float16 in all tensors; got float64" if double else ""
-    return choose("fuse_kv", backend, call.receiver_key.device, call.receiver_key.dtype, refusal)
+    own = call.receiver_key
+    return choose("fuse_kv", backend, own.device, own.dtype, refusal, (own, call, out))
 
 
 def _reference(call: FuseTensors, out: Pair | None) -> Pair:

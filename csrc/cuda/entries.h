@@ -11,4 +11,7 @@ int64_t attention_workspace(const c2c_attention_params &p);  // bytes; 0 where t
 
 c2c_status project_launches(const c2c_project_params &p, void *workspace, int capability, Executor run, void *context);
 
+c2c_status fuse_launches(const c2c_fuse_params &p, void *workspace, int capability, Executor run, void *context);
+int64_t fuse_workspace(const c2c_fuse_params &p);  // bytes; 0 where the call is refused
+
 }  // namespace c2c

@@ -109,6 +109,28 @@ __device__ __forceinline__ void store_shared_pair(uint32_t shared, float first, 
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(first), "f"(second) : "memory");
 }
 
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t shared) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(shared) : "memory");
+  return word;
+}
+
+// A counter of other blocks: what these stored before they added to it can be read after.
+__device__ __forceinline__ int load_acquire(const int *counter) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void add_release(int *counter, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+// Asks for the line of an address to be brought to the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void *global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Two numbers rounded to 16 bits, the first in the lower half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second);
@@ -123,6 +145,36 @@ template <>
 __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float first, float second) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
   return *reinterpret_cast<const uint32_t *>(&both);
+}
+
+// Two pairs of 16-bit numbers multiplied, each product rounded once.
+template <typename T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);
+
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<__half>(uint32_t a, uint32_t b) {
+  const __half2 both = __hmul2_rn(*reinterpret_cast<const __half2 *>(&a), *reinterpret_cast<const __half2 *>(&b));
+  return *reinterpret_cast<const uint32_t *>(&both);
+}
+
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 both =
+      __hmul2_rn(*reinterpret_cast<const __nv_bfloat162 *>(&a), *reinterpret_cast<const __nv_bfloat162 *>(&b));
+  return *reinterpret_cast<const uint32_t *>(&both);
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair);
+
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2 *>(&pair));
+}
+
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(&pair));
 }
 
 }  // namespace c2c

@@ -205,6 +205,9 @@ C2C_API int64_t c2c_merged_attention_workspace_cuda(const c2c_attention_params *
 C2C_API c2c_status c2c_merged_attention_cuda(const c2c_attention_params *params, void *workspace, void *stream);
 C2C_API int64_t c2c_project_kv_workspace_cuda(const c2c_project_params *params);
 C2C_API c2c_status c2c_project_kv_cuda(const c2c_project_params *params, void *workspace, void *stream);
+// All tensors of a half in fp16, or all in bf16, gates in any float; up to 13 blocks of project, more are unsupported.
+C2C_API int64_t c2c_fuse_kv_workspace_cuda(const c2c_fuse_params *params);
+C2C_API c2c_status c2c_fuse_kv_cuda(const c2c_fuse_params *params, void *workspace, void *stream);
 // Up to 32 states in fp16 or bf16, rows of up to 256 numbers.
 C2C_API c2c_status c2c_merge_states_cuda(const c2c_merge_params *params, void *stream);
 // Rows of up to 256 numbers in fp32, fp16 or bf16.

@@ -52,6 +52,15 @@ class Simulator(cuda_simulator.Simulator):
             for out, copy in zip(call[3:5], copies[3:5], strict=True):
                 out.copy_(copy)
 
+        def fuse_kv_layers(backend: str, calls: Any) -> None:
+            with cuda.executed_by(self.arch, tell):
+                cuda.fuse_kv_layers(backend, calls)
+            copies = there(calls, torch.device(DEVICE))
+            cuda.fuse_kv_layers(backend, copies)
+            for call, copy in zip(calls, copies, strict=True):
+                for out, result in zip(call[-2:], copy[-2:], strict=True):
+                    out.copy_(result)
+
         def by_name(name: str) -> Any:
             def run(*call: Any) -> Any:
                 with cuda.executed_by(self.arch, tell):
@@ -61,7 +70,10 @@ class Simulator(cuda_simulator.Simulator):
             return run
 
         returning = {name: by_name(name) for name in ("merged_attention", "merge_states", "quantize")}
-        return SimpleNamespace(**returning, project_kv=project_kv, refusal=cuda.refusal)
+        return SimpleNamespace(
+            **returning, project_kv=project_kv, refusal=cuda.refusal,
+            fuse_kv=lambda backend, *call: fuse_kv_layers(backend, [call]), fuse_kv_layers=fuse_kv_layers,
+        )  # fmt: skip
 
 
 def attend(call: dict, arch: int, **options: Any) -> tuple[tuple, Simulator]:

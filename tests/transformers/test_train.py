@@ -297,10 +297,6 @@ def exact_gradients(projector, models, windows):
 @pytest.mark.parametrize("kind", [0, 1])
 def test_gradients_go_through_our_kernels(models, kind, monkeypatch):
     """backend="cpu" runs the compiled kernels, forward and backward, and is as exact as PyTorch in float32."""
-    projector = projector_of(models).requires_grad_(True)
-    projector.add_gates(6)
-    windows = [streams(projector)[kind].window(n) for n in range(2)]
-    batch = collate(windows, projector)
     calls: dict[str, int] = {}
 
     def counted(name):
@@ -316,15 +312,27 @@ def test_gradients_go_through_our_kernels(models, kind, monkeypatch):
     names = ("project_kv", "project_kv_backward", "merged_attention", "merged_attention_backward")
     for name in names:
         monkeypatch.setattr(native, name, counted(name))
-    ours = gradients(Trainee(projector, *models, distill=0.5, backend="cpu"), batch)[2]
-    layers = len(projector.maps)
-    assert calls["project_kv"] == calls["project_kv_backward"] == calls["merged_attention_backward"] == layers
-    assert calls["merged_attention"] > layers  # the teacher's as well
-    calls.clear()
-    torchs = gradients(Trainee(projector, *models, distill=0.5, backend="reference"), batch)[2]
-    assert not calls
-    for number, wanted in enumerate(exact_gradients(projector, models, windows)):
-        assert_as_exact(f"gradient {number}", ours[number], torchs[number], wanted, GRADIENT_ULPS)
+    found = []
+    for seed in range(10):  # whose errors are compared together: of one draw they differ by more than twice
+        projector = projector_of(models, seed=seed).requires_grad_(True)
+        projector.add_gates(6)
+        windows = [streams(projector)[kind].window(n) for n in range(2)]
+        batch = collate(windows, projector)
+        ours = gradients(Trainee(projector, *models, distill=0.5, backend="cpu"), batch)[2]
+        layers = len(projector.maps)
+        assert calls["project_kv"] == calls["project_kv_backward"] == calls["merged_attention_backward"] == layers
+        if not seed:  # later calls of the teacher are those of the first, which are made again without a look at them
+            assert calls["merged_attention"] > layers
+        calls.clear()
+        torchs = gradients(Trainee(projector, *models, distill=0.5, backend="reference"), batch)[2]
+        assert not calls
+        found.append((ours, torchs, exact_gradients(projector, models, windows)))
+    for number in range(len(found[0][0])):
+        assert_as_exact(
+            f"gradient {number}",
+            *(torch.stack([of_seed[way][number] for of_seed in found]) for way in range(3)),
+            GRADIENT_ULPS,
+        )
 
 
 def test_bfloat16(models):
