@@ -15,7 +15,7 @@ struct TileScratch {
   int32_t *row_lo, *row_hi;
   SoftmaxState *state;
   bf16 *key_tiles, *value_tiles, *weight_tiles;  // of a block and of a panel's rows (attention_tiles.h)
-  float *columns;                                // sums of these, [value_ld][rows]
+  float *columns;                                // sums, turned: [value_ld][rows], or in panels (attention_block.h)
 
   TileScratch(Carver &carver, const Run &run, const c2c_attention_params &p) {
     const int64_t rows = round_up(run.group_heads * run.tile_queries, PANEL);
@@ -26,7 +26,8 @@ struct TileScratch {
     scaled = carver.take(run.key_scale || run.value_scale ? BLOCK * FEW_ROWS : 0);
     scales = carver.take(BLOCK);
     acc = carver.take(rows * run.value_ld);
-    k = carver.take(most(WIDENED_TOKENS * run.key_ld, (BLOCK + LANES) * round_up(run.key_dim, PANEL)));
+    const int64_t widened = run.absorbed || LANES == 16 ? WIDENED_TOKENS : BLOCK;
+    k = carver.take(most(widened * run.key_ld, (BLOCK + LANES) * round_up(run.key_dim, PANEL)));
     v = carver.take(BLOCK * run.value_ld);
     mask = carver.take(!run.segment && p.mask.data ? block * rows : 0);
     gates = carver.take(block * run.group_heads);
@@ -43,7 +44,7 @@ struct TileScratch {
     key_tiles = (bf16 *)carver.take(tiled * run.key_ld / 2);
     value_tiles = (bf16 *)carver.take(tiled * run.value_ld / 2);
     weight_tiles = (bf16 *)carver.take(tiled * PANEL / 2);
-    columns = carver.take(tiled ? rows * run.value_ld : 0);
+    columns = carver.take(tiled || LANES != 16 ? rows * run.value_ld : 0);
   }
 };
 

@@ -76,21 +76,6 @@ static void score_panel(const Tile &tile, const TilePanel &panel, const TileRows
                term > 0);
 }
 
-// exp(x) for x <= 0; exactly 0 below -87.3 and for -inf, NaN stays NaN. What vexp does with fewer instructions:
-// 2^n 2^r with r = x log2(e) - n, the power of two added to the exponent; 2^r, |r| <= 1/2, is off by at most 9.2e-8.
-static ALWAYS_INLINE V exp_of_difference(V x) {
-  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, (__m512)set1(-87.3f), _CMP_NLT_UQ);
-  const V shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
-  const V r = x * 1.44269504f - (shifted - 12582912.0f);
-  V p = set1(1.32647272e-3f);
-  p = p * r + 9.67151264e-3f;
-  p = p * r + 5.55073374e-2f;
-  p = p * r + 2.40222421e-1f;
-  p = p * r + 6.93146978e-1f;
-  p = p * r + 1.0f;
-  return (V)_mm512_maskz_add_epi32(counts, (__m512i)p, (__m512i)(bit_cast<VI>(shifted) << 23));
-}
-
 // Column softmax of a panel's s[token][ld] times `scale`; packs the weights, zeros behind them.
 static void softmax_panel(const Tile &tile, const TilePanel &panel, const float *s, int64_t ld, float scale,
                           TileScratch &x, int64_t ldc) {
@@ -101,7 +86,7 @@ static void softmax_panel(const Tile &tile, const TilePanel &panel, const float 
     auto weight = [&](int64_t t) __attribute__((always_inline)) {
       V score = load(s + t * ld) * scale;
       keep_in_register(score);  // rounded as the maximum is: a fused difference may be half an ulp of the score above 0
-      const V found = exp_of_difference(score - raise.base);
+      const V found = exp_of_difference(raise.base, score);
       total += found;
       return found;
     };
@@ -133,13 +118,6 @@ static TileRows block_values(const Tile &tile, int64_t j, int64_t n, TileScratch
                           (const bf16 *)at(*run.value, tile.b, run.absorbed ? part : tile.group, j),
                           run.value->stride[2], n, run.value_dim);
   return packed_rows(x.value_tiles, depth_tiles);
-}
-
-// Whether nothing happens to scores between product and softmax but that some are hidden by their row's limits: then a
-// panel goes through all steps while it is in the first-level cache, and the softmax scales it.
-static bool only_limits(const Tile &tile, bool masked) {
-  return !tile.run.absorbed && !masked && !tile.gated && !(tile.p.softcap > 0.0f) &&
-         (!tile.limited || tile.rows_limited()) && tile.p.scale > 0.0f;
 }
 
 // Tokens j .. j + n against all rows. `mask` is null where there is none.
