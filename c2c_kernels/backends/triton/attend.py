@@ -179,7 +179,7 @@ def load_values(
         else:
             rows, inside = stored_rows(run, batch_row, start + cols, start + cols < end)
             pointers = value + (rows * value_n)[:, None]
-        found = found + (load_tile(pointers, inside, value_dims, VALUE_DIM, BLOCK_V, EDGES),)  # noqa: RUF005
+        found = found + (load_tile(pointers, inside, value_dims, VALUE_DIM, BLOCK_V, EDGES),)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 
@@ -303,5 +303,5 @@ def attend(
             acc = dot(weights.to(dtype), factors_v[0], acc, MODE)
         else:
             even, odd = tl.split(tl.reshape(weights, (weights.shape[0], BLOCK_N // 2, 2)))
-            acc = dot(odd, factors_v[1], dot(even, factors_v[0], acc, MODE), MODE)
+            acc = dot(odd, factors_v[1], dot(even, factors_v[0], acc, MODE), MODE)  # type: ignore[misc]
     return m, l, acc
