@@ -424,7 +424,7 @@ def test_a_filter_that_matches_nothing_is_named(arguments, among, nothing_runs, 
 def test_a_backend_that_is_unknown_is_named(nothing_runs, monkeypatch, capsys):
     monkeypatch.setenv("C2C_BACKEND", "bees")
     line = _failure(capsys, *MERGE)
-    assert "C2C_BACKEND: backend must be one of cuda, triton, cpu, reference; got 'bees'" in line
+    assert "C2C_BACKEND: backend must be one of cuda, triton, flash-attn, cpu, reference; got 'bees'" in line
 
 
 # bench/
