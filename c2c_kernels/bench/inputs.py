@@ -53,7 +53,7 @@ class AttentionInputs:
         dtype = self.query.dtype
         products = torch.float32 if self.query.device.type == "cpu" else dtype
         key, value = project_with_torch(self.segment, products)
-        return key.to(dtype), value.to(dtype)
+        return key.to(dtype).contiguous(), value.to(dtype).contiguous()  # as `project_kv` writes them
 
     def merged(self, strategy: str = "auto", backend: str | None = None) -> Tensor:
         """out (batch, q_heads, q_len, head_dim) of merged attention, causal as in a model."""
