@@ -169,23 +169,21 @@ def fold_queries(
             high = tl.where(program < first, low, tl.minimum(low + 1, count))
             # Float32 products of wide heads take no tensor cores, and spill in a loop: there a piece is left to its own
             # program, and those of raw tokens rely on a device that starts programs in the order of their numbers.
-            SINGLE: tl.constexpr = query.dtype.element_ty == tl.float32 or FOLDINGS[FOLDING * number + 2] != 0
-            ALONE: tl.constexpr = SINGLE and PRECISION == "ieee" and BLOCK_D > 128
-            if ALONE:
+            float32 = query.dtype.element_ty == tl.float32 or FOLDINGS[FOLDING * number + 2] != 0
+            if float32 and PRECISION == "ieee" and BLOCK_D > 128:
                 if (raw_program < 0) & (low < high):
                     mark = absorbed[number].marks + batch_row.to(tl.int64) * count + low
                     fold(
                         absorbed[number], query, query_b, query_h, query_t, mark, call, batch_row, low, kv_heads, q_len,
                         GROUP, DIM, RAWS[4 * number + 1], FOLDINGS, number, BLOCK_M, BLOCK_D, PRECISION,
                     )  # fmt: skip
-                high = low
-            elif raw_program >= 0:
-                low, high = tl.zeros_like(low), tl.zeros_like(high)
-                if (raw_program >= first_raw) & (raw_program < first_raw + its_programs):
-                    found, inside = marks_of(absorbed[number], batch_row, count, FOLDINGS, number)
-                    free = inside & (found != call) & (found != call + 1)
-                    high = tl.where(tl.max(free.to(tl.int32), 0) != 0, count, high)
-            if not ALONE:
+            else:
+                if raw_program >= 0:
+                    low, high = tl.zeros_like(low), tl.zeros_like(high)
+                    if (raw_program >= first_raw) & (raw_program < first_raw + its_programs):
+                        found, inside = marks_of(absorbed[number], batch_row, count, FOLDINGS, number)
+                        free = inside & (found != call) & (found != call + 1)
+                        high = tl.where(tl.max(free.to(tl.int32), 0) != 0, count, high)
                 for piece_number in range(low, high):
                     piece = piece_number + tl.zeros((), tl.int32)
                     mark = absorbed[number].marks + batch_row.to(tl.int64) * count + piece
