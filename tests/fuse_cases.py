@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from attention_cases import numbers
@@ -105,3 +107,15 @@ def arguments(call: FuseCall) -> tuple[tuple, dict]:
     """Positional and keyword arguments of `fuse_kv`."""
     caches = (call.receiver_key, call.receiver_value, call.sharer_key, call.sharer_value)
     return (*caches, call.weights), {"index": call.index, "residual": call.residual, "gates": call.gates}
+
+
+def programs_of_stages(steps: Sequence[Any], jobs: int, grid: int) -> list[int]:
+    """How many of a launch's programs each stage of the network has: steps (`first`, `wait`) that wait for the same
+    tiles."""
+    starts = [
+        step.first
+        for step, before in zip(steps, (None, *steps), strict=False)
+        if before is None or step.wait > before.wait
+    ]
+    ends = [*starts[1:], grid // jobs]
+    return [(end - start) * jobs for start, end in zip(starts, ends, strict=True)]

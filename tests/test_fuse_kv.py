@@ -226,21 +226,25 @@ def gradients(call: c2c.FuseCall, backend: str, cotangents):
     return [torch.zeros_like(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
 
 
-@pytest.mark.parametrize("backend", COMPILED)
-@given(plan=plans(), seed=seeds)
-@settings(max_examples=40)
-def test_gradients(backend, plan, seed):
-    if backend != "cpu":
-        pytest.skip("needs tensors on a device")
-    call = build(plan, seed)
-    cotangents = [torch.randn(own.shape) for own in (call.receiver_key, call.receiver_value)]
-    cotangents = [c.to(plan.receiver) for c in cotangents]
+def check_gradients(call: c2c.FuseCall, backend: str) -> None:
+    """Of every tensor of a call, against the reference in float64."""
+    caches = (call.receiver_key, call.receiver_value)
+    cotangents = [torch.randn(own.shape).to(own.dtype) for own in caches]
     leaf = lambda dtype: lambda tensor: tensor.detach().to(dtype or tensor.dtype).requires_grad_()  # noqa: E731
     ours = gradients(mapped(call, leaf(None)), backend, cotangents)
     exact = gradients(mapped(call, leaf(torch.float64)), "reference", cotangents)
     theirs = gradients(mapped(call, leaf(None)), "reference", cotangents)
     for number, (mine, torch_grad, oracle) in enumerate(zip(ours, theirs, exact, strict=True)):
         assert_as_exact(f"gradient {number}", mine, torch_grad, oracle, GRADIENT_ULPS)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@given(plan=plans(), seed=seeds)
+@settings(max_examples=40)
+def test_gradients(backend, plan, seed):
+    if backend != "cpu":
+        pytest.skip("needs tensors on a device")
+    check_gradients(build(plan, seed), backend)
 
 
 @pytest.mark.parametrize("backend", COMPILED)

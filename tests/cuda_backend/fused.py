@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from error_rule import assert_as_exact
-from fuse_cases import FusePlan, build
+from fuse_cases import FusePlan, build, programs_of_stages
 from simulated import DEVICE, Simulator
 from test_fuse_kv import like, oracle_of, run, torchs
 
@@ -41,16 +41,10 @@ def steps_of(launch: cuda.Launch) -> list[Step]:
 
 
 def stages(launch: cuda.Launch) -> list[int]:
-    """How many programs each stage of the network has: steps that wait for the same tiles."""
+    """How many programs each stage has."""
     steps = steps_of(launch)
     jobs = launch.grid // (steps[-1].first + steps[-1].tiles)
-    starts = [
-        step.first
-        for step, before in zip(steps, (None, *steps), strict=False)
-        if before is None or step.wait > before.wait
-    ]
-    ends = [*starts[1:], launch.grid // jobs]
-    return [(end - start) * jobs for start, end in zip(starts, ends, strict=True)]
+    return programs_of_stages(steps, jobs, launch.grid)
 
 
 class Whole(Simulator):

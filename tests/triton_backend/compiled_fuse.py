@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from error_rule import assert_as_exact
-from fuse_cases import FusePlan, build
+from fuse_cases import FusePlan, build, programs_of_stages
 from gpu_simulator import Ran, Simulator, simulator
 from test_fuse_kv import like, oracle_of, run, torchs
 
@@ -22,15 +22,8 @@ HALF, SINGLE, FLOAT16 = torch.bfloat16, torch.float32, torch.float16
 
 
 def stages(launch: Launch) -> list[int]:
-    """How many programs each stage of the network has: steps that wait for the same tiles."""
-    steps, jobs = launch.arguments["steps"], launch.arguments["jobs"]
-    starts = [
-        step.first
-        for step, before in zip(steps, (None, *steps), strict=False)
-        if before is None or step.wait > before.wait
-    ]
-    ends = [*starts[1:], launch.grid // jobs]
-    return [(end - start) * jobs for start, end in zip(starts, ends, strict=True)]
+    """How many programs each stage has."""
+    return programs_of_stages(launch.arguments["steps"], launch.arguments["jobs"], launch.grid)
 
 
 class Staged(Simulator):
