@@ -72,6 +72,14 @@ def test_long_prefill(strategy):
     check(plan, 4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_sum_exp_is_exact_to_float32_whatever_is_stored(dtype):
+    """Two bytes are storage: weights are summed in float32, before matrix tiles round them."""
+    call = build(Plan(dtype, 1, 1, 2, 200, 300, 64, 64, is_causal=True), 5)
+    theirs, exact = (reference_call(call, precision)[1] for precision in (torch.float32, torch.float64))
+    assert_as_exact("lse", run(call)[1], theirs, exact)
+
+
 def test_concatenation_is_sdpa():
     query, key, value = torch.randn(2, 6, 5, 32), torch.randn(2, 3, 9, 32), torch.randn(2, 3, 9, 32)
     whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
