@@ -64,13 +64,7 @@ def made_up(
     Raises:
         CorpusError: for numbers below 1 or a split there is not.
     """
-    for name, value in (("count", count), ("facts", facts), ("per_text", per_text)):
-        if value < 1:
-            raise CorpusError(f"{name} must be at least 1, got {value}")
-    if per_text > facts:
-        raise CorpusError(f"per_text must be at most facts ({facts}), got {per_text}")
-    if split not in SPLITS:
-        raise CorpusError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    _check(count, split, facts, per_text)
     draw = random.Random(f"{split}/{seed}")
     return list(islice(_stream(draw, split, facts, per_text, between), count))
 
@@ -88,11 +82,18 @@ def recalled(count: int, *, seed: int, split: str, facts: int = 6) -> list[Quest
     """
     if facts < _ABOUT_EACH:
         raise CorpusError(f"facts must be at least {_ABOUT_EACH}, got {facts}")
-    if count < 1:
-        raise CorpusError(f"count must be at least 1, got {count}")
+    _check(count, split, facts, _ABOUT_EACH)
+    return list(islice(_recall_stream(random.Random(f"recall/{split}/{seed}"), split, facts), count))
+
+
+def _check(count: int, split: str, facts: int, per_text: int) -> None:
+    for name, value in (("count", count), ("facts", facts), ("per_text", per_text)):
+        if value < 1:
+            raise CorpusError(f"{name} must be at least 1, got {value}")
+    if per_text > facts:
+        raise CorpusError(f"per_text must be at most facts ({facts}), got {per_text}")
     if split not in SPLITS:
         raise CorpusError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    return list(islice(_recall_stream(random.Random(f"recall/{split}/{seed}"), split, facts), count))
 
 
 def _recall_stream(draw: random.Random, split: str, facts: int) -> Iterator[Question]:
