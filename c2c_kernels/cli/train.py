@@ -58,6 +58,7 @@ def add_parser(commands: Any) -> None:
         ("--question-batch", int, 4, "texts with questions read at once"),
         ("--accumulate", int, 2, "such batches in a step"),
         ("--question-weight", float, 0.3, "share of the batches that are questions"),
+        ("--repeat-weight", float, 0.0, "share of the other batches in which pieces of the text are said again"),
         ("--most-questions", int, _MADE_UP_COUNT, "of each set"),
         ("--bias-lr", float, 1e-2, "learning rate of the biases, in standard deviations"),
         ("--gate-lr", float, 1e-2, "learning rate of the gates"),
@@ -175,7 +176,8 @@ def _settings(options: argparse.Namespace) -> TrainOptions:
     from c2c_kernels.training import TrainOptions
 
     names = (
-        "steps", "minutes", "batch", "question_batch", "accumulate", "question_weight", "lr", "gate_lr", "context",
+        "steps", "minutes", "batch", "question_batch", "accumulate", "question_weight", "repeat_weight",
+        "lr", "gate_lr", "context",
         "continuation", "distill", "match", "held_out", "validations", "seed", "checkpoint_seconds",
     )  # fmt: skip
     least = min(TrainOptions.least_context, options.context)

@@ -58,8 +58,10 @@ def check(options: argparse.Namespace) -> None:
         raise CommandError("--fuser trains in one process")
     if options.storage == "int8":
         raise CommandError("--storage int8 is for projectors: float32 or bfloat16 is wanted")
-    if options.distill or options.match:
-        raise CommandError("--distill and --match are for projectors: a fuser's receiver reads the text itself")
+    if options.distill or options.match or options.repeat_weight:
+        raise CommandError(
+            "--distill, --match and --repeat-weight are for projectors: a fuser's receiver reads the text itself"
+        )
     if options.projector is not None:
         for name in ("layer_map", *(size[0] for size in _SIZES)):
             if getattr(options, name) is not None:

@@ -17,7 +17,7 @@ class Course:
     drawn for g, and takes the next windows of that kind; every process counts all batches and makes its own.
 
     Args:
-        streams: of text, of questions, or both.
+        streams: of text (and of its repetitions), of questions, or all of them.
         options: sizes, weight and seed.
 
     Attributes:
@@ -33,17 +33,24 @@ class Course:
 
     def deal(self, mine: bool = True) -> list[Window]:
         """The windows of the next batch, all of one kind; none where it is another process's."""
-        kinds = list(self._streams)
-        if len(kinds) > 1:
-            asks = random.Random(f"{self._options.seed}/kind/{self.dealt}").random() < self._options.question_weight
-            kind = "questions" if asks else "text"
-        else:
-            kind = kinds[0]
+        kind = self._kind()
         first = self.taken[kind]
         count = self._options.question_batch if kind == "questions" else self._options.batch
         self.taken[kind] += count
         self.dealt += 1
         return [self._streams[kind].window(number) for number in range(first, first + count)] if mine else []
+
+    def _kind(self) -> str:
+        """Of the next batch; each of the two draws only where there is something to choose."""
+        kinds, options = self._streams, self._options
+        if "text" not in kinds:
+            return "questions"
+        if "questions" in kinds and self._draw("kind") < options.question_weight:
+            return "questions"
+        return "repeats" if "repeats" in kinds and self._draw("repeats") < options.repeat_weight else "text"
+
+    def _draw(self, what: str) -> float:
+        return random.Random(f"{self._options.seed}/{what}/{self.dealt}").random()
 
 
 def rate(done: float, warmup: float) -> float:

@@ -1,6 +1,6 @@
 """What is trained on: windows of text that the sharer reads, each with rows that the receiver continues.
 
-Both streams are functions of a seed and a number: window n is the same in every run, process and resumption.
+All streams are functions of a seed and a number: window n is the same in every run, process and resumption.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from c2c_kernels.training.options import TrainOptions
 
 # How far a cut may move to a place where a token of both models begins.
 _MOST_MOVES = 16
+# A repetition: how many are read at once of a window, and how many tokens come before the first that is scored; so many
+# tell where in the text it is.
+_REPETITIONS, _TOLD = 3, 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Window:
     """A text that the sharer reads, and what the receiver makes of it.
 
     Attributes:
-        kind: "text" or "questions".
+        kind: "text", "repeats" or "questions".
         head: tokens that the receiver reads itself before the text.
         sharer, receiver: the text's tokens.
         rows: at least one.
@@ -105,6 +108,7 @@ class Texts:
     ) -> None:
         self._tokenizers = (sharer_tokenizer, receiver_tokenizer)
         self._head, self._options = tuple(head), options
+        self._seed = f"{options.seed}" if self.kind == "text" else f"{options.seed}/{self.kind}"
         self._least = options.least_context + max(options.continuation // 2, 2)
         self._texts: list[str] = []
         self._starts: list[list[int]] = []  # per document where its receiver tokens start, and the text's end
@@ -137,13 +141,13 @@ class Texts:
         text = self._texts[document][starts[first] : starts[last]]
         sharer = token_spans(self._tokenizers[0], text)
         receiver = token_spans(self._tokenizers[1], text, add_special_tokens=False)
-        draw = random.Random(f"{self._options.seed}/rows/{number}")
+        draw = random.Random(f"{self._seed}/rows/{number}")
         return Window(self.kind, self._head, sharer, receiver, tuple(self._rows(sharer, receiver, draw)))
 
     def _pieces(self, epoch: int) -> list[tuple[int, int, int]]:
         """(document, first token, last token) of every window of an epoch, in its order."""
         while len(self._epochs) <= epoch:
-            draw = random.Random(f"{self._options.seed}/epoch/{len(self._epochs)}")
+            draw = random.Random(f"{self._seed}/epoch/{len(self._epochs)}")
             pieces = []
             for document, starts in enumerate(self._starts):
                 length, size = len(starts) - 1, self._options.window
@@ -176,6 +180,23 @@ class Texts:
             at = start + options.continuation
             if at > latest:
                 return
+
+
+class Repeats(Texts):
+    """Windows of documents that the receiver says again: what it cannot do without finding each token in the cache.
+
+    After the whole window it reads pieces of it, whose tokens are scored from the ninth on.
+    """
+
+    kind = "repeats"
+
+    def _rows(self, sharer: TokenSpans, receiver: TokenSpans, draw: random.Random) -> Iterator[Row]:
+        ids = receiver.ids
+        length = min(self._options.continuation + 1, len(ids))
+        first = min(_TOLD, length - 1)
+        for _ in range(_REPETITIONS):
+            start = draw.randint(0, len(ids) - length)
+            yield Row(len(ids), ids[start : start + length], first, False)
 
 
 class Questions:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from c2c_kernels.fitting.texts import text_hashes
-from c2c_kernels.training.examples import Asked, Questions, Stream, Texts
+from c2c_kernels.training.examples import Asked, Questions, Repeats, Stream, Texts
 from c2c_kernels.training.options import TrainOptions
 
 # Of the documents, or texts with questions, at most one in so many is held out.
@@ -101,6 +101,8 @@ def streams(
     found: list[Stream] = []
     if examples.texts:
         found.append(Texts(examples.texts, *tokenizers, prefix, options))
+        if options.repeat_weight:
+            found.append(Repeats(examples.texts, *tokenizers, prefix, options))
     if examples.questions:
         found.append(Questions(examples.questions, *tokenizers, options))
     return found

@@ -18,6 +18,7 @@ class TrainOptions:
         question_batch: texts with questions that are read at once.
         accumulate: how many such batches a step takes (in each process).
         question_weight: share of the batches that are questions where there is both text and questions.
+        repeat_weight: share of the batches of text in which the receiver says pieces of it again, instead of going on.
         context: most receiver tokens of a window that are read through the projector.
         least_context: fewest of them.
         continuation: own tokens of the receiver that follow, at most; a window gives several continuations.
@@ -43,6 +44,7 @@ class TrainOptions:
     question_batch: int = 4
     accumulate: int = 2
     question_weight: float = 0.3
+    repeat_weight: float = 0.0
     context: int = 480
     least_context: int = 64
     continuation: int = 128
@@ -81,7 +83,7 @@ class TrainOptions:
         for name in ("match", "weight_decay", "held_out", "validations", "checkpoint_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("distill", "question_weight"):
+        for name in ("distill", "question_weight", "repeat_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be within 0..1, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:

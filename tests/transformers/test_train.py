@@ -27,8 +27,9 @@ from c2c_kernels.integrations.transformers import enable
 from c2c_kernels.training import Asked, Examples, TrainOptions, train_projector
 from c2c_kernels.training.batches import NOT_SCORED, collate
 from c2c_kernels.training.course import Course, rate, temperature
-from c2c_kernels.training.examples import Questions, Texts
+from c2c_kernels.training.examples import Questions, Repeats, Texts
 from c2c_kernels.training.head import Head, head_loss
+from c2c_kernels.training.material import streams as examples_streams
 from c2c_kernels.training.trainee import Trainee
 
 TEXTS = random_texts(12, 150)
@@ -88,6 +89,7 @@ class Same:
         asked = [replace(one, head=(1,)) for one in QUESTIONS]
         self.streams = (
             Texts(TEXTS, *self.tokenizers, (1,), OPTIONS),
+            Repeats(TEXTS, *self.tokenizers, (1,), OPTIONS),
             Questions(asked, *self.tokenizers, OPTIONS),
         )
 
@@ -448,18 +450,37 @@ def test_questions_about_a_text_share_a_read_and_only_answers_are_scored(models)
     assert {stream.window(n).sharer.ids for n in range(9)} == {stream.window(n).sharer.ids for n in range(9, 18)}
 
 
-def test_batches_are_dealt_out_to_processes():
-    """Two processes take together what one takes, in both kinds by the weight."""
+def test_repetitions_are_pieces_of_the_whole_text():
     projector = projector_of((build("gemma3"), build("llama")))
-    options = replace(OPTIONS, question_batch=3, batch=2, question_weight=0.25)
-    one, first, second = (Course(streams(projector, options), options) for _ in range(3))
+    stream = Repeats(TEXTS, SHARER_TOKENIZER, TOKENIZER, projector.prefix, OPTIONS)
+    window = stream.window(0)
+    text, length = window.receiver.ids, OPTIONS.continuation + 1
+    pieces = {text[at : at + length] for at in range(len(text) - length + 1)}
+    assert len(window.rows) == 3 and all(row.ids in pieces for row in window.rows)
+    assert len({row.ids for row in window.rows}) > 1
+    batch = collate([window], projector)
+    told = min(8, length - 1)
+    assert batch.visible.tolist() == [len(text)] * 3 and not batch.inside
+    assert batch.targets[:, : told - 1].eq(NOT_SCORED).all() and batch.scored == 3 * (length - told)
+    assert stream.window(0) == window != stream.window(1)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_batches_are_dealt_out_to_processes(weight):
+    """Two processes take together what one takes, in all kinds by the weights."""
+    projector = projector_of((build("gemma3"), build("llama")))
+    options = replace(OPTIONS, question_batch=3, batch=2, question_weight=0.25, repeat_weight=weight)
+    tokenizers = (SHARER_TOKENIZER, TOKENIZER)
+    found = examples_streams(Examples(TEXTS, QUESTIONS), projector.prefix, tokenizers, options)
+    one, first, second = (Course(found, options) for _ in range(3))
     for number in range(30):
         wanted = one.deal()
         parts = [course.deal(number % 2 == rank) for rank, course in enumerate((first, second))]
         assert parts[number % 2] == wanted and parts[1 - number % 2] == []
-        assert len(wanted) == {"text": 2, "questions": 3}[wanted[0].kind]
+        assert len(wanted) == {"text": 2, "repeats": 2, "questions": 3}[wanted[0].kind]
         assert one.taken == first.taken == second.taken
     assert 2 <= one.taken["questions"] / 3 <= 14
+    assert set(one.taken) == {"text", "questions"} if not weight else 4 <= one.taken["repeats"] / 2 <= 18
 
 
 TWO = """
