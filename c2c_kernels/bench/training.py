@@ -16,6 +16,7 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -215,21 +216,33 @@ def peak(way: str, size: Size) -> int:
     setting = Setting(replace(size, shared=64, own=8))  # what is loaded and set up once
     setting.step(way)
     setting = Setting(size)
-    status = Path("/proc/self")
-    if not (status / "clear_refs").exists():
+    if not _STATUS.exists():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         setting.step(way)
         unit = 1 if sys.platform == "darwin" else 1024
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
-    (status / "clear_refs").write_text("5")  # the peak starts anew from what is held now
-    before = _kilobytes("VmRSS")
+    before, most, done = _allocated(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1e-3):
+            most.append(max(most.pop(), _allocated()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     setting.step(way)
-    return (_kilobytes("VmHWM") - before) * 1024
+    done.set()
+    watcher.join()
+    return max(most[0], _allocated()) - before
 
 
-def _kilobytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1])
+_STATUS = Path("/proc/self/status")
+
+
+def _allocated() -> int:
+    """Bytes that are the process's own, in memory or swapped out. Pages of files, which the kernel drops and reads again
+    as it likes (of torch's libraries some 400 MB), are not among them, so the kernel's own peak (VmHWM) does not do."""
+    found = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return sum(int(found[name].split()[0]) * 1024 for name in ("RssAnon", "VmSwap"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ def test_both_ways_give_the_same_gradients(gates: bool):
     assert training.differing(training.Size(shared=40, own=6, layers=2, gates=gates)) == ""
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of one step is Linux's to tell")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="what one step holds is Linux's to tell")
 def test_a_step_holds_at_most_half_of_what_plain_autograd_holds():
     """At 2,048 tokens; of fewer layers than the receiver has, which is the harder case: logits weigh more."""
     command = [sys.executable, "-m", "c2c_kernels.bench.training", "--layers", "4", "--peak"]
