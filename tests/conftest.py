@@ -14,6 +14,7 @@ settings.register_profile("fresh", **_COMMON)
 settings.load_profile("fresh" if os.environ.get("C2C_FRESH_EXAMPLES") == "1" else "fixed")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     """For pytest-xdist's `--dist loadgroup`: a file's tests share a process, and so its fixtures, if not said else."""
     for item in items:
