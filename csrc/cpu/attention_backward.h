@@ -59,7 +59,7 @@ struct BackwardScratch {
 
 // Parts of a row's tokens that are differentiated independently: a function of heads and the row's own length alone.
 static int64_t backward_splits(const Run &run, int64_t length) {
-  return most<int64_t>(1, least(div_up(8, run.groups), length / (4 * BLOCK)));
+  return most<int64_t>(1, least(div_up(8, run.groups), length / (2 * LEAST_SPLIT)));
 }
 
 // base and rest of one tile of query rows, and what their sinks hold.

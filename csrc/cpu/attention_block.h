@@ -111,7 +111,7 @@ static bool softmax_columns(const Tile &tile, float *s, int64_t ld, int64_t bloc
     const Raise raise = raise_max(s + r, ld, n, load(x.row_max + r));
     V total = load(x.row_sum + r) * raise.factor;
     for (int64_t t = 0; t < n; ++t) {
-      V weight = vexp(load(s + t * ld + r) - raise.base);
+      const V weight = exp_of_difference(raise.base, load(s + t * ld + r));
       store(s + t * ld + r, weight);
       total += weight;
     }

@@ -1,7 +1,10 @@
 // What forward and backward attention share: runs of tokens, which queries see which tokens, and one block's masks.
 // Included inside an instruction set's namespace.
 
-constexpr int64_t BLOCK = 64;           // tokens handled between two softmax updates
+// Tokens handled between two softmax updates. With 32 registers twice as many: sums are read and written once a block,
+// which was a tenth of prefill; with 16 a panel of the block's scores stays in the first-level cache.
+constexpr int64_t BLOCK = LANES == 16 && !MATRIX_TILES ? 128 : 64;
+constexpr int64_t LEAST_SPLIT = 128;    // tokens that are worth a thread of their own
 constexpr int64_t TILED_BLOCK = 256;    // the same where matrix tiles multiply (attention_tiles.h)
 constexpr int64_t STAGED_TOKENS = 512;  // projected between two rounds of attention
 constexpr int64_t TARGET_ROWS = 128;    // query rows of a register-blocked tile
@@ -79,7 +82,7 @@ static ALWAYS_INLINE int64_t run_length(const Run &run, const c2c_attention_para
 // the batch nor the number of threads changes a result.
 static ALWAYS_INLINE int64_t split_count(const Run &run, int64_t length) {
   const int64_t jobs = run.groups * run.tiles, wanted = jobs >= 32 ? 1 : div_up(64, jobs);
-  return most<int64_t>(1, least(wanted, length / (2 * BLOCK)));
+  return most<int64_t>(1, least(wanted, length / LEAST_SPLIT));
 }
 
 constexpr int64_t FAR = (int64_t)1 << 62;  // beyond every index and position, and far from overflow
