@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = (80, 90)
 FILES = {
-    "decode": "decode.cu", "combine": "decode.cu", "prefill": "prefill.cu", "project": "project.cu",
+    "decode": "decode.cu", "combine": "decode.cu", "absorb_bf16": "absorb_bf16.cu",
+    "absorb_f16": "absorb_f16.cu", "prefill": "prefill.cu", "project": "project.cu",
     "fuse_table": "fuse_table.cu", "fuse_bf16": "fuse_bf16.cu", "fuse_f16": "fuse_f16.cu",
     "merge": "states.cu", "quantize": "states.cu",
 }  # fmt: skip
@@ -34,7 +35,7 @@ FILES = {
 def file_of(kernel: str) -> str:
     """The source of a kernel."""
     first, _, rest = kernel.removeprefix("c2c_").partition("_")
-    return FILES.get(first) or FILES[f"{first}_{rest.partition('_')[0]}"]
+    return FILES.get(first) or FILES[f"{first}_{rest.removeprefix('combine_').partition('_')[0]}"]
 
 
 def missing() -> str:

@@ -5,9 +5,12 @@ from collections.abc import Callable
 abi_version: int
 archs: str
 largest_dim: int
+largest_width: int
+most_decoded: int
 most_fuser_blocks: int
 most_segments: int
 most_states: int
+raw_pad: int
 
 def unavailable() -> str: ...
 def error() -> str: ...

@@ -103,6 +103,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("abi_version") = C2C_ABI_VERSION;
   m.attr("archs") = C2C_CUDA_ARCHS;
   m.attr("largest_dim") = c2c::LARGEST_DIM;
+  m.attr("largest_width") = c2c::LARGEST_WIDTH;
+  m.attr("most_decoded") = c2c::MOST_DECODED;
+  m.attr("raw_pad") = c2c::RAW_PAD;
   m.attr("most_fuser_blocks") = c2c::MAX_FUSE_BLOCKS - 2;
   m.attr("most_segments") = c2c::MAX_RUNS - 1;
   m.attr("most_states") = c2c::MAX_STATES;

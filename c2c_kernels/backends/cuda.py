@@ -32,6 +32,9 @@ _UNSUPPORTED, _CUDA_ERROR = 8, 9
 _LARGEST_DIM, _MOST_SEGMENTS, _MOST_STATES = (
     (0, 0, 0) if _cuda is None else (_cuda.largest_dim, _cuda.most_segments, _cuda.most_states)
 )
+_LARGEST_WIDTH, _RAW_PAD, _MOST_DECODED = (
+    (0, 1, 0) if _cuda is None else (_cuda.largest_width, _cuda.raw_pad, _cuda.most_decoded)
+)
 _MOST_FUSER_BLOCKS = 0 if _cuda is None else _cuda.most_fuser_blocks
 
 
@@ -87,11 +90,50 @@ def _in_receiver_space(segment: SegmentTensors) -> bool:
     return all(part is None for part in parts)
 
 
+def _can_absorb(segment: SegmentTensors) -> bool:
+    """Whether there is something to absorb."""
+    return segment.key_proj is not None and segment.value_proj is not None and segment.length > 0
+
+
+def _absorb_refusal(segment: SegmentTensors, number: int, query: Tensor) -> str:
+    """Why the kernels do not absorb the projectors of segments[number], which can be; "" where they do."""
+    name = f"segments[{number}]"
+    if segment.key_proj_in is not None or segment.value_proj_in is not None:
+        return f"absorbs full-rank projectors; {name} has one of low rank"
+    raw, projectors = (segment.key.dtype, segment.value.dtype), (segment.key_proj.dtype, segment.value_proj.dtype)
+    quantised = all(dtype in QUANTISED for dtype in raw)
+    if any(dtype != query.dtype for dtype in (*projectors, *(() if quantised else raw))):
+        return (
+            f"absorbs projectors of the query's dtype and tokens of it, or of int8 or float8_e4m3fn in key and value; "
+            f"{name} has projectors of {', '.join(map(_dtype_name, projectors))} and tokens of "
+            f"{', '.join(map(_dtype_name, raw))}, query {_dtype_name(query.dtype)}"
+        )
+    _, q_heads, q_len, _ = query.shape
+    rows = q_heads * q_len // segment.key_proj.shape[0]
+    padded = max(x.shape[1] * -(-x.shape[3] // _RAW_PAD) * _RAW_PAD for x in (segment.key, segment.value))
+    if padded > _LARGEST_WIDTH or rows > _MOST_DECODED:
+        return (
+            f"absorbs a sharer's width (heads x dim, to {_RAW_PAD}) up to {_LARGEST_WIDTH} for queries x heads of a KV "
+            f"head up to {_MOST_DECODED}; {name} has width {padded}, query {q_len} x {rows // max(q_len, 1)}"
+        )
+    return ""
+
+
+def _absorbs(segment: SegmentTensors, number: int, query: Tensor, value_dim: int, strategy: str) -> bool:
+    """Whether the segment's projectors are absorbed, of a call that is not refused."""
+    if strategy == "materialize" or not _can_absorb(segment):
+        return False
+    if strategy == "absorb":
+        return True
+    return _absorbing_pays(segment, query, value_dim) and not _absorb_refusal(segment, number, query)
+
+
 def _segment_refusal(segment: SegmentTensors, number: int, query: Tensor, strategy: str) -> str:
     name = f"segments[{number}]"
     if not _in_receiver_space(segment):
-        if strategy == "absorb" and segment.key_proj is not None and segment.value_proj is not None:
-            return f'absorbs no projector, which {name} has: use strategy "auto" or "materialize"'
+        if strategy == "absorb" and _can_absorb(segment):
+            reason = _absorb_refusal(segment, number, query)
+            return f'{reason}: use strategy "auto" or "materialize"' if reason else ""
         reason = _projection_refusal(segment, False)
         return f"{reason} in {name}" if reason else ""
     found = (segment.key.dtype, segment.value.dtype)
@@ -110,7 +152,7 @@ def _recorded(tensors: Sequence[Tensor | None]) -> bool:
 
 def _absorbing_pays(segment: SegmentTensors, query: Tensor, value_dim: int) -> bool:
     """Whether a backend that absorbs the segment's projectors is the faster one, by the cost model."""
-    if segment.key_proj is None or segment.value_proj is None or not segment.length:
+    if not _can_absorb(segment):
         return False
     _, q_heads, q_len, head_dim = query.shape
     return cost.segment_cost(segment, q_heads, q_len, head_dim, value_dim, cost.GPU).strategy == "absorb"
@@ -137,9 +179,11 @@ def refusal(operator: str, named: bool, *call) -> str:
     if reason or named or operator != "merged_attention" or not triton_record().available:
         return reason
     query, value, segments, strategy, everything, *_ = call
+    if strategy != "auto" or _recorded(everything):
+        return ""
     for number, segment in enumerate(segments):
-        if strategy == "auto" and not _recorded(everything) and _absorbing_pays(segment, query, value.shape[3]):
-            return f"absorbs no projector, and absorbing that of segments[{number}] is faster"
+        if _absorbing_pays(segment, query, value.shape[3]) and (why := _absorb_refusal(segment, number, query)):
+            return f"{why}, and absorbing it is faster"
     return ""
 
 
@@ -230,7 +274,7 @@ def merged_attention(
         raise ValueError(f"merged_attention on cuda {reason}")
     batch, q_heads, q_len, _ = query.shape
     segments = [
-        segment if _in_receiver_space(segment)
+        segment if _in_receiver_space(segment) or _absorbs(segment, number, query, value.shape[3], strategy)
         else native.materialized("cuda", segment, query.dtype, project_kv, f"segments[{number}]")
         for number, segment in enumerate(segments)
     ]  # fmt: skip

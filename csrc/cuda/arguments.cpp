@@ -33,9 +33,8 @@ c2c_status_code own_run(const c2c_attention_params &p, Run &run) {
   return C2C_OK;
 }
 
+// What a segment's tokens are, in receiver space or raw.
 c2c_status_code segment_run(const c2c_segment &s, const c2c_attention_params &p, Run &run) {
-  if (s.key_proj.data || s.value_proj.data || s.key_bias.data || s.value_bias.data) return C2C_UNSUPPORTED;
-  if (s.heads != p.kv_heads || s.key_dim != p.head_dim || s.value_dim != p.value_dim) return C2C_BAD_SHAPE;
   if (s.len < 0 || s.raw_len < 0 || s.len > MOST || s.raw_len > MOST) return C2C_BAD_SHAPE;
   if (!readable(s.key, s.value, p.query.dtype)) return C2C_BAD_DTYPE;
   for (const c2c_tensor *t : {&s.lengths, &s.positions, &s.index})
@@ -66,6 +65,49 @@ c2c_status_code segment_run(const c2c_segment &s, const c2c_attention_params &p,
   return C2C_OK;
 }
 
+bool in_receiver_space(const c2c_segment &s) {
+  return !s.key_proj.data && !s.value_proj.data && !s.key_bias.data && !s.value_bias.data;
+}
+
+// Keys or values of an absorbed segment. Scales of raw tokens are read beside them, not with the run's other numbers.
+c2c_status_code absorbed_side(const c2c_tensor &proj, const c2c_tensor &bias, int64_t heads, int64_t raw_dim,
+                              int32_t dtype, AbsorbedSide &side, Strided &scale, int8_t scale_type) {
+  if (heads < 1 || raw_dim < 1) return C2C_BAD_SHAPE;
+  if (heads > LARGEST_WIDTH || raw_dim > LARGEST_WIDTH) return C2C_UNSUPPORTED;
+  if (proj.dtype != dtype || !absent_or(bias, is_float)) return C2C_BAD_DTYPE;
+  side.proj = proj.data;
+  side.proj_h = proj.stride[0];
+  side.proj_d = proj.stride[1];
+  side.bias = bias.data;
+  side.bias_h = bias.stride[0];
+  side.bias_type = static_cast<int8_t>(bias.dtype);
+  side.scale = scale;
+  side.scale_type = scale_type;
+  scale = {};
+  side.heads = static_cast<int32_t>(heads);
+  side.raw_dim = static_cast<int32_t>(raw_dim);
+  side.padded = (side.raw_dim + RAW_PAD - 1) / RAW_PAD * RAW_PAD;
+  side.width = 128;
+  while (side.width < side.heads * side.padded) side.width *= 2;
+  if (side.width > LARGEST_WIDTH) return C2C_UNSUPPORTED;
+  const int64_t proj_bits = reinterpret_cast<int64_t>(proj.data) | 2 * (side.proj_h | side.proj_d | raw_dim);
+  side.proj_vectorised = proj_bits % 16 == 0;
+  const int64_t scale_bits = reinterpret_cast<int64_t>(side.scale.data) | 4 * (side.scale.b | side.scale.h);
+  side.scale_vectorised = scale_type == C2C_F32 && side.scale.n == 1 && scale_bits % 16 == 0;
+  return C2C_OK;
+}
+
+c2c_status_code absorbed_segment(const c2c_segment &s, const c2c_attention_params &p, Run &run, Absorbed &out) {
+  const bool few = p.kv_heads && p.q_len * (p.q_heads / p.kv_heads) <= MOST_DECODED;
+  if (s.materialize || !few || !s.key_proj.data || !s.value_proj.data) return C2C_UNSUPPORTED;
+  if (s.key_proj_in.data || s.value_proj_in.data) return C2C_UNSUPPORTED;
+  if (c2c_status_code code = absorbed_side(s.key_proj, s.key_bias, s.heads, s.key_dim, p.query.dtype, out.key,
+                                           run.key_scale, run.key_scale_type))
+    return code;
+  return absorbed_side(s.value_proj, s.value_bias, s.heads, s.value_dim, p.query.dtype, out.value, run.value_scale,
+                       run.value_scale_type);
+}
+
 c2c_status_code check_call(const c2c_attention_params &p) {
   for (int64_t n : {p.batch, p.q_heads, p.kv_heads, p.q_len, p.len, p.head_dim, p.value_dim})
     if (n < 0 || n > MOST) return C2C_BAD_SHAPE;
@@ -81,8 +123,9 @@ c2c_status_code check_call(const c2c_attention_params &p) {
 
 }  // namespace
 
-c2c_status device_attention(const c2c_attention_params &p, Attention &out) {
+c2c_status device_attention(const c2c_attention_params &p, Attention &out, Absorption &absorption) {
   out = {};
+  absorption = {};
   if (c2c_status_code code = check_call(p)) return {code, -1};
   out.query = strided(p.query, 0, 1, 2);
   out.mask = strided(p.mask, 0, 1, 2);
@@ -113,8 +156,19 @@ c2c_status device_attention(const c2c_attention_params &p, Attention &out) {
   out.sinks_type = static_cast<int8_t>(p.sinks.dtype);
   out.out_type = static_cast<int8_t>(p.out.dtype);
   if (c2c_status_code code = own_run(p, out.run[0])) return {code, -1};
-  for (int32_t i = 0; i < p.segment_count; ++i)
-    if (c2c_status_code code = segment_run(p.segments[i], p, out.run[1 + i])) return {code, i};
+  for (int8_t &place : absorption.place) place = -1;
+  for (int32_t i = 0; i < p.segment_count; ++i) {
+    const c2c_segment &s = p.segments[i];
+    if (c2c_status_code code = segment_run(s, p, out.run[1 + i])) return {code, i};
+    if (in_receiver_space(s)) {
+      if (s.heads != p.kv_heads || s.key_dim != p.head_dim || s.value_dim != p.value_dim) return {C2C_BAD_SHAPE, i};
+      continue;
+    }
+    absorption.place[1 + i] = static_cast<int8_t>(absorption.count);
+    Absorbed &absorbed = absorption.segment[absorption.count++];
+    absorbed.number = 1 + i;
+    if (c2c_status_code code = absorbed_segment(s, p, out.run[1 + i], absorbed)) return {code, i};
+  }
   return {C2C_OK, -1};
 }
 

@@ -1,6 +1,7 @@
 // From the structs of c2c.h to those of params.h, on the host.
 #pragma once
 
+#include "absorb.h"
 #include "c2c.h"
 #include "params.h"
 
@@ -37,8 +38,8 @@ inline bool vectorised(const c2c_tensor &t, int64_t dim) {
   return all % 16 == 0;
 }
 
-// OK where p can be attended to by the kernels of this folder; `out` is then filled. c2c_status.segment says which
-// segment is at fault.
-c2c_status device_attention(const c2c_attention_params &p, Attention &out);
+// OK where p can be attended to by the kernels of this folder; `out` is then filled, and `absorption` with the segments
+// whose projectors are absorbed. c2c_status.segment says which segment is at fault.
+c2c_status device_attention(const c2c_attention_params &p, Attention &out, Absorption &absorption);
 
 }  // namespace c2c

@@ -1,4 +1,5 @@
-// The entry of `merged_attention`: decode where a KV head has few rows, else prefill.
+// The entry of `merged_attention`: decode where a KV head has few rows, beside absorbed segments or without, else
+// prefill.
 #include <cstdint>
 
 #include "arguments.h"
@@ -9,8 +10,10 @@ namespace c2c {
 c2c_status attention_launches(const c2c_attention_params &p, void *workspace, int capability, Executor run,
                               void *context) {
   Attention a;
-  const c2c_status status = device_attention(p, a);
+  Absorption absorption;
+  const c2c_status status = device_attention(p, a, absorption);
   if (status.code) return status;
+  if (absorption.count) return {launch_absorb(a, absorption, workspace, run, context), -1};
   const c2c_status_code code =
       decodes(a) ? launch_decode(a, workspace, capability, run, context) : launch_prefill(a, capability, run, context);
   return {code, -1};
@@ -18,7 +21,9 @@ c2c_status attention_launches(const c2c_attention_params &p, void *workspace, in
 
 int64_t attention_workspace(const c2c_attention_params &p) {
   Attention a;
-  if (device_attention(p, a).code) return 0;
+  Absorption absorption;
+  if (device_attention(p, a, absorption).code) return 0;
+  if (absorption.count) return absorb_workspace(a, absorption);
   return decodes(a) ? decode_workspace(a) : 0;
 }
 

@@ -11,9 +11,9 @@
 #include "kernels.h"
 
 #define DECODE_KERNEL(name, T, DIM) \
-  extern "C" __global__ void __launch_bounds__(c2c::decode_warps(DIM) * 32) \
+  extern "C" __global__ void __launch_bounds__(c2c::decode_warps(DIM) * 32, 2) \
       c2c_decode_##name##_##DIM(const __grid_constant__ c2c::Decode d) { \
-    c2c::decode_split<T, DIM>(d); \
+    c2c::decode_splits<T, DIM>(d); \
   }
 DECODE_KERNEL(f16, __half, 64)
 DECODE_KERNEL(f16, __half, 128)
@@ -52,12 +52,17 @@ int32_t split_tokens(int64_t rows, int size) {
   return static_cast<int32_t>(tokens);
 }
 
-// The splits of all runs.
-void plan(Decode &d) {
+int64_t states_of(const Decode &d) {
+  return d.attention.batch * d.attention.kv_heads * rows_of(d.attention) * d.splits;
+}
+
+}  // namespace
+
+void plan_decode(Decode &d) {
   const Attention &p = d.attention;
   for (int number = 0; number < p.runs; ++number) {
     const Run &run = p.run[number];
-    d.split_tokens[number] = split_tokens(rows_of(p), size_of(run.key_type));
+    if (!d.split_tokens[number]) d.split_tokens[number] = split_tokens(rows_of(p), size_of(run.key_type));
     const int32_t count =
         static_cast<int32_t>((int64_t{run.len} + d.split_tokens[number] - 1) / d.split_tokens[number]);
     d.first_split[number + 1] = d.first_split[number] + count;
@@ -66,25 +71,19 @@ void plan(Decode &d) {
   d.row_tiles = static_cast<int32_t>((rows_of(p) + ROWS - 1) / ROWS);
 }
 
-int64_t states_of(const Decode &d) {
-  return d.attention.batch * d.attention.kv_heads * rows_of(d.attention) * d.splits;
-}
-
-}  // namespace
-
-bool decodes(const Attention &p) { return rows_of(p) <= 2 * ROWS; }
+bool decodes(const Attention &p) { return rows_of(p) <= MOST_DECODED; }
 
 int64_t decode_workspace(const Attention &p) {
   Decode d{};
   d.attention = p;
-  plan(d);
+  plan_decode(d);
   return states_of(d) * (static_cast<int64_t>(sizeof(float2)) + static_cast<int64_t>(sizeof(float)) * p.value_dim);
 }
 
 c2c_status_code launch_decode(const Attention &p, void *workspace, int, Executor run, void *context) {
   Decode d{};
   d.attention = p;
-  plan(d);
+  plan_decode(d);
   d.states = static_cast<float2 *>(workspace);
   d.sums = reinterpret_cast<float *>(d.states + states_of(d));
   const int64_t rows = p.batch * p.kv_heads * rows_of(p),

@@ -5,12 +5,10 @@
 #pragma once
 
 #include "decode.h"
+#include "decode_softmax.cuh"
 #include "storage.cuh"
 
 namespace c2c {
-
-constexpr int ROWS = 16;   // of a tile: the M of mma.m16n8k16
-constexpr int CHUNK = 16;  // tokens that a team takes at once: the K of its second product
 
 // Warps of a team and teams of a block.
 template <int DIM>
@@ -24,6 +22,7 @@ struct Teams {
     else
       barrier_sync(1 + mine(), THREADS);
   }
+  static __device__ __forceinline__ void sync_all() { barrier_sync(0, COUNT * THREADS); }
 };
 
 // Shared memory of a block for head dims up to DIM; BYTES: keys and values of 8 bits, else of 16.
@@ -57,7 +56,7 @@ __device__ __forceinline__ int query_chunk(int row, int chunk) { return chunk ^ 
 template <int DIM>
 __device__ __forceinline__ void fetch_queries(const Attention &p, int batch, int kv_head, int first_row, char *shared) {
   constexpr int CHUNKS = DIM / 8;
-  for (int at = threadIdx.x; at < ROWS * CHUNKS; at += blockDim.x) {
+  for (int at = threadIdx.x; at < ROWS * CHUNKS; at += Teams<DIM>::COUNT * Teams<DIM>::THREADS) {
     const int row = at / CHUNKS, chunk = at % CHUNKS;
     const Row r = row_of(p, 0, batch, kv_head, first_row + row, 0);
     const char *start =
@@ -222,63 +221,20 @@ __device__ __forceinline__ void accumulate(Tile<T, DIM> &tile, const uint32_t (&
   }
 }
 
-// What a block works on.
-struct Work {
-  const Run &run;
-  int number, batch, kv_head, first_row, split_first, first, last;
-  bool plain;  // logits are the scaled products: no row misses a token, no gate, scale, mask or cap
-};
-
 // Takes a chunk of 16 tokens, which lies in `stage`, into the team's state.
 template <typename T, int DIM, bool BYTES>
 __device__ __forceinline__ void take_chunk(const Attention &p, const Work &w, const Row (&rows)[2], int first,
                                            const char *stage, Tile<T, DIM> &tile) {
   constexpr bool SCALES_VALUES = BYTES && Precision<T>::NARROW;
   using L = Layout<DIM, BYTES>;
-  const int lane = threadIdx.x % WARP;
-  float scores[2][4], value_scales[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  float scores[2][4], value_scales[4] = {1.0f, 1.0f, 1.0f, 1.0f}, factor[2];
   score<T, DIM, BYTES>(tile, stage, w.run.key_type == C2C_F8E4M3, scores);
-  if (w.plain && first + CHUNK <= w.last) {
+  find_logits(p, w, rows, first, scores, value_scales);
+  find_weights(tile.state, scores, factor);
+  rescale(tile.sum, factor);
+  if constexpr (!SCALES_VALUES)
 #pragma unroll
-    for (int i = 0; i < 8; ++i) scores[i / 4][i % 4] *= p.scale * LOG2E;
-  } else {
-    // A lane asks about one token, so that neighbours' numbers are read at once, and tells those that have its column.
-    const Column mine = column_of(w.run, w.batch, w.kv_head, first + lane % CHUNK, w.last);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int within = 2 * (lane % 4) + i % 2 + i / 2 * 8, token = first + within;
-      const Column column{w.run.placed ? __shfl_sync(~0u, static_cast<long long>(mine.place), within) : token,
-                          __shfl_sync(~0u, mine.key_scale, within), __shfl_sync(~0u, mine.value_scale, within),
-                          token < w.last};
-      value_scales[i] = column.value_scale;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float &each = scores[i / 2][2 * half + i % 2];
-        each = logit_of(p, w.run, w.number, w.batch, rows[half], column, token, each);
-      }
-    }
-  }
-  float factor[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float highest =
-        fmaxf(fmaxf(scores[0][2 * half], scores[0][2 * half + 1]), fmaxf(scores[1][2 * half], scores[1][2 * half + 1]));
-    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-    factor[half] = tile.state[half].update(highest);
-  }
-  if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f))
-    for (float (&sum)[4] : tile.sum)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] *= factor[i / 2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float weight = tile.state[j / 2].weight(scores[i][j]);
-      tile.state[j / 2].sum += weight;
-      scores[i][j] = SCALES_VALUES ? weight : weight * value_scales[2 * i + j % 2];
-    }
+    for (int i = 0; i < 8; ++i) scores[i / 4][i % 4] *= value_scales[i / 4 * 2 + i % 2];
   const uint32_t weights[4] = {pack<T>(scores[0][0], scores[0][1]), pack<T>(scores[0][2], scores[0][3]),
                                pack<T>(scores[1][0], scores[1][1]), pack<T>(scores[1][2], scores[1][3])};
   accumulate<T, DIM, BYTES>(tile, weights, stage + CHUNK * L::ROW, w.run.value_type == C2C_F8E4M3,
@@ -309,9 +265,9 @@ __device__ __forceinline__ void stream(const Attention &p, const Work &w, const 
 #pragma unroll 1
   for (int i = 1; i < L::STAGES; ++i) fetch();
   cp_async_wait<L::STAGES - 1>();
-  __syncthreads();
+  Team::sync_all();
   load_queries<DIM, BYTES>(queries, tile.query);
-  __syncthreads();
+  Team::sync_all();
   fetch();
   int stage = 0;
   for (; token < w.last; token += step) {
@@ -335,8 +291,8 @@ __device__ __forceinline__ void write_split(const Decode &d, int64_t base_row, i
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   float *const sums = shared, *const maxima = shared + Team::COUNT * ROWS * PITCH;
   float *const counts = maxima + Team::COUNT * ROWS;
-  __syncthreads();  // the stages are read
-  float2 both[2];   // max and sum of rows lane / 4 and + 8
+  Team::sync_all();  // the stages are read
+  float2 both[2];    // max and sum of rows lane / 4 and + 8
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = tile.state[half].sum;
@@ -356,7 +312,7 @@ __device__ __forceinline__ void write_split(const Decode &d, int64_t base_row, i
     maxima[Team::mine() * ROWS + lane] = lane < 8 ? both[0].x : both[1].x;
     counts[Team::mine() * ROWS + lane] = lane < 8 ? both[0].y : both[1].y;
   }
-  __syncthreads();
+  Team::sync_all();
   const int rows = p.q_len * p.group - first_row;
   for (int row = warp; row < ROWS && row < rows; row += Team::COUNT * Team::WARPS) {
     SoftmaxState state;
@@ -376,19 +332,12 @@ __device__ __forceinline__ void write_split(const Decode &d, int64_t base_row, i
   }
 }
 
-// Grid: batch x KV heads x tiles of 16 rows x splits, splits fastest.
+// Split `split` of all runs' (of run `number`), rows first_row .. + 15 of a KV head.
 template <typename T, int DIM>
-__device__ __forceinline__ void decode_split(const Decode &d) {
+__device__ __forceinline__ void decode_split(const Decode &d, int number, int split, int batch, int kv_head,
+                                             int first_row) {
   extern __shared__ __align__(128) char shared[];
   const Attention &p = d.attention;
-  int program = blockIdx.x;
-  const int split = program % d.splits;
-  program /= d.splits;
-  const int first_row = program % d.row_tiles * ROWS;
-  program /= d.row_tiles;
-  const int kv_head = program % p.kv_heads, batch = program / p.kv_heads;
-  int number = 0;
-  while (split >= d.first_split[number + 1]) ++number;
   const Run &run = p.run[number];
   const int own_end = valid_tokens(p.run[0], batch), end = number ? valid_tokens(run, batch) : own_end;
   const int split_first = (split - d.first_split[number]) * d.split_tokens[number];
@@ -426,6 +375,17 @@ __device__ __forceinline__ void decode_split(const Decode &d) {
   }
   const int64_t base_row = (static_cast<int64_t>(batch) * p.kv_heads + kv_head) * p.q_len * p.group + first_row;
   write_split<T, DIM>(d, base_row, first_row, split, bytes, reinterpret_cast<float *>(shared), tile);
+}
+
+// Grid: batch x KV heads x tiles of 16 rows x splits, splits fastest.
+template <typename T, int DIM>
+__device__ __forceinline__ void decode_splits(const Decode &d) {
+  const int split = blockIdx.x % d.splits;
+  int program = blockIdx.x / d.splits, number = 0;
+  const int first_row = program % d.row_tiles * ROWS;
+  program /= d.row_tiles;
+  while (split >= d.first_split[number + 1]) ++number;
+  decode_split<T, DIM>(d, number, split, program / d.attention.kv_heads, program % d.attention.kv_heads, first_row);
 }
 
 }  // namespace c2c

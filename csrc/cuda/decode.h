@@ -16,6 +16,9 @@ struct Decode {
   int32_t split_tokens[MAX_RUNS];
 };
 
+// The splits of all runs. A run's tokens of a split are kept where they are there already.
+void plan_decode(Decode &d);
+
 // Warps of a block for head dims up to `dim`.
 constexpr int decode_warps(int dim) { return dim > 64 && dim <= 128 ? 2 : 4; }
 

@@ -2,6 +2,7 @@
 // `capability`: the device's compute capability, 80 for 8.0. Nothing here waits for the device.
 #pragma once
 
+#include "absorb.h"
 #include "launch.h"
 #include "params.h"
 
@@ -9,10 +10,16 @@ namespace c2c {
 
 constexpr int LARGEST_DIM = 256;  // head dims of attention
 
-// Rows (queries x heads of a KV head) up to which tokens are split over blocks.
+constexpr int MOST_DECODED = 32;  // rows (queries x heads of a KV head) up to which tokens are split over blocks
+
 bool decodes(const Attention &p);
 int64_t decode_workspace(const Attention &p);  // bytes, on the device
 c2c_status_code launch_decode(const Attention &p, void *workspace, int capability, Executor run, void *context);
+
+// Decode beside segments whose projectors are absorbed.
+int64_t absorb_workspace(const Attention &p, const Absorption &absorption);
+c2c_status_code launch_absorb(const Attention &p, const Absorption &absorption, void *workspace, Executor run,
+                              void *context);
 
 c2c_status_code launch_prefill(const Attention &p, int capability, Executor run, void *context);
 

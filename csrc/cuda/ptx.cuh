@@ -11,12 +11,33 @@ __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Of four neighbours lane c holds word i; it gets word c of lane i.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = threadIdx.x & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32_t given = upper ? words[i] : words[i + step];
+      const uint32_t got = __shfl_xor_sync(~0u, given, step);
+      words[i] = upper ? got : words[i];
+      words[i + step] = upper ? words[i + step] : got;
+    }
+  }
+}
+
 // The pointer `count` times `bytes` further, in one instruction.
 template <typename T>
 __device__ __forceinline__ const T *further(const T *pointer, uint32_t count, uint32_t bytes) {
   uint64_t result;
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(count), "r"(bytes), "l"(pointer));
   return reinterpret_cast<const T *>(result);
+}
+
+// Copies the first `bytes` of 16 bytes past L1, zeros after them. Both sides 16-byte aligned.
+__device__ __forceinline__ void cp_async_some(uint32_t shared, const void *global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 // Copies 16 bytes past L1; where not `inside`, nothing is read and zeros are written. Both sides 16-byte aligned.
@@ -124,6 +145,43 @@ __device__ __forceinline__ int load_acquire(const int *counter) {
 
 __device__ __forceinline__ void add_release(int *counter, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t *mark) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(mark) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release(uint64_t *mark, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(mark), "l"(value) : "memory");
+}
+
+// Returns what was there; only where that is `compared` is it now `value`.
+__device__ __forceinline__ uint64_t compare_and_swap(uint64_t *mark, uint64_t compared, uint64_t value) {
+  uint64_t found;
+  asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], %2, %3;"
+               : "=l"(found)
+               : "l"(mark), "l"(compared), "l"(value)
+               : "memory");
+  return found;
+}
+
+// What other blocks of the launch read after a release and an acquire.
+__device__ __forceinline__ void store_relaxed(float *to, float x) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed_16(void *to, const uint4 &x) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
+// In one store: the compiler would make four of some.
+__device__ __forceinline__ void store_16(void *to, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
 }
 
 // Asks for the line of an address to be brought to the L2 cache.

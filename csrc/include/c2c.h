@@ -199,8 +199,10 @@ C2C_API c2c_status c2c_fuse_kv_cpu(const c2c_fuse_params *params);
 // On an NVIDIA GPU, in libraries that were built with CUDA. Tensors are on the device, `stream` is a cudaStream_t of
 // the current device; work is put into it and not waited for, and may be captured into a graph. fp16 and bf16 queries;
 // the values of lengths, gates and indices are not checked: lengths are cut to the tensor, an index outside of it reads
-// zeros, a gate that is not above 0 closes its token. Segments are in receiver space: c2c_project_kv_cuda brings them
-// there. `workspace`: as many bytes on the device as the function before says, in use until the work is done.
+// zeros, a gate that is not above 0 closes its token. Segments are in receiver space, where c2c_project_kv_cuda brings
+// them, or have both projectors, which are absorbed (`materialize` 0): full-rank and of the query's dtype, heads x dims
+// (each to 16) up to 512, for up to 32 queries x heads of a KV head. `workspace`: as many bytes on the device as the
+// function before says, in use until the work is done.
 C2C_API int64_t c2c_merged_attention_workspace_cuda(const c2c_attention_params *params);
 C2C_API c2c_status c2c_merged_attention_cuda(const c2c_attention_params *params, void *workspace, void *stream);
 C2C_API int64_t c2c_project_kv_workspace_cuda(const c2c_project_params *params);

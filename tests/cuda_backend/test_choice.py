@@ -83,7 +83,9 @@ def test_the_choice_is_logged(caplog):
     [
         ({"dim": 264}, "auto", "supports head_dim up to 256; got 264"),
         ({"segments": [SegmentPlan(0)] * 17}, "auto", "supports up to 16 segments; got 17"),
-        ({"segments": [SegmentPlan(9, projector="dense")]}, "absorb", r"absorbs no projector, which segments\[0\] has"),
+        ({"segments": [SegmentPlan(9, projector="low_rank")]}, "absorb", r"full-rank projectors; segments\[0\]"),
+        ({"segments": [SegmentPlan(9, 9, 64, projector="dense")]}, "absorb", r"to 512 .* segments\[0\] has width 576"),
+        ({"segments": [SegmentPlan(9, projector="dense")], "q_len": 17}, "absorb", r"up to 32; .* query 17 x 2: use"),
         ({"dtype": torch.float32}, "auto", "supports bfloat16, float16; got float32"),
     ],
 )

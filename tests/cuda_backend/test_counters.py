@@ -1,4 +1,4 @@
-"""What prefill and project_kv do, counted by the simulator: products, shared memory, sectors."""
+"""What prefill, absorbed decode and project_kv do, counted by the simulator: products, shared memory, sectors."""
 
 from __future__ import annotations
 
@@ -60,3 +60,16 @@ def test_projection():
     assert ran.counters["mma_flops"] == 2 * 2 * 128 * 256 * 512
     assert ran.counters["cp_async_bytes"] == 2 * 2 * (128 + 128) * 512 * 2
     check_memory(ran.counters)
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+def test_absorbed_decode(heads):
+    """Raw tokens are read once for 32 rows, without conflicts, in two launches."""
+    raw, proj, none = numbers(1, heads, 1024, 64), numbers(8, 64, heads * 64), numbers(1, 8, 0, 64)
+    segment = c2c.SharerSegment(raw, raw, proj, proj)
+    with Simulator(80).installed() as simulated:
+        c2c.merged_attention(numbers(1, 32, 1, 64), none, none, [segment], strategy="absorb", backend="cuda")
+    split, _ = simulated.ran
+    assert split.counters["cp_async_bytes"] == 2 * 1024 * heads * 64 * 2
+    for _, counters in simulated.ran:
+        assert counters.bank_conflicts == 0

@@ -44,9 +44,10 @@ def test_a_captured_call_follows_its_inputs(q_len):
 
     query, key, value = numbers(1, 8, q_len, 64), numbers(1, 2, 300, 64), numbers(1, 2, 300, 64)
     segment = c2c.SharerSegment(numbers(1, 2, 130, 64), numbers(1, 2, 130, 64))
+    raw = c2c.SharerSegment(segment.key, segment.value, numbers(2, 64, 128) / 11, numbers(2, 64, 128) / 11)
 
-    def call() -> torch.Tensor:
-        return c2c.merged_attention(query, key, value, [segment], is_causal=True, backend="cuda")
+    def call() -> torch.Tensor:  # one query absorbs the projectors of the raw segment
+        return c2c.merged_attention(query, key, value, [segment, raw], is_causal=True, backend="cuda")
 
     call()
     graph = torch.cuda.CUDAGraph()
