@@ -2,7 +2,8 @@
 
 Environment variables:
     C2C_CUDA=auto|0|1   the CUDA extension: where nvcc works (the default), never, or an error where it does not
-    C2C_CUDA_ARCHS=A,B  compute capabilities to compile for (default: 80,86,89,90,100,120); PTX of the first is added
+    C2C_CUDA_ARCHS=A,B  compute capabilities to compile for (default: 80,86,89,90,100,120); PTX of the first is added,
+                        and with 90 the kernels of sm_90a
     NVCC=PATH           the CUDA compiler (default: nvcc on PATH, or in $CUDA_HOME/bin)
     C2C_SANITIZE=A,B    -fsanitize=A,B with -O1 and debug information, in a build folder of its own
     MAX_JOBS=N          files compiled at once (default: one per core)
@@ -32,6 +33,7 @@ COMMON = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+NVCC_FLAGS = [STANDARD, "-O3", "-Icsrc/include", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all"]
 OPENMP_PROBE = """
 #include <omp.h>
 extern "C" int probe() {
@@ -107,12 +109,17 @@ class Nvcc:
 
     def flags(self, archs):
         codes = ",".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[0]}"])
-        flags = [STANDARD, "-O3", "-Icsrc/include", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        return [*flags, "-gencode", f"arch=compute_{archs[0]},code=[{codes}]", "-Xfatbin", "-compress-all"]
+        return [*NVCC_FLAGS, "-gencode", f"arch=compute_{archs[0]},code=[{codes}]"]
+
+    def flags_of(self, source, archs):
+        """Files *_wgmma.cu have code for sm_90a, which no other architecture runs; without 90, kernels left empty."""
+        if source.endswith("_wgmma.cu") and "90" in archs:
+            return [*NVCC_FLAGS, "-gencode", "arch=compute_90a,code=sm_90a", "-DC2C_SM_90A"]
+        return self.flags(archs)
 
     def objects(self, sources, archs):
         """Compiles the sources, as many at once as there are jobs, and returns the objects. After `refusal`."""
-        flags = self.flags(archs)
+        flags = [flag for source in sources for flag in self.flags_of(source, archs)]
         digest = hashlib.sha256(" ".join([self.path, self.version, *flags]).encode())
         for path in sorted([*glob("csrc/cuda/*"), *glob("csrc/include/*")]):
             with open(path, "rb") as file:
@@ -123,7 +130,7 @@ class Nvcc:
         def compiled(source):
             made = os.path.join(folder, os.path.basename(source) + ".o")
             if not os.path.exists(made):
-                command = [self.path, *flags, "-c", source, "-o", made + ".part"]
+                command = [self.path, *self.flags_of(source, archs), "-c", source, "-o", made + ".part"]
                 print(" ".join(command), flush=True)
                 subprocess.run(command, check=True)
                 os.replace(made + ".part", made)

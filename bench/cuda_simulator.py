@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from gpu_simulator import CHECKS, simulator
 
 from c2c_kernels.backends import cuda
@@ -25,8 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = (80, 90)
 FILES = {
-    "decode": "decode.cu", "combine": "decode.cu", "absorb_bf16": "absorb_bf16.cu",
-    "absorb_f16": "absorb_f16.cu", "prefill": "prefill.cu", "project": "project.cu",
+    "decode": "decode.cu", "combine": "decode.cu", "absorb_bf16": "absorb_bf16.cu", "absorb_f16": "absorb_f16.cu",
+    "prefill": "prefill.cu", "prefill_wgmma": "prefill_wgmma.cu",
+    "project": "project.cu", "project_wgmma": "project_wgmma.cu",
     "fuse_table": "fuse_table.cu", "fuse_bf16": "fuse_bf16.cu", "fuse_f16": "fuse_f16.cu",
     "merge": "states.cu", "quantize": "states.cu",
 }  # fmt: skip
@@ -35,7 +38,7 @@ FILES = {
 def file_of(kernel: str) -> str:
     """The source of a kernel."""
     first, _, rest = kernel.removeprefix("c2c_").partition("_")
-    return FILES.get(first) or FILES[f"{first}_{rest.removeprefix('combine_').partition('_')[0]}"]
+    return FILES.get(f"{first}_{rest.removeprefix('combine_').partition('_')[0]}") or FILES[first]
 
 
 def missing() -> str:
@@ -88,6 +91,18 @@ def module(source: str, arch: int) -> Any:
     return simulator().Module(ptx(source, arch).read_text())
 
 
+def parameters(launch: cuda.Launch) -> bytes:
+    """A launch's struct with its tensor maps, as ptxsim has them."""
+    params = bytearray(launch.params)
+    for tiles in launch.maps:
+        numbers = np.frombuffer((ctypes.c_uint16 * 1).from_address(tiles.data), np.uint16)
+        strides = [*(stride // 2 for stride in reversed(tiles.stride)), 1]
+        box = (1, 1, tiles.tokens, 64)
+        made = simulator().TensorMap(numbers, box, swizzle=128, shape=tiles.size[::-1], strides=strides)
+        params[tiles.at : tiles.at + 128] = made.data
+    return bytes(params)
+
+
 class Ran(NamedTuple):
     """A launch and the simulator's counters (a `ptxsim.Result`)."""
 
@@ -108,7 +123,7 @@ class Simulator:
 
     def __call__(self, launch: cuda.Launch) -> None:
         counters = module(file_of(launch.kernel), self.arch).launch(
-            launch.kernel, launch.grid, launch.block, [launch.params], dynamic_shared=launch.shared,
+            launch.kernel, launch.grid, launch.block, [parameters(launch)], dynamic_shared=launch.shared,
             ranges=launch.tensors, **self.checks,
         )  # fmt: skip
         self.ran.append(Ran(launch, counters))

@@ -12,11 +12,15 @@ from typing import NamedTuple
 _LABEL = re.compile(r"\s*(\.L_\w+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
-_PRODUCT, _COPY = re.compile(r"\b(HMMA|HGMMA)"), re.compile(r"\bLDGSTS")
+_PRODUCT, _GROUP_PRODUCT = re.compile(r"\bHMMA"), re.compile(r"\bHGMMA\.64x(\d+)x16\b")
+_COPY = re.compile(r"\b(LDGSTS|HGMMA)")  # what HGMMA multiplies another warp has had copied
 
 
 class Count(NamedTuple):
-    """Instructions of some code: matrix products, copies to shared memory, all others (copies too)."""
+    """Instructions of some code: matrix products, copies to shared memory, all others (copies too).
+
+    A product of a warp group, 64 x N x 16, counts as the N / 8 products 16 x 8 x 16 that it saves each warp.
+    """
 
     products: int
     copies: int
@@ -72,7 +76,7 @@ def blocks(code: str) -> list[Block]:
 
 
 def _following(last: str, number: int, place: dict[str, int], end: int) -> tuple[int, ...]:
-    conditional = last.startswith("@") or re.search(r"\bBRA(\.\w+)*\s+!?U?P", last)
+    conditional = last.startswith("@") or re.search(r"\bBRA(\.DIV\b|(\.\w+)*\s+!?U?P)", last)
     after: list[int] = []
     if re.search(r"\bBRA\b", last):
         target = _TARGET.search(last)
@@ -85,8 +89,11 @@ def _following(last: str, number: int, place: dict[str, int], end: int) -> tuple
 
 def _count(instructions: list[str]) -> Count:
     real = [each for each in instructions if not re.match(r"(@\S+\s+)?NOP\b", each)]
-    products = sum(bool(_PRODUCT.search(each)) for each in real)
-    return Count(products, sum(bool(_COPY.search(each)) for each in real), len(real) - products)
+    single, wide = (
+        [match for each in real if (match := pattern.search(each))] for pattern in (_PRODUCT, _GROUP_PRODUCT)
+    )
+    products = len(single) + sum(int(match[1]) // 8 for match in wide)
+    return Count(products, sum(bool(_COPY.search(each)) for each in real), len(real) - len(single) - len(wide))
 
 
 def others_per_product(code: str) -> float:

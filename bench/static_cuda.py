@@ -16,7 +16,7 @@ import sass
 import static_cases
 import torch
 from cuda_simulator import Ran, Simulator, file_of, ptx
-from static_records import Figures, Kernel
+from static_records import Figures, Kernel, products
 
 SECTOR = 32  # bytes
 REGISTERS, WARPS_OF_SM = 65536, 64
@@ -33,6 +33,9 @@ CASES = (
     "decode-absorbed SmolLM2-135M < Gemma-3-270M bfloat16 own=512 shared=4096",
     "decode-int8 Qwen3-0.6B < Llama-3.2-1B bfloat16 own=512 shared=4096",
     "prefill Qwen3-0.6B bfloat16 q_len=512 own=512",
+    "prefill Qwen3-0.6B bfloat16 q_len=2048 own=2048",
+    "prefill SmolLM2-135M bfloat16 q_len=2048 own=2048",
+    "prefill Gemma-3-270M bfloat16 q_len=2048 own=2048",
     "project Qwen3-0.6B < Llama-3.2-1B bfloat16 shared=512",
     "merge SmolLM2-135M bfloat16 q_len=64 states=8",
     "quantise Qwen3-0.6B bfloat16 own=512",
@@ -52,13 +55,19 @@ class Usage(NamedTuple):
 
 @functools.cache
 def usage(source: str, arch: int) -> dict[str, Usage]:
-    """Of every kernel of csrc/cuda/`source`."""
+    """Of every kernel of csrc/cuda/`source`.
+
+    Raises:
+        RuntimeError: ptxas waits after each wgmma of a kernel, since it finds registers of products in flight touched.
+    """
     target, program = f"sm_{arch}a" if arch == 90 else f"sm_{arch}", sass.disassembler()
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command = ["ptxas", "-v", f"-arch={target}", "-o", str(cubin), str(ptx(source, arch))]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         code = sass.disassembled(cubin, program) if program else {}
+    if told := re.search(r".*wgmma.*serialized.*", text):
+        raise RuntimeError(f"{source}: {told[0]}")
     found = {}
     for name, report in re.findall(r"entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", text, re.DOTALL):
         number = [
@@ -88,7 +97,7 @@ def kernel(ran: Ran, arch: int) -> Kernel:
         launch.kernel, launch.grid, warps, used.registers, used.spills, shared, blocks * warps, sectors,
         round(sectors / requests, 2), round(asked / (SECTOR * sectors), 4),
         round(counters.bank_conflicts / passes, 4) if passes else 0.0,
-        "mma" if any(name.startswith("mma.") for name in counters.ops) else "", counters["mma_flops"], used.others,
+        products(counters.ops), counters["mma_flops"], used.others,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from gpu_simulator import Ran, Simulator, taken_over
 from static_cases import StaticCase, task
-from static_records import Figures, Kernel
+from static_records import Figures, Kernel, products
 
 from c2c_kernels.backends.triton.launch import Launch
 from c2c_kernels.backends.triton.offline import compiled, usage
@@ -86,12 +86,6 @@ def _kernel(ran: Ran, used: Any) -> Kernel:
         round(sectors / requests, 2),
         round(asked / (SECTOR * sectors), 4),
         round(counters.bank_conflicts / shared, 4) if shared else 0.0,
-        _products(counters.ops),
+        products(counters.ops),
         counters["mma_flops"],
     )
-
-
-def _products(ops: dict[str, int]) -> str:
-    """Which matrix instructions were issued."""
-    kinds = [kind for kind, start in (("wgmma", "wgmma.mma"), ("mma", "mma.")) if any(o.startswith(start) for o in ops)]
-    return " + ".join(kinds)

@@ -26,7 +26,8 @@ reference before anything is counted.
 - *conflicts*: passes through the shared-memory banks beyond the fewest possible, over requests.
 - *warps*: of a block / resident on a multiprocessor at once, by registers and shared memory.
 - *others*: instructions beside each matrix instruction in the machine code of the innermost loop (sass.py), a usual
-  pass that multiplies and copies what comes next; counted of the CUDA kernels alone, whose names begin with c2c.
+  pass that multiplies and copies what comes next; counted of the CUDA kernels alone, whose names begin with c2c. A
+  wgmma counts as the products 16 x 8 x 16 that it saves each of its four warps.
 - Of *fuse* the keys of one layer have an open gate, and the least is theirs; programs of closed halves return at once.
 - Where some of the KV heads were simulated the line says so: they do the same work each, and the script sees to it
   that they are compiled to the same code.

@@ -6,6 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
+def products(ops: dict[str, int]) -> str:
+    """Which matrix instructions were issued, of counts by name."""
+    kinds = [kind for kind, start in (("wgmma", "wgmma.mma"), ("mma", "mma.")) if any(o.startswith(start) for o in ops)]
+    return " + ".join(kinds)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One launch.
@@ -18,7 +24,7 @@ class Kernel:
         sectors_per_request: of a warp.
         sector_use: share of the sectors' bytes that were asked for.
         bank_conflicts: passes through the banks beyond the fewest possible, over requests to shared memory.
-        products: "wgmma", "mma" or "": the matrix instructions.
+        products: "wgmma", "mma", both or "": the matrix instructions.
         flops: of matrix instructions.
         others: instructions per matrix instruction in the usual pass of the innermost loop, see sass.py; 0 where they
             were not counted.

@@ -21,11 +21,26 @@ int merged_attention(const py::list &numbers, double scale, double softcap, uint
   return encode(c2c_merged_attention_cuda(&p, reinterpret_cast<void *>(workspace), reinterpret_cast<void *>(stream)));
 }
 
-// An executor that hands every launch to a Python function: name, grid, block, shared memory, parameters as bytes.
+// Tensor maps that a launch wants in its parameters: where, of which tensor, boxes of how many rows.
+py::tuple maps_of(const c2c::Launch &launch) {
+  py::list found;
+  for (int32_t i = 0; i < launch.map_count; ++i) {
+    const c2c::TileMap &map = launch.maps[i];
+    const int64_t at = launch.maps_at + i * static_cast<int64_t>(sizeof(c2c::MapSlot));
+    if (map.data)
+      found.append(py::make_tuple(at, reinterpret_cast<uintptr_t>(map.data),
+                                  py::make_tuple(map.size[0], map.size[1], map.size[2], map.size[3]),
+                                  py::make_tuple(map.stride[0], map.stride[1], map.stride[2]), map.tokens));
+  }
+  return py::tuple(found);
+}
+
+// An executor that hands every launch to a Python function: name, grid, block, shared memory, parameters as bytes,
+// maps.
 c2c_status_code tell(const c2c::Launch &launch, void *function) {
   (*static_cast<const py::function *>(function))(
       launch.name, launch.grid, launch.block, launch.shared,
-      py::bytes(static_cast<const char *>(launch.params), static_cast<size_t>(launch.params_size)));
+      py::bytes(static_cast<const char *>(launch.params), static_cast<size_t>(launch.params_size)), maps_of(launch));
   return C2C_OK;
 }
 

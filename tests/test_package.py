@@ -168,6 +168,17 @@ class TestBuildSwitches:
         assert left_out.stdout.strip() == "['c2c_kernels._cpu']", left_out.stderr
         assert left_out.stderr.strip() == f"c2c-kernels: built without CUDA kernels: {told}"
 
+    @pytest.mark.parametrize(("archs", "wanted"), [("80,90", "[True, False]"), ("80,100", "[False, False]")])
+    def test_code_for_sm_90a_is_made_of_its_files_alone(self, archs, wanted):
+        code = f"""if True:
+            import runpy, setuptools
+            setuptools.setup = lambda **options: None
+            made = runpy.run_path({str(ROOT / "setup.py")!r})
+            flags = [made["Nvcc"]().flags_of(name, made["cuda_archs"]()) for name in ("prefill_wgmma.cu", "prefill.cu")]
+            print(["arch=compute_90a,code=sm_90a" in each and "-DC2C_SM_90A" in each for each in flags])"""
+        told = run([sys.executable, "-c", code], ROOT, C2C_CUDA_ARCHS=archs)
+        assert told.stdout.strip() == wanted, told.stderr
+
     def test_missing_compiler_is_one_clear_line(self, tmp_path):
         folders = ["--build-temp", tmp_path, "--build-lib", tmp_path]
         result = setup_py("build_ext", *folders, CC="no-such-compiler", CXX="no-such-compiler")

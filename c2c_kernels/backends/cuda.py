@@ -38,10 +38,28 @@ _LARGEST_WIDTH, _RAW_PAD, _MOST_DECODED = (
 _MOST_FUSER_BLOCKS = 0 if _cuda is None else _cuda.most_fuser_blocks
 
 
+class TileMap(NamedTuple):
+    """A tensor map that belongs into a launch's parameters: 16-bit numbers in boxes of `tokens` rows of 64 columns.
+
+    Attributes:
+        at: where in the parameters, bytes; a CUtensorMap takes 128.
+        data: address of the tensor.
+        size: numbers of a row, rows, heads, batch.
+        stride: bytes from a row, a head, a batch row to the next.
+        tokens: rows of a box.
+    """
+
+    at: int
+    data: int
+    size: tuple[int, int, int, int]
+    stride: tuple[int, int, int]
+    tokens: int
+
+
 class Launch(NamedTuple):
     """One kernel launch, before it happens: the kernel's name in PTX and its one parameter, a struct.
 
-    `tensors` are those that the struct points into.
+    `maps` are missing in the struct. `tensors` are those that it points into.
     """
 
     kernel: str
@@ -49,6 +67,7 @@ class Launch(NamedTuple):
     block: int
     shared: int
     params: bytes
+    maps: tuple[TileMap, ...]
     tensors: tuple[Tensor, ...]
 
 
@@ -252,7 +271,11 @@ def _run(operator: str, subject: Tensor, size: int, launches, run, tensors: list
     if taken is not None:
         capability, executor = taken
         present = (workspace, *(tensor for tensor in tensors if tensor is not None))
-        status = launches(workspace.data_ptr(), capability, lambda *launch: executor(Launch._make((*launch, present))))
+
+        def tell(name: str, grid: int, block: int, shared: int, params: bytes, maps: tuple) -> None:
+            executor(Launch(name, grid, block, shared, params, tuple(map(TileMap._make, maps)), present))
+
+        status = launches(workspace.data_ptr(), capability, tell)
     else:
         with torch.cuda.device(device):
             status = run(workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream)

@@ -22,6 +22,9 @@ c2c_status_code launch_absorb(const Attention &p, const Absorption &absorption, 
                               void *context);
 
 c2c_status_code launch_prefill(const Attention &p, int capability, Executor run, void *context);
+// Its variant for 9.0 alone, which launch_prefill chooses there.
+c2c_status_code launch_prefill_wgmma(const Attention &p, Executor run, void *context);
+bool wgmma_is_built();  // whether this build has what 9.0 alone runs, of files *_wgmma.cu
 
 int64_t project_workspace(const c2c_project_params &p);
 c2c_status_code launch_project(const c2c_project_params &p, void *workspace, int capability, Executor run,

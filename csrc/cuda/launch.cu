@@ -5,7 +5,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdio>
+#include <cstring>
 #include <string>
+#include <vector>
+
+#include "kernels.h"
 
 namespace c2c {
 
@@ -18,6 +22,18 @@ c2c_status_code failed(const char *what, cudaError_t error) {
   return C2C_CUDA_ERROR;
 }
 
+// The launch's parameters with its maps in their slots.
+bool with_maps(const Launch &launch, std::vector<char> &params) {
+  const char *const bytes = static_cast<const char *>(launch.params);
+  params.assign(bytes, bytes + launch.params_size);
+  for (int32_t i = 0; i < launch.map_count; ++i) {
+    MapSlot slot{};
+    if (launch.maps[i].data && !encode(launch.maps[i], slot)) return false;
+    memcpy(params.data() + launch.maps_at + i * sizeof slot, &slot, sizeof slot);
+  }
+  return true;
+}
+
 }  // namespace
 
 c2c_status_code run_on_stream(const Launch &launch, void *stream) {
@@ -26,7 +42,12 @@ c2c_status_code run_on_stream(const Launch &launch, void *stream) {
                                                    static_cast<int>(launch.shared));
     if (error != cudaSuccess) return failed(launch.name, error);
   }
-  void *arguments[] = {const_cast<void *>(launch.params)};
+  std::vector<char> params;
+  if (launch.map_count && !with_maps(launch, params)) {
+    last_error = std::string(launch.name) + ": the driver makes no tensor map of its keys or values";
+    return C2C_CUDA_ERROR;
+  }
+  void *arguments[] = {launch.map_count ? params.data() : const_cast<void *>(launch.params)};
   const cudaError_t error = cudaLaunchKernel(launch.kernel, dim3(launch.grid), dim3(launch.block), arguments,
                                              launch.shared, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? C2C_OK : failed(launch.name, error);
@@ -39,6 +60,7 @@ c2c_status_code current_capability(int &capability) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error != cudaSuccess) return failed("no device", error);
   capability = 10 * major + minor;
+  if (capability == 90 && !wgmma_is_built()) capability = 89;
   if (major >= 8) return C2C_OK;
   char text[96];
   snprintf(text, sizeof text, "device %d has compute capability %d.%d, wanted 8.0 or later", device, major, minor);

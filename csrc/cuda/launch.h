@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "c2c.h"
+#include "tile_map.h"
 
 namespace c2c {
 
@@ -14,6 +15,9 @@ struct Launch {
   uint32_t shared;     // dynamic shared memory, bytes
   const void *params;  // the kernel's only parameter, a struct by value
   int64_t params_size;
+  const TileMap *maps = nullptr;  // [map_count], nullable: who runs the launch makes them
+  int32_t map_count = 0;
+  int64_t maps_at = 0;  // of the MapSlots in params, bytes
 };
 
 // Runs a launch. `context` is passed through.
@@ -22,7 +26,8 @@ using Executor = c2c_status_code (*)(const Launch &launch, void *context);
 // The executor that launches on a stream, which is the context.
 c2c_status_code run_on_stream(const Launch &launch, void *stream);
 
-// The compute capability of the current device, 80 for 8.0. C2C_UNSUPPORTED below that; c2c_cuda_error() says what.
+// The compute capability of the current device, 80 for 8.0; 89 for 9.0 in builds without its kernels, whose others run
+// there. C2C_UNSUPPORTED below 80; c2c_cuda_error() says what.
 c2c_status_code current_capability(int &capability);
 
 }  // namespace c2c

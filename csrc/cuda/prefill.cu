@@ -9,7 +9,7 @@
 #define PREFILL_KERNEL(name, T, DIM) \
   extern "C" __global__ void __launch_bounds__(c2c::PrefillTile<DIM>::THREADS, 1) \
       c2c_prefill_##name##_##DIM(const __grid_constant__ c2c::Attention p) { \
-    c2c::prefill<T, DIM>(p); \
+    c2c::prefill<T, c2c::PrefillTile<DIM>>(p); \
   }
 PREFILL_KERNEL(f16, __half, 64)
 PREFILL_KERNEL(f16, __half, 128)
@@ -42,7 +42,8 @@ const Variant VARIANTS[] = {VARIANT(f16, C2C_F16, 64),   VARIANT(f16, C2C_F16, 1
 
 }  // namespace
 
-c2c_status_code launch_prefill(const Attention &p, int, Executor run, void *context) {
+c2c_status_code launch_prefill(const Attention &p, int capability, Executor run, void *context) {
+  if (capability == 90) return launch_prefill_wgmma(p, run, context);
   const int dim = std::max(p.head_dim, p.value_dim);
   for (const Variant &v : VARIANTS) {
     if (v.dtype != p.dtype || v.dim < dim) continue;

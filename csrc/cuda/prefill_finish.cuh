@@ -8,9 +8,8 @@ namespace c2c {
 constexpr float MAX_TILE_SUM = 1024.0f;  // of weights that were formed with an older maximum
 
 // A lane's rows are the warp's first + lane / 4 + 8 r.
-template <int DIM>
+template <typename Tile>
 struct PrefillState {
-  using Tile = PrefillTile<DIM>;
   float out[Tile::MT][Tile::DT][4] = {};
   float minus_max[Tile::MT][2];   // +inf while nothing has been seen: then exponentials are inf or NaN
   float sum[Tile::MT][2] = {};    // of the weights as they are multiplied, rounded to 16 bits
@@ -37,26 +36,26 @@ __device__ __forceinline__ float add_logs(float a, float b) {
 }
 
 // The row that a lane looks after: row r of its four lanes where lane % 4 = r; -1 where there is none.
-template <int DIM>
+template <typename Tile>
 __device__ __forceinline__ int row_taken(const PrefillPlace &place) {
-  const int r = thread() % 4, row = place.warp_row<DIM>() + thread_in<WARP>() / 4 + 8 * r;
-  return r < PrefillTile<DIM>::LANE_ROWS && row < place.rows ? row : -1;
+  const int r = thread() % 4, row = place.warp_row<Tile>() + thread_in<WARP>() / 4 + 8 * r;
+  return r < Tile::LANE_ROWS && row < place.rows ? row : -1;
 }
 
 // A run is done: the logarithm of its exact sums goes where mass will be, and into that of all runs where lse will be.
-template <int DIM>
+template <typename Tile>
 __device__ __forceinline__ void finish_run(const Attention &p, int number, const PrefillPlace &place,
-                                           PrefillState<DIM> &state) {
+                                           PrefillState<Tile> &state) {
   float log = -INF;
 #pragma unroll
-  for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r) {
+  for (int r = 0; r < Tile::LANE_ROWS; ++r) {
     float sum = state.exact[r / 2][r % 2];
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
     state.exact[r / 2][r % 2] = 0.0f;
     if (thread() % 4 == r && sum != 0.0f) log = log2_approx(sum) - state.minus_max[r / 2][r % 2];
   }
-  const int row = row_taken<DIM>(place);
+  const int row = row_taken<Tile>(place);
   if (row < 0) return;
   if (p.mass.data) written(p.mass, p, place, row)[number] = log;
   if (p.lse.data) {
@@ -81,14 +80,13 @@ __device__ __forceinline__ void finish_logs(const Attention &p, const PrefillPla
 }
 
 // Lets the sink in and divides.
-template <int DIM>
-__device__ __forceinline__ void finish_rows(const Attention &p, const PrefillPlace &place, PrefillState<DIM> &state) {
-  using Tile = PrefillTile<DIM>;
+template <typename Tile>
+__device__ __forceinline__ void finish_rows(const Attention &p, const PrefillPlace &place, PrefillState<Tile> &state) {
 #pragma unroll
   for (int r = 0; r < Tile::LANE_ROWS; ++r) {
     float sum = state.sum[r / 2][r % 2], kept = 1.0f;
     if (p.sinks) {
-      const int head = place.head(p, place.lane_row<DIM>(r));
+      const int head = place.head(p, place.lane_row<Tile>(r));
       const float sink = load_float(p.sinks, head * p.sinks_stride, p.sinks_type) * LOG2E;
       const float top = fmaxf(-state.minus_max[r / 2][r % 2], sink);
       if (top > -INF) {
@@ -103,21 +101,21 @@ __device__ __forceinline__ void finish_rows(const Attention &p, const PrefillPla
       state.out[r / 2][d][r % 2 * 2 + 1] *= factor;
     }
   }
-  const int row = row_taken<DIM>(place);
+  const int row = row_taken<Tile>(place);
   if ((p.lse.data || p.mass.data) && row >= 0) finish_logs(p, place, row);
 }
 
 // Rows of out in another dtype than the query's.
-template <int DIM>
+template <typename Tile>
 __device__ __forceinline__ void store_numbers(const Attention &p, const PrefillPlace &place,
-                                              const PrefillState<DIM> &state) {
+                                              const PrefillState<Tile> &state) {
 #pragma unroll
-  for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r) {
-    const int row = place.lane_row<DIM>(r), dim = thread() % 4 * 2;
-    const bool inside = place.warp_row<DIM>() + thread_in<WARP>() / 4 + 8 * r < place.rows;
+  for (int r = 0; r < Tile::LANE_ROWS; ++r) {
+    const int row = place.lane_row<Tile>(r), dim = thread() % 4 * 2;
+    const bool inside = place.warp_row<Tile>() + thread_in<WARP>() / 4 + 8 * r < place.rows;
     const int64_t at = place.batch * p.out.b + place.head(p, row) * p.out.h + row / p.group * p.out.n + dim;
 #pragma unroll
-    for (int d = 0; d < PrefillTile<DIM>::DT; ++d) {
+    for (int d = 0; d < Tile::DT; ++d) {
       const float (&x)[4] = state.out[r / 2][d];
       void *const out = const_cast<void *>(p.out.data);
       if (inside && 8 * d + dim < p.value_dim) store_float(out, at + 8 * d, p.out_type, x[r % 2 * 2]);
@@ -126,12 +124,12 @@ __device__ __forceinline__ void store_numbers(const Attention &p, const PrefillP
   }
 }
 
-// Rows of out, by way of the warp's own queries' shared memory: written 16 bytes at a time where they can be.
-template <typename T, int DIM>
+// Rows of out, by way of the shared memory of the warp's own queries among `rows`: written 16 bytes at a time where
+// they can be.
+template <typename T, typename Tile>
 __device__ __forceinline__ void store_rows(const Attention &p, const PrefillPlace &place,
-                                           const PrefillState<DIM> &state, unsigned char *rows) {
-  using Tile = PrefillTile<DIM>;
-  const int lane = thread_in<WARP>();
+                                           const PrefillState<Tile> &state, unsigned char *rows) {
+  const int lane = thread_in<WARP>(), first = thread_by<WARP>() * Tile::M;
   if (p.out_type != p.dtype) return store_numbers(p, place, state);
   __syncwarp();
 #pragma unroll
@@ -140,7 +138,7 @@ __device__ __forceinline__ void store_rows(const Attention &p, const PrefillPlac
     for (int d = 0; d < Tile::DT; ++d) {
       const int row = lane / 4 + 8 * r;
       const float (&x)[4] = state.out[r / 2][d];
-      *reinterpret_cast<uint32_t *>(rows + row * Tile::QUERY_ROW + swizzled(row, d) * 16 + lane % 4 * 4) =
+      *reinterpret_cast<uint32_t *>(rows + Tile::query_at(first + row, d) + lane % 4 * 4) =
           pack<T>(x[r % 2 * 2], x[r % 2 * 2 + 1]);
     }
   __syncwarp();
@@ -148,10 +146,10 @@ __device__ __forceinline__ void store_rows(const Attention &p, const PrefillPlac
   const bool vectorised = !((reinterpret_cast<uintptr_t>(out) | 2 * (p.out.h | p.out.n)) & 15) && p.value_dim % 8 == 0;
 #pragma unroll 1
   for (int i = lane; i < Tile::M * Tile::CHUNKS; i += WARP) {
-    const int number = i / Tile::CHUNKS, chunk = i % Tile::CHUNKS, row = place.warp_row<DIM>() + number;
+    const int number = i / Tile::CHUNKS, chunk = i % Tile::CHUNKS, row = place.warp_row<Tile>() + number;
     if (row >= place.rows || chunk * 8 >= p.value_dim) continue;
     T *const to = out + place.head(p, row) * p.out.h + row / p.group * p.out.n + chunk * 8;
-    const unsigned char *const from = rows + number * Tile::QUERY_ROW + swizzled(number, chunk) * 16;
+    const unsigned char *const from = rows + Tile::query_at(first + number, chunk);
     if (vectorised)
       *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
     else

@@ -23,7 +23,15 @@ struct PrefillTile {
   static constexpr int SHARED = ROWS * QUERY_ROW + 2 * STAGE + 256;  // 256: PrefillNotes
   static constexpr int MT = M / 16, NT = N / 8, DT = DIM / 8;        // fragments
   static constexpr int LANE_ROWS = 2 * MT;                           // rows that a lane holds numbers of
+  static constexpr int SIGHT_ROWS = M;                               // rows that tiles are skipped for
   static_assert(N % PASS_ROWS == 0 && SHARED <= 99 * 1024, "a tile is copied in whole passes and fits everywhere");
+
+  // Where 16 bytes of the block's queries lie among these.
+  static __device__ __forceinline__ int query_at(int row, int chunk) {
+    return row * QUERY_ROW + swizzled(row, chunk) * 16;
+  }
+  // Before accumulators are changed by others than products: these are done when they are issued.
+  static __device__ __forceinline__ void settle(float (&)[MT][DT][4]) {}
 };
 
 // threadIdx.x, read anew: numbers derived from it are cheaper to form again than to keep in registers.
@@ -49,22 +57,37 @@ struct PrefillPlace {
   int rows;       // of the KV head: queries * group
   int block_row;  // first of the block
 
-  template <int DIM>
+  template <typename Tile>
+  __device__ __forceinline__ void set(const Attention &p) {
+    rows = p.q_len * p.group;
+    const int tiles = (rows + Tile::ROWS - 1) / Tile::ROWS, pairs = p.kv_heads * p.batch;
+    const int pair = static_cast<int>(blockIdx.x) % pairs;
+    batch = pair / p.kv_heads;
+    kv_head = pair % p.kv_heads;
+    own_end = valid_tokens(p.run[0], batch);
+    block_row = (tiles - 1 - static_cast<int>(blockIdx.x) / pairs) * Tile::ROWS;  // most tokens to see first
+  }
+  template <typename Tile>
   __device__ __forceinline__ int warp_row() const {
-    return block_row + thread_by<WARP>() * PrefillTile<DIM>::M;
+    return block_row + thread_by<WARP>() * Tile::M;
   }
   // The row of the lane's r-th scores, the last one where there is none.
-  template <int DIM>
+  template <typename Tile>
   __device__ __forceinline__ int lane_row(int r) const {
-    return min(warp_row<DIM>() + thread_in<WARP>() / 4 + 8 * r, rows - 1);
+    return min(warp_row<Tile>() + thread_in<WARP>() / 4 + 8 * r, rows - 1);
   }
   __device__ __forceinline__ int head(const Attention &p, int row) const { return kv_head * p.group + row % p.group; }
 };
 
 // Fragments of the scores: z[m][n][i] belongs to row 16 m + lane / 4 + (i > 1) * 8, token 8 n + lane % 4 * 2 + i % 2.
-template <int DIM>
+template <typename Tile>
 struct PrefillScores {
-  float z[PrefillTile<DIM>::MT][PrefillTile<DIM>::NT][4] = {};
+  float z[Tile::MT][Tile::NT][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < Tile::MT * Tile::NT * 4; ++i) z[i / (Tile::NT * 4)][i / 4 % Tile::NT][i % 4] = 0.0f;
+  }
 };
 
 // Tokens that some rows of a span see, and those that all see as they are multiplied.
@@ -94,6 +117,18 @@ __device__ __forceinline__ Sight sight_of(const Attention &p, int number, const 
   return sight;
 }
 
+// The tiles of a run that some row of a block sees, by their first tokens.
+struct Span {
+  int from, to;
+};
+
+template <typename Tile>
+__device__ __forceinline__ Span tiles_of(const Attention &p, int number, const PrefillPlace &place) {
+  const Sight block = sight_of(p, number, place, valid_tokens(p.run[number], place.batch), place.block_row, Tile::ROWS);
+  const int from = block.any_from / Tile::N * Tile::N;
+  return {from, max(from, block.any_to)};
+}
+
 // What warps have to know of a run; in shared memory too.
 struct PrefillRun {
   Sight sight[8];            // of each warp
@@ -115,15 +150,16 @@ struct PrefillRun {
     const bool hides = run && source.placed && (source.causal || p.segment_window);
     const bool changes = p.softcap != 0.0f || source.gate.data || hides || (!run && p.mask.data) || !(p.scale > 0.0f);
     if (thread_in<WARP>() == 0) {
-      sight[warp] = sight_of(p, run, place, tokens, place.block_row + warp * Tile::M, Tile::M);
+      const int first_row = warp * Tile::M / Tile::SIGHT_ROWS * Tile::SIGHT_ROWS;
+      sight[warp] = sight_of(p, run, place, tokens, place.block_row + first_row, Tile::SIGHT_ROWS);
       if (changes) sight[warp].plain_to = 0;
     }
     if (thread()) return;
-    const Sight block = sight_of(p, run, place, tokens, place.block_row, Tile::ROWS);
+    const Span tiles = tiles_of<Tile>(p, run, place);
     number = run;
     end = tokens;
-    first = block.any_from / Tile::N * Tile::N;
-    stop = first < block.any_to ? block.any_to + Tile::N : first;
+    first = tiles.from;
+    stop = tiles.from < tiles.to ? tiles.to + Tile::N : tiles.from;
     factor = changes ? 1.0f : p.scale * LOG2E;
     special = changes;
     compares = hides;
@@ -146,9 +182,8 @@ struct PrefillNotes {
 };
 
 // f(score, r, token) for every score of a lane, whose first token is given: of its row r and of a token.
-template <int DIM, typename F>
-__device__ __forceinline__ void each_score(PrefillScores<DIM> &scores, int first, F f) {
-  using Tile = PrefillTile<DIM>;
+template <typename Tile, typename F>
+__device__ __forceinline__ void each_score(PrefillScores<Tile> &scores, int first, F f) {
 #pragma unroll
   for (int n = 0; n < Tile::NT; ++n) {
     const int token = first + 8 * n;
@@ -161,8 +196,8 @@ __device__ __forceinline__ void each_score(PrefillScores<DIM> &scores, int first
 }
 
 // Scores in base 2: softcap * tanh(z / softcap), absolutely as exact as z: tanh x = 1 - 2 / (1 + e^2x).
-template <int DIM>
-__device__ __forceinline__ void scale_scores(const Attention &p, PrefillScores<DIM> &scores) {
+template <typename Tile>
+__device__ __forceinline__ void scale_scores(const Attention &p, PrefillScores<Tile> &scores) {
   if (p.softcap == 0.0f) {
     const float scale = p.scale * LOG2E;
     each_score(scores, 0, [&](float &z, int, int) { z *= scale; });
@@ -186,9 +221,9 @@ __device__ __forceinline__ void with_floats(const void *data, int type, F f) {
 
 // Adds log2 of the gates. A lane's rows are 8 apart: of one head where the group divides 8. Tokens beyond the end are
 // hidden later; what is loaded for them is the last one's.
-template <int DIM>
+template <typename Tile>
 __device__ __forceinline__ void gate_scores(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
-                                            PrefillScores<DIM> &scores, int token) {
+                                            PrefillScores<Tile> &scores, int token) {
   const Run &source = p.run[run.number];
   const Strided &gates = source.gate;
   const int end = run.end;
@@ -196,17 +231,16 @@ __device__ __forceinline__ void gate_scores(const Attention &p, const PrefillRun
   with_floats(gates.data, source.gate_type, [&](const auto *data) {
     data += place.batch * gates.b;
     if (same) {
-      data += place.head(p, place.template lane_row<DIM>(0)) * gates.h;
+      data += place.head(p, place.template lane_row<Tile>(0)) * gates.h;
       float gate = 0.0f;
       each_score(scores, token, [&](float &z, int r, int at) {
         if (r == 0) gate = log2_approx(static_cast<float>(data[min(at, end - 1) * gates.n]));
         z += gate;
       });
     } else {
-      int64_t heads[PrefillTile<DIM>::LANE_ROWS];
+      int64_t heads[Tile::LANE_ROWS];
 #pragma unroll
-      for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r)
-        heads[r] = place.head(p, place.template lane_row<DIM>(r)) * gates.h;
+      for (int r = 0; r < Tile::LANE_ROWS; ++r) heads[r] = place.head(p, place.template lane_row<Tile>(r)) * gates.h;
       each_score(scores, token, [&](float &z, int r, int at) {
         z += log2_approx(static_cast<float>(data[heads[r] + min(at, end - 1) * gates.n]));
       });
@@ -215,14 +249,14 @@ __device__ __forceinline__ void gate_scores(const Attention &p, const PrefillRun
 }
 
 // Own tokens under the attention mask.
-template <int DIM>
+template <typename Tile>
 __device__ __forceinline__ void mask_scores(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
-                                            PrefillScores<DIM> &scores, int token) {
+                                            PrefillScores<Tile> &scores, int token) {
   const int end = run.end;
-  int64_t rows[PrefillTile<DIM>::LANE_ROWS];
+  int64_t rows[Tile::LANE_ROWS];
 #pragma unroll
-  for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r) {
-    const int row = place.template lane_row<DIM>(r);
+  for (int r = 0; r < Tile::LANE_ROWS; ++r) {
+    const int row = place.template lane_row<Tile>(r);
     rows[r] = place.batch * p.mask.b + place.head(p, row) * p.mask.h + row / p.group * p.mask.n;
   }
   if (p.mask_type == C2C_BOOL)
@@ -239,15 +273,15 @@ __device__ __forceinline__ void mask_scores(const Attention &p, const PrefillRun
 }
 
 // Hides a segment's tokens by their positions.
-template <int DIM>
+template <typename Tile>
 __device__ __forceinline__ void hide_by_position(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
-                                                 PrefillScores<DIM> &scores, int token) {
+                                                 PrefillScores<Tile> &scores, int token) {
   const Run &source = p.run[run.number];
   const int end = run.end;
-  int64_t rows[PrefillTile<DIM>::LANE_ROWS], position = 0;
+  int64_t rows[Tile::LANE_ROWS], position = 0;
 #pragma unroll
-  for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r) {
-    const int query = place.template lane_row<DIM>(r) / p.group;
+  for (int r = 0; r < Tile::LANE_ROWS; ++r) {
+    const int query = place.template lane_row<Tile>(r) / p.group;
     rows[r] = place.own_end - p.q_len + query;
     if (p.query_positions.data)
       rows[r] = load_integer(p.query_positions.data, place.batch * p.query_positions.b + query * p.query_positions.n,
@@ -263,14 +297,14 @@ __device__ __forceinline__ void hide_by_position(const Attention &p, const Prefi
 }
 
 // Hides tokens that a row does not see by their index: beyond the end, causally, outside of the window.
-template <int DIM>
+template <typename Tile>
 __device__ __forceinline__ void hide_edges(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
-                                           PrefillScores<DIM> &scores, int token) {
-  int from[PrefillTile<DIM>::LANE_ROWS], to[PrefillTile<DIM>::LANE_ROWS];
+                                           PrefillScores<Tile> &scores, int token) {
+  int from[Tile::LANE_ROWS], to[Tile::LANE_ROWS];
 #pragma unroll
-  for (int r = 0; r < PrefillTile<DIM>::LANE_ROWS; ++r) {
+  for (int r = 0; r < Tile::LANE_ROWS; ++r) {
     from[r] = 0, to[r] = run.end;
-    if (run.number == 0) own_sight(p, place, place.template lane_row<DIM>(r), from[r], to[r]);
+    if (run.number == 0) own_sight(p, place, place.template lane_row<Tile>(r), from[r], to[r]);
   }
   each_score(scores, token, [&](float &z, int r, int at) {
     if (at < from[r] || at >= to[r]) z = -INF;
@@ -278,9 +312,9 @@ __device__ __forceinline__ void hide_edges(const Attention &p, const PrefillRun 
 }
 
 // Everything between products and exponentials that a tile of tokens from `first` on needs.
-template <int DIM>
+template <typename Tile>
 __device__ __forceinline__ void finish_scores(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
-                                              PrefillScores<DIM> &scores, int first) {
+                                              PrefillScores<Tile> &scores, int first) {
   const int token = first + thread() % 4 * 2;
   if (run.special) {
     scale_scores(p, scores);

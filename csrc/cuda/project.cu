@@ -159,7 +159,8 @@ int64_t inner_bytes(const c2c_project_params &p, const Source &s) {
 }
 
 // Launches the halves that are marked.
-c2c_status_code launch(Projection &p, const bool (&takes)[2], bool copies, Executor run, void *context) {
+c2c_status_code launch(Projection &p, const bool (&takes)[2], bool copies, int capability, Executor run,
+                       void *context) {
   int64_t total = 0;
   int type = C2C_F16;
   for (int i = 0; i < 2; ++i) {
@@ -176,6 +177,7 @@ c2c_status_code launch(Projection &p, const bool (&takes)[2], bool copies, Execu
   const auto handle = [](void (*kernel)(Projection)) { return reinterpret_cast<const void *>(kernel); };
   const uint32_t blocks = static_cast<uint32_t>(total), threads = ProjectTile::THREADS;
   if (copies) return run({handle(&c2c_project_copy), "c2c_project_copy", blocks, threads, 0, &p, sizeof p}, context);
+  if (capability == 90) return launch_project_wgmma(p, type, total, run, context);
   const bool bf16 = type == C2C_BF16;
   return run({handle(bf16 ? &c2c_project_bf16 : &c2c_project_f16), bf16 ? "c2c_project_bf16" : "c2c_project_f16",
               blocks, threads, ProjectTile::SHARED, &p, sizeof p},
@@ -188,7 +190,8 @@ int64_t project_workspace(const c2c_project_params &p) {
   return inner_bytes(p, source_of(p, 0)) + inner_bytes(p, source_of(p, 1));
 }
 
-c2c_status_code launch_project(const c2c_project_params &p, void *workspace, int, Executor run, void *context) {
+c2c_status_code launch_project(const c2c_project_params &p, void *workspace, int capability, Executor run,
+                               void *context) {
   const Source sources[2] = {source_of(p, 0), source_of(p, 1)};
   for (const Source &s : sources)
     if (c2c_status_code code = check(p, s)) return code;
@@ -209,10 +212,10 @@ c2c_status_code launch_project(const c2c_project_params &p, void *workspace, int
     outer.half[i] = low[i] ? outer_of(p, sources[i], inner.half[i]) : half_of(p, sources[i]);
     place += inner_bytes(p, sources[i]);
   }
-  if (c2c_status_code code = launch(inner, low, false, run, context)) return code;
-  if (c2c_status_code code = launch(outer, multiplies, false, run, context)) return code;
+  if (c2c_status_code code = launch(inner, low, false, capability, run, context)) return code;
+  if (c2c_status_code code = launch(outer, multiplies, false, capability, run, context)) return code;
   const bool copied[2] = {!multiplies[0], !multiplies[1]};
-  return launch(outer, copied, true, run, context);
+  return launch(outer, copied, true, capability, run, context);
 }
 
 }  // namespace c2c

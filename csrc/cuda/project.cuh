@@ -20,12 +20,20 @@ struct ProjectTile {
 
 struct ProjectPlace {
   int batch, token, end, group;  // first token of the tile, valid tokens, first group of 8 columns
+
+  // Of this block among those of its half.
+  __device__ __forceinline__ ProjectPlace(const Projection &p, const ProjectHalf &half, int block) {
+    group = block % half.column_tiles * (ProjectTile::N / 8);
+    block /= half.column_tiles;
+    token = block % p.token_tiles * ProjectTile::M;
+    batch = block / p.token_tiles;
+    end = valid_tokens(p, batch);
+  }
 };
 
 // Tokens and weights on their way into stages: thread t copies chunk t % CHUNKS of rows t / CHUNKS + PASS_ROWS i.
-template <typename T>
+template <typename T, typename Tile>
 struct ProjectCopy {
-  using Tile = ProjectTile;
   static constexpr uint32_t NONE = UINT32_MAX;
   int stored[Tile::PASSES];        // this thread's tokens; -1: zeros
   uint32_t weights[Tile::PASSES];  // where its rows of weights begin; NONE: zeros
@@ -153,8 +161,8 @@ __device__ __forceinline__ void multiply_stage(float (&products)[2][8][4], uint3
 
 // products = tokens weights^T over the whole width: while a step is multiplied the next one is on its way.
 template <typename T, bool WHOLE>
-__device__ __forceinline__ void multiply(float (&products)[2][8][4], ProjectCopy<T> &copy, const ProjectHalf &half,
-                                         int batch, int width, int steps, uint32_t stages) {
+__device__ __forceinline__ void multiply(float (&products)[2][8][4], ProjectCopy<T, ProjectTile> &copy,
+                                         const ProjectHalf &half, int batch, int width, int steps, uint32_t stages) {
   using Tile = ProjectTile;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   uint32_t to = stages + threadIdx.x / Tile::CHUNKS * Tile::ROW + threadIdx.x % Tile::CHUNKS * 16;
@@ -223,16 +231,10 @@ __device__ __forceinline__ void project(const Projection &p) {
   extern __shared__ __align__(1024) char shared[];
   const bool is_value = static_cast<int>(blockIdx.x) >= p.blocks[0];
   const ProjectHalf &half = p.half[is_value];
-  int block = blockIdx.x - (is_value ? p.blocks[0] : 0);
-  ProjectPlace place;
-  place.group = block % half.column_tiles * (Tile::N / 8);
-  block /= half.column_tiles;
-  place.token = block % p.token_tiles * Tile::M;
-  place.batch = block / p.token_tiles;
-  place.end = valid_tokens(p, place.batch);
+  const ProjectPlace place(p, half, static_cast<int>(blockIdx.x) - (is_value ? p.blocks[0] : 0));
   const int width = half.heads * half.dim;
   const int steps = place.token < place.end ? (width + Tile::K - 1) / Tile::K : 0;
-  ProjectCopy<T> copy(half, place, width);
+  ProjectCopy<T, Tile> copy(half, place, width);
   float products[2][8][4] = {};
   if (copy.whole)
     multiply<T, true>(products, copy, half, place.batch, width, steps, shared_address(shared));

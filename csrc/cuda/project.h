@@ -1,6 +1,7 @@
 // What the kernels of project_kv are told.
 #pragma once
 
+#include "launch.h"
 #include "params.h"
 
 namespace c2c {
@@ -34,5 +35,8 @@ struct Projection {
   int32_t blocks[2];  // of each half, 0 where it is not part of this launch
   int8_t lengths_type;
 };
+
+// Products on 9.0; `type`: of the weights.
+c2c_status_code launch_project_wgmma(const Projection &p, int type, int64_t blocks, Executor run, void *context);
 
 }  // namespace c2c

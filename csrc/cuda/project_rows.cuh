@@ -23,7 +23,7 @@ __device__ __forceinline__ int64_t row_at(const Strided &tensor, int batch, int 
 }
 
 // Number `d` of a stored head, scaled, without the rotation that it carries.
-__device__ __noinline__ float raw_number(const ProjectHalf &half, int batch, int head, int stored, int d) {
+static __device__ __noinline__ float raw_number(const ProjectHalf &half, int batch, int head, int stored, int d) {
   const int64_t row = row_at(half.raw, batch, head, stored);
   const float scale =
       half.scale.data ? load_float(half.scale.data, row_at(half.scale, batch, head, stored), half.scale_type) : 1.0f;

@@ -34,9 +34,22 @@ def test_the_usual_pass_of_the_innermost_loop():
     assert sass.others_per_product(CODE) == 3.0
 
 
+def test_products_of_warp_groups():
+    """64 x 64 x 16 counts as 8 products, and needs no copy beside it: 4 others to 9 products."""
+    code = CODE.replace("LDGSTS.E.BYPASS.128 [R3], [R4.64]", "NOP").replace(
+        "HMMA.16816.F32 R12, R8, R10, R12", "HGMMA.64x64x16.F32.BF16 R88, gdesc[UR8], R88, gsb0"
+    )
+    assert sass.others_per_product(code) == round(4 / 9, 2)
+
+
 def test_a_loop_that_copies_nothing_is_not_one_of_those_meant():
     assert sass.others_per_product(CODE.replace("LDGSTS", "LDG")) == 0.0
     assert sass.others_per_product("        /*0000*/  EXIT ;") == 0.0
+
+
+def test_a_branch_of_warps_that_have_parted_may_not_be_taken():
+    code = CODE.replace("@P0 BRA `(.L_x_2)", "BRA.DIV UR4, `(.L_x_2)")
+    assert sass.others_per_product(code) == 3.0
 
 
 def test_control_flow():

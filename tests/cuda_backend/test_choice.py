@@ -97,6 +97,28 @@ def test_what_is_refused_by_name_is_left_to_others_without(fields, strategy, mes
 
 
 @built
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_prefill_of_sm_90(capability):
+    """By the device alone: its tensor maps are those of the runs that are stored as they are multiplied."""
+    segments = [SegmentPlan(9), SegmentPlan(0), SegmentPlan(8, quantised=True), SegmentPlan(8, index=True)]
+    launched: list[cuda.Launch] = []
+    arguments = call(q_len=40, segments=segments, strided=False)
+    with chosen(), cuda.executed_by(capability, launched.append):
+        c2c.merged_attention(**arguments)
+    (launch,) = launched
+    if capability != 90:
+        assert (launch.kernel, launch.maps) == ("c2c_prefill_bf16_64", ())
+        return
+    assert (launch.kernel, launch.block) == ("c2c_prefill_wgmma_bf16_64", 384)
+    plain = [arguments["key"], arguments["value"], arguments["segments"][0].key, arguments["segments"][0].value]
+    places = [launch.maps[0].at + 128 * number for number in range(4)]
+    assert launch.maps == tuple(
+        cuda.TileMap(at, x.data_ptr(), (16, x.shape[2], 1, 1), (32, 32 * x.shape[2], 32 * x.shape[2]), 64)
+        for at, x in zip(places, plain, strict=True)
+    )
+
+
+@built
 def test_segments_of_another_dtype():
     arguments = call(segments=[SegmentPlan(9)])
     segment = arguments["segments"][0]

@@ -53,5 +53,6 @@ def test_projection(name, arch):
     part, dtype, kv_heads, dim, removes, applies = CASES[name]
     segment, rope = build(part, dtype, 2, kv_heads, dim, removes, applies, 3)
     simulated = check(segment, rope, dtype, arch, kv_heads, dim)
-    kernel = "c2c_project_copy" if name == "copied" else f"c2c_project_{'bf16' if dtype == BF16 else 'f16'}"
+    kernel = "c2c_project_wgmma" if arch == 90 else "c2c_project"
+    kernel = "c2c_project_copy" if name == "copied" else f"{kernel}_{'bf16' if dtype == BF16 else 'f16'}"
     assert simulated.names() == [kernel] * (2 if name == "low_rank" else 1)
