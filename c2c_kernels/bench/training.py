@@ -239,8 +239,11 @@ _STATUS = Path("/proc/self/status")
 
 
 def _allocated() -> int:
-    """Bytes that are the process's own, in memory or swapped out. Pages of files, which the kernel drops and reads again
-    as it likes (of torch's libraries some 400 MB), are not among them, so the kernel's own peak (VmHWM) does not do."""
+    """Bytes that are the process's own, in memory or swapped out.
+
+    Pages of files, which the kernel drops and reads again as it likes (of torch's libraries some 400 MB), are not among
+    them: the kernel's own peak (VmHWM) counts those.
+    """
     found = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return sum(int(found[name].split()[0]) * 1024 for name in ("RssAnon", "VmSwap"))
 
