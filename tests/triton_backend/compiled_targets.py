@@ -39,10 +39,10 @@ def absorbed(dtype, q_heads: int, kv_heads: int, dim: int, heads: int, raw_dim: 
     attention(dtype, q_heads, kv_heads, dim, q_len, [plain(dtype, heads, 512, raw_dim, **projectors)], "absorb")
 
 
-def backward(dtype, dim: int):
+def backward(dtype, dim: int, stored=None):
     query, key = torch.empty(1, 4, 96, dim, dtype=dtype), torch.empty(1, 2, 1040, dim, dtype=dtype)
     rows = torch.empty(1, 4, 96)
-    segment = plain(dtype, 2, 80, dim, gate=torch.ones(1, 4, 80))
+    segment = plain(stored or dtype, 2, 80, dim, gate=torch.ones(1, 4, 80))
     gradients.gradients(
         query, rows, torch.empty(1, 4, 96, 2), query, key, key, [segment], [True], None, True, None, None, 0.1, None,
         None, None, None,
@@ -106,6 +106,14 @@ CALLS = {
     ),
     "prefill 64 float32": (lambda: attention(SINGLE, 9, 3, 64, 256, [plain(SINGLE, 3, 512, 64)]), ["prefill_kernel"]),
     "prefill 256 float32": (lambda: attention(SINGLE, 4, 1, 256, 256), ["prefill_kernel"]),
+    "prefill 128 float32 segment": (
+        lambda: attention(HALF, 16, 8, 128, 256, [plain(SINGLE, 8, 512, 128)]),
+        ["prefill_kernel"],
+    ),
+    "prefill 256 float32 segment": (
+        lambda: attention(HALF, 4, 1, 256, 256, [plain(SINGLE, 1, 512, 256)]),
+        ["prefill_kernel"],
+    ),
     "prefill 64 gate": (
         lambda: attention(HALF, 9, 3, 64, 256, [plain(HALF, 3, 512, 64, gate=torch.ones(1, 9, 512))]),
         ["prefill_kernel"],
@@ -124,6 +132,10 @@ CALLS = {
     "backward 256 float32": (lambda: backward(SINGLE, 256), ["query_gradient_kernel", "token_gradient_kernel"]),
     "backward 128 float32": (lambda: backward(SINGLE, 128), ["query_gradient_kernel", "token_gradient_kernel"]),
     "backward 64 float32": (lambda: backward(SINGLE, 64), ["query_gradient_kernel", "token_gradient_kernel"]),
+    "backward 128 float32 segment": (
+        lambda: backward(HALF, 128, SINGLE),
+        ["query_gradient_kernel", "token_gradient_kernel"],
+    ),
     "project": (lambda: project(HALF, 8, 128, 8, 64), ["project_kernel"]),
     "project int8": (lambda: project(HALF, 8, 128, 8, 64, torch.int8, **SCALES), ["project_kernel"]),
     "project float32": (lambda: project(SINGLE, 8, 128, 8, 64), ["project_kernel"]),
@@ -150,7 +162,8 @@ TWO_TARGETS = (
     "absorbed head dim 128 float32 16 rows", "absorbed head dim 64 float32 32 rows", "absorbed float32 projectors",
     "prefill 64 float32", "prefill 128 float32", "prefill 256 float32", "prefill 64 gate", "backward 64 float32",
     "backward 128 float32", "backward 256 float32", "fuse float32 weights", "fuse odd sizes", "fuse float32",
-    "fuse layers", "absorbed 512", "absorbed head dim 256 64 rows",
+    "fuse layers", "absorbed 512", "absorbed head dim 256 64 rows", "prefill 256 float32 segment",
+    "backward 128 float32 segment",
 )  # fmt: skip
 # Shapes that bench/static_gpu.py compiles for sm_80 and sm_90, and holds to the same limits.
 STATIC = (
@@ -180,6 +193,7 @@ def test_compiles_without_spills(name, target):
         found = usage(kernel, target)
         assert found.spills == 0, f"{launch.kernel.__name__}: {found}"
         assert found.shared <= SHARED_LIMIT[target.arch], f"{launch.kernel.__name__}: {found}"
+        assert getattr(kernel.metadata, "tmem_size", 0) <= 512, "columns of sm_100's tensor memory"
         if target.arch == 80:  # whose tiles sm_86, sm_89 and sm_120 take
             assert found.shared <= 99 * 1024, f"{launch.kernel.__name__}: {found}"
         if launch.kernel.__name__ == "prefill_kernel" and target.arch in (80, 90):
