@@ -39,12 +39,12 @@ def absorbed(dtype, q_heads: int, kv_heads: int, dim: int, heads: int, raw_dim: 
     attention(dtype, q_heads, kv_heads, dim, q_len, [plain(dtype, heads, 512, raw_dim, **projectors)], "absorb")
 
 
-def backward(dtype, dim: int, stored=None):
+def backward(dtype, dim: int, stored=None, gated: bool = True):
     query, key = torch.empty(1, 4, 96, dim, dtype=dtype), torch.empty(1, 2, 1040, dim, dtype=dtype)
     rows = torch.empty(1, 4, 96)
-    segment = plain(stored or dtype, 2, 80, dim, gate=torch.ones(1, 4, 80))
+    segment = plain(stored or dtype, 2, 80, dim, gate=torch.ones(1, 4, 80) if gated else None)
     gradients.gradients(
-        query, rows, torch.empty(1, 4, 96, 2), query, key, key, [segment], [True], None, True, None, None, 0.1, None,
+        query, rows, torch.empty(1, 4, 96, 2), query, key, key, [segment], [gated], None, True, None, None, 0.1, None,
         None, None, None,
     )  # fmt: skip
 
@@ -133,7 +133,7 @@ CALLS = {
     "backward 128 float32": (lambda: backward(SINGLE, 128), ["query_gradient_kernel", "token_gradient_kernel"]),
     "backward 64 float32": (lambda: backward(SINGLE, 64), ["query_gradient_kernel", "token_gradient_kernel"]),
     "backward 128 float32 segment": (
-        lambda: backward(HALF, 128, SINGLE),
+        lambda: backward(HALF, 128, SINGLE, gated=False),
         ["query_gradient_kernel", "token_gradient_kernel"],
     ),
     "project": (lambda: project(HALF, 8, 128, 8, 64), ["project_kernel"]),
