@@ -39,12 +39,12 @@ def absorbed(dtype, q_heads: int, kv_heads: int, dim: int, heads: int, raw_dim: 
     attention(dtype, q_heads, kv_heads, dim, q_len, [plain(dtype, heads, 512, raw_dim, **projectors)], "absorb")
 
 
-def backward(dtype, dim: int, stored=None, gated: bool = True):
+def backward(dtype, dim: int):
     query, key = torch.empty(1, 4, 96, dim, dtype=dtype), torch.empty(1, 2, 1040, dim, dtype=dtype)
     rows = torch.empty(1, 4, 96)
-    segment = plain(stored or dtype, 2, 80, dim, gate=torch.ones(1, 4, 80) if gated else None)
+    segment = plain(dtype, 2, 80, dim, gate=torch.ones(1, 4, 80))
     gradients.gradients(
-        query, rows, torch.empty(1, 4, 96, 2), query, key, key, [segment], [gated], None, True, None, None, 0.1, None,
+        query, rows, torch.empty(1, 4, 96, 2), query, key, key, [segment], [True], None, True, None, None, 0.1, None,
         None, None, None,
     )  # fmt: skip
 
@@ -132,10 +132,6 @@ CALLS = {
     "backward 256 float32": (lambda: backward(SINGLE, 256), ["query_gradient_kernel", "token_gradient_kernel"]),
     "backward 128 float32": (lambda: backward(SINGLE, 128), ["query_gradient_kernel", "token_gradient_kernel"]),
     "backward 64 float32": (lambda: backward(SINGLE, 64), ["query_gradient_kernel", "token_gradient_kernel"]),
-    "backward 128 float32 segment": (
-        lambda: backward(HALF, 128, SINGLE, gated=False),
-        ["query_gradient_kernel", "token_gradient_kernel"],
-    ),
     "project": (lambda: project(HALF, 8, 128, 8, 64), ["project_kernel"]),
     "project int8": (lambda: project(HALF, 8, 128, 8, 64, torch.int8, **SCALES), ["project_kernel"]),
     "project float32": (lambda: project(SINGLE, 8, 128, 8, 64), ["project_kernel"]),
@@ -163,7 +159,6 @@ TWO_TARGETS = (
     "prefill 64 float32", "prefill 128 float32", "prefill 256 float32", "prefill 64 gate", "backward 64 float32",
     "backward 128 float32", "backward 256 float32", "fuse float32 weights", "fuse odd sizes", "fuse float32",
     "fuse layers", "absorbed 512", "absorbed head dim 256 64 rows", "prefill 256 float32 segment",
-    "backward 128 float32 segment",
 )  # fmt: skip
 # Shapes that bench/static_gpu.py compiles for sm_80 and sm_90, and holds to the same limits.
 STATIC = (

@@ -94,9 +94,6 @@ def query_gradient_kernel(
         base, rest = tl.where(far, its_base, base), tl.where(far, its_rest, rest)
     tl.store(bases + row, base, mask=row_inside)
     tl.store(bases + row + row_count, rest, mask=row_inside)
-    tl.debug_barrier()  # read back, so that the loops below are compiled as if there were no far rows
-    base = tl.load(bases + row, mask=row_inside, other=float("inf"))
-    rest = tl.load(bases + row + row_count, mask=row_inside, other=0.0)
     q = load_rows(query + batch64 * query_b, row_offsets, row_inside, dims, DIM, BLOCK_D, True)
     row_offsets = heads.to(tl.int64) * grad_out_h + queries.to(tl.int64) * grad_out_t
     g = load_rows(grad_out + batch64 * grad_out_b, row_offsets, row_inside, value_dims, VALUE_DIM, BLOCK_V, True)
