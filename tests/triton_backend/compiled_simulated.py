@@ -121,12 +121,12 @@ def test_attention(name, arch):
         assert "wgmma" in simulated.ran[0][1].kernel.asm["ptx"]
 
 
-@pytest.mark.parametrize(("q_len", "arch"), [(3, 80), (40, 90)])
-def test_closed_segments_change_no_bit(q_len, arch):
+@pytest.mark.parametrize(("q_len", "arch", "dim"), [(3, 80, 32), (40, 90, 32), (24, 80, 128)])
+def test_closed_segments_change_no_bit(q_len, arch, dim):
     """One wider in dtype than the queries, and where projectors are absorbed one that takes two tiles of rows."""
-    call = build(Plan(HALF, 1, 2, 3, q_len, 165, 32, 32, is_causal=True), 5)
+    call = build(Plan(HALF, 1, 2, 3, q_len, 165, dim, dim, is_causal=True), 5)
     plain, _ = forward(call, arch)
-    wide, raw = torch.randn(1, 2, 33, 32), torch.randn(1, 1, 20, 512, dtype=HALF)
+    wide, raw = torch.randn(1, 2, 33, dim), torch.randn(1, 1, 20, 512, dtype=HALF)
     proj = torch.randn(2, 32, 512, dtype=HALF)
     call["segments"] = [c2c.SharerSegment(wide, wide, gate=torch.zeros(1))]
     if q_len == 3:
@@ -136,6 +136,20 @@ def test_closed_segments_change_no_bit(q_len, arch):
     assert len(simulated.names()) == (2 if q_len == 3 else 1)
     for name, one, other in zip(("out", "lse", "mass"), plain, beside, strict=True):
         assert torch.equal(one, other[..., : one.shape[-1]]), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float16, 120), (HALF, 200)], ids=str)
+def test_segments_wider_than_the_queries(dtype, dim, arch):
+    """Their parts, 2^-16 exact, leave results as good as PyTorch's."""
+    call = build(Plan(dtype, 1, 1, 2, 40, 50, dim, dim, is_causal=True), 5)
+    wide = [torch.randn(1, 1, 37, dim) for _ in range(2)]
+    call["segments"] = [c2c.SharerSegment(*wide, gate=torch.rand(1, 2, 37))]
+    ours, simulated = forward(call, arch)
+    assert simulated.names() == ["prefill_kernel"]
+    oracle, theirs = reference_call(call, torch.float64), reference_call(call, dtype, dtype)
+    for which, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
+        assert_as_exact(which, mine, torchs, exact)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -106,6 +106,14 @@ CALLS = {
     ),
     "prefill 64 float32": (lambda: attention(SINGLE, 9, 3, 64, 256, [plain(SINGLE, 3, 512, 64)]), ["prefill_kernel"]),
     "prefill 256 float32": (lambda: attention(SINGLE, 4, 1, 256, 256), ["prefill_kernel"]),
+    "prefill 128 float32 segment": (
+        lambda: attention(HALF, 16, 8, 128, 256, [plain(SINGLE, 8, 512, 128)]),
+        ["prefill_kernel"],
+    ),
+    "prefill 256 float32 segment": (
+        lambda: attention(HALF, 4, 1, 256, 256, [plain(SINGLE, 1, 512, 256)]),
+        ["prefill_kernel"],
+    ),
     "prefill 64 gate": (
         lambda: attention(HALF, 9, 3, 64, 256, [plain(HALF, 3, 512, 64, gate=torch.ones(1, 9, 512))]),
         ["prefill_kernel"],
@@ -150,7 +158,7 @@ TWO_TARGETS = (
     "absorbed head dim 128 float32 16 rows", "absorbed head dim 64 float32 32 rows", "absorbed float32 projectors",
     "prefill 64 float32", "prefill 128 float32", "prefill 256 float32", "prefill 64 gate", "backward 64 float32",
     "backward 128 float32", "backward 256 float32", "fuse float32 weights", "fuse odd sizes", "fuse float32",
-    "fuse layers", "absorbed 512", "absorbed head dim 256 64 rows",
+    "fuse layers", "absorbed 512", "absorbed head dim 256 64 rows", "prefill 256 float32 segment",
 )  # fmt: skip
 # Shapes that bench/static_gpu.py compiles for sm_80 and sm_90, and holds to the same limits.
 STATIC = (
@@ -180,6 +188,7 @@ def test_compiles_without_spills(name, target):
         found = usage(kernel, target)
         assert found.spills == 0, f"{launch.kernel.__name__}: {found}"
         assert found.shared <= SHARED_LIMIT[target.arch], f"{launch.kernel.__name__}: {found}"
+        assert getattr(kernel.metadata, "tmem_size", 0) <= 512, "columns of sm_100's tensor memory"
         if target.arch == 80:  # whose tiles sm_86, sm_89 and sm_120 take
             assert found.shared <= 99 * 1024, f"{launch.kernel.__name__}: {found}"
         if launch.kernel.__name__ == "prefill_kernel" and target.arch in (80, 90):

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .kinds import CAUSAL_AT, GATE_AT, KEY_E4M3_AT, MASK_AT, POSITIONS_AT, VALUE_E4M3_AT, WIDE_AT, WINDOW_AT
 from .softmax import capped, in_base_2, update
-from .tiles import decoded, dot, factors, from_codes, load_rows, load_tile, product, step, stride, told
+from .tiles import INTERPRETING, decoded, dot, factors, from_codes, load_rows, load_tile, product, step, stride, told
 
 
 @triton.jit
@@ -139,11 +139,17 @@ def queries_of(base, offsets, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr, 
     if PRECISION != "bf16x6" or BLOCK_D <= 128 or base.dtype.element_ty != tl.float32:
         return factors(load_rows(base, offsets, inside, tl.arange(0, BLOCK_D), DIM, BLOCK_D, True), PRECISION)
     else:
-        half: tl.constexpr = BLOCK_D // 2
-        dims = tl.arange(0, half)
-        low = load_rows(base, offsets, inside, dims, DIM, half, True)
-        high = load_rows(base, offsets, inside, dims + half, DIM, half, True)
+        low, high = halves_of(base, offsets, inside, DIM, BLOCK_D)
         return factors(low, PRECISION) + factors(high, PRECISION)
+
+
+@triton.jit
+def halves_of(base, offsets, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile of queries as two of half its dims."""
+    half: tl.constexpr = BLOCK_D // 2
+    dims = tl.arange(0, half)
+    low = load_rows(base, offsets, inside, dims, DIM, half, True)
+    return low, load_rows(base, offsets, inside, dims + half, DIM, half, True)
 
 
 @triton.jit
@@ -211,7 +217,7 @@ def attend(
     MODE: tl.constexpr = PRECISION if SINGLE else "bf16x3" if WIDE else "ieee"
     dtype: tl.constexpr = tl.float32 if WIDE or SINGLE else q[0].dtype
     if WIDE and not SINGLE:
-        q = factors(q[0], MODE)
+        q = factors(q[0], MODE) + factors(q[1], MODE) if HALVES else factors(q[0], MODE)
     # Weights of even and of odd tokens are two factors: a thread holds both, and stores of every second one meet no
     # other thread's bank on their way to where products take float32 factors from; stores of pairs do (Ampere's mma).
     SCALED: tl.constexpr = VALUE_RAW != 0 and run.value_scale is not None
@@ -299,7 +305,17 @@ def attend(
             else:
                 weights *= value_scale[None, :]
         acc *= factor[:, None]
-        if PARTS == 1:
+        if MODE == "bf16x3" and not INTERPRETING:
+            # A part of the values at a time, for which they are loaded twice: fewer registers.
+            parts = factors(weights, MODE)
+            acc = tl.dot(parts[0], from_codes(factors(factors_v[0], MODE)[1]), acc)
+            tl.debug_barrier()
+            v = load_values(
+                value, value_n, run, batch_row, start, end, value_dims, VALUE_DIM, BLOCK_N, BLOCK_V, EDGES, PARTS
+            )
+            high = from_codes(v[0].to(tl.bfloat16))
+            acc = tl.dot(parts[0], high, tl.dot(parts[1], high, acc))
+        elif PARTS == 1:
             acc = dot(weights.to(dtype), factors_v[0], acc, MODE)
         else:
             even, odd = tl.split(tl.reshape(weights, (weights.shape[0], BLOCK_N // 2, 2)))

@@ -46,6 +46,8 @@ def attend(
     choice = choice._replace(wide=False)  # or a segment that is closed would change the tiles of all
     if not any(absorbs) and not tiles_table.decodes(choice):
         tile = tiles_table.prefill_tile(choice)
+        if any(kind.wide for kind in kinds):
+            tile = tiles_table.beside_wide(choice, tile)
         tokens = _tokens(tile, tiles_table.prefill_tile, choice, kinds)
         names = {"BLOCK_M": tile.rows, "TOKENS": tokens, "STAGES": tile.stages}
         names["PRECISION"] = tiles_table.prefill_precision(choice)

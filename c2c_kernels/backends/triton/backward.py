@@ -79,9 +79,6 @@ def query_gradient_kernel(
         query_positions, query_positions_b, query_positions_t, batch64, queries, row_inside, own_end, q_len
     )
     row_offsets = heads.to(tl.int64) * query_h + queries.to(tl.int64) * query_t
-    q = load_rows(query + batch64 * query_b, row_offsets, row_inside, dims, DIM, BLOCK_D, True)
-    row_offsets = heads.to(tl.int64) * grad_out_h + queries.to(tl.int64) * grad_out_t
-    g = load_rows(grad_out + batch64 * grad_out_b, row_offsets, row_inside, value_dims, VALUE_DIM, BLOCK_V, True)
     row = (batch64 * kv_heads * GROUP + heads) * q_len + queries
     first_query = tile * BLOCK_M // GROUP
     last_query = (tl.minimum(tile * BLOCK_M + BLOCK_M, q_len * GROUP) - 1) // GROUP
@@ -90,13 +87,16 @@ def query_gradient_kernel(
     far = is_far(found)
     if tl.max(far.to(tl.int32), 0) != 0:
         its_base, its_rest = normaliser(
-            q, runs, sinks, sinks_h, batch_row, kv_head, heads, queries, row_inside, own_positions, positions,
-            first_query, last_query, own_end, q_len, scale, softcap, window, segment_window, RUNS, KINDS, SOFTCAP, DIM,
-            BLOCK_D, BLOCK_N, PRECISION,
+            query + batch64 * query_b, row_offsets, runs, sinks, sinks_h, batch_row, kv_head, heads, queries,
+            row_inside, own_positions, positions, first_query, last_query, own_end, q_len, scale, softcap, window,
+            segment_window, RUNS, KINDS, SOFTCAP, DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
         base, rest = tl.where(far, its_base, base), tl.where(far, its_rest, rest)
     tl.store(bases + row, base, mask=row_inside)
     tl.store(bases + row + row_count, rest, mask=row_inside)
+    q = load_rows(query + batch64 * query_b, row_offsets, row_inside, dims, DIM, BLOCK_D, True)
+    row_offsets = heads.to(tl.int64) * grad_out_h + queries.to(tl.int64) * grad_out_t
+    g = load_rows(grad_out + batch64 * grad_out_b, row_offsets, row_inside, value_dims, VALUE_DIM, BLOCK_V, True)
     grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for number in tl.static_range(RUNS):
         run = runs[number]
@@ -115,6 +115,8 @@ def query_gradient_kernel(
             start64 = start + tl.zeros((), tl.int64)
             k = load_rows(key + start64 * key_n, cols * key_n, inside, dims, DIM, BLOCK_D, True).to(its_q.dtype)
             v = load_rows(value + start64 * value_n, cols * value_n, inside, value_dims, VALUE_DIM, BLOCK_V, True)
+            if PRECISION == "ieee" and its_q.dtype == tl.float32:
+                tl.debug_barrier()  # or all of q would go to registers ahead of the one that k waits for
             _weights, change, _gate = score_gradients(
                 its_q, its_g, k, v.to(its_q.dtype), base, rest, its_delta, run, batch_row, heads, queries, row_inside,
                 its_positions, tokens, inside, scale, softcap, its_window, KINDS[number], True, SOFTCAP, PRECISION,

@@ -60,20 +60,25 @@ def is_far(lse):
 
 @triton.jit
 def normaliser(
-    q, runs, sinks, sinks_h, batch_row, kv_head, heads, queries, row_inside, own_positions, positions, first_query,
-    last_query, own_end, q_len, scale, softcap, window, segment_window, RUNS: tl.constexpr, KINDS: tl.constexpr,
-    SOFTCAP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    query, query_offsets, runs, sinks, sinks_h, batch_row, kv_head, heads, queries, row_inside, own_positions,
+    positions, first_query, last_query, own_end, q_len, scale, softcap, window, segment_window, RUNS: tl.constexpr,
+    KINDS: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(base, rest) of a tile of rows, from one more pass over all runs and the sinks."""
-    m = tl.full((q.shape[0],), -float("inf"), tl.float32)
-    l = tl.zeros((q.shape[0],), tl.float32)
+    """(base, rest) of a tile of rows, from one more pass over all runs and the sinks.
+
+    query + query_offsets: where rows start. They are loaded for every tile of tokens: held over the loops they would
+    take the registers of all that follows.
+    """
+    m = tl.full((heads.shape[0],), -float("inf"), tl.float32)
+    l = tl.zeros((heads.shape[0],), tl.float32)
     if sinks is not None:
         m = in_base_2(tl.load(sinks + heads * sinks_h, mask=row_inside, other=-float("inf")).to(tl.float32))
         l = tl.where(m == -float("inf"), 0.0, 1.0)
     dims, cols, batch64 = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N), batch_row.to(tl.int64)
     for number in tl.static_range(RUNS):
         run = runs[number]
-        its_q = q.to(tl.float32) if (KINDS[number] // WIDE_AT % 4) else q
+        dtype = tl.float32 if (KINDS[number] // WIDE_AT % 4) else query.dtype.element_ty
         low, high, end, its_positions, its_window = range_of(
             run, batch_row, own_end, q_len, first_query, last_query, own_positions, positions, window, segment_window,
             KINDS[number], number == 0, BLOCK_N,
@@ -85,9 +90,10 @@ def normaliser(
             tokens = start + cols
             inside = tokens < end
             start64 = start + tl.zeros((), tl.int64)
-            k = load_rows(key + start64 * key_n, cols * key_n, inside, dims, DIM, BLOCK_D, True).to(its_q.dtype)
+            q = load_rows(query, query_offsets, row_inside & (start < end), dims, DIM, BLOCK_D, True).to(dtype)
+            k = load_rows(key + start64 * key_n, cols * key_n, inside, dims, DIM, BLOCK_D, True).to(dtype)
             _scores, logits = logits_of(
-                its_q, k, run, batch_row, heads, queries, row_inside, its_positions, tokens, inside, scale, softcap,
+                q, k, run, batch_row, heads, queries, row_inside, its_positions, tokens, inside, scale, softcap,
                 its_window, KINDS[number], True, SOFTCAP, PRECISION,
             )  # fmt: skip
             if (KINDS[number] // GATE_AT % 4) != 0:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .attend import attend, queries_of
+from .attend import attend, halves_of, queries_of
 from .kinds import CAUSAL_AT, MASK_AT, WIDE_AT, WINDOW_AT
 from .softmax import finish, in_base_2, merge, safe
 from .tiles import length_of, positions_of, told
@@ -111,8 +111,11 @@ def prefill_kernel(
         else:
             end = length_of(run.lengths, batch_row, told(run.length))
             full = end // TOKENS[number] * TOKENS[number]
+            its_q = q
             if query.dtype.element_ty == tl.float32 or (KINDS[number] // WIDE_AT % 4) != 0:
                 full = 0
+                if query.dtype.element_ty != tl.float32 and BLOCK_D > 128:  # fewer registers than all dims at once take
+                    its_q = halves_of(query + batch64 * query_b, row_offsets, row_inside, DIM, BLOCK_D)
             else:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, 0, full, end,
@@ -120,8 +123,8 @@ def prefill_kernel(
                     BLOCK_V, TOKENS[number], STAGES, PRECISION,
                 )  # fmt: skip
             m, part, acc = attend(
-                q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, full, end, end, scale,
-                softcap, segment_window, None,
+                its_q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, full, end, end,
+                scale, softcap, segment_window, None,
                 KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, TOKENS[number], 1, PRECISION,
             )  # fmt: skip
         kept = tl.exp2(m_before - safe(m))

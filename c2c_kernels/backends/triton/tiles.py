@@ -67,6 +67,8 @@ def product(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a[0].to(tl.float32), b.to(tl.float32), acc)
     elif PRECISION == "bf16x6" or PRECISION == "bf16x3":
         b = factors(b, PRECISION)
+        if PRECISION == "bf16x3" and len(b) == 2:  # through shared memory: no warp holds all of b
+            b = from_codes(b[0]), from_codes(b[1])
         most: tl.constexpr = 3 if PRECISION == "bf16x6" else 2
         for smaller in tl.static_range(most):
             for i in tl.static_range(len(a)):

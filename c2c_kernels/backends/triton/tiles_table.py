@@ -78,6 +78,14 @@ def prefill_tile(call: Call) -> Tile:
     raise ValueError(f"head dims up to {LARGEST_DIM} are supported; got {call.block_dim}")
 
 
+def beside_wide(call: Call, tile: Tile) -> Tile:
+    """The tile of prefill where a segment is wider in dtype than 16-bit queries: half the rows where registers would
+    spill. Warps share a row's tokens as before, so no bit of the other runs changes.
+    """
+    halved = _family(call.target) == "sm_80" and 64 < call.block_dim <= 128 and tile.rows == 64 and tile.warps == 4
+    return tile._replace(rows=32) if halved else tile
+
+
 def prefill_precision(call: Call) -> str:
     """What becomes of float32 factors in prefill; on sm_90 what leaves wgmma tiles of 64 rows without a spill."""
     return "bf16x6" if _family(call.target) == "sm_90" else call.precision()
@@ -171,7 +179,7 @@ def backward_tile(call: Call) -> Tile:
             return Tile(16, 16, 4, 1)
         return Tile(32, 16, 8, 1) if call.block_dim <= 128 else Tile(16, 16, 8, 1)
     if call.block_dim <= 64:
-        return Tile(64, 32, 4, 2)
+        return Tile(64, 32, 8 if _family(call.target) == "sm_100" else 4, 2)
     if call.target.arch == 90:
         return Tile(32, 64, 8, 1) if call.block_dim <= 128 else Tile(32, 32, 8, 1)
     if call.target.backend == "hip":
