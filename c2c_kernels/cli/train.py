@@ -65,6 +65,7 @@ def add_parser(commands: Any) -> None:
         ("--context", int, 480, "most receiver tokens read through the projector"),
         ("--continuation", int, 128, "tokens after it"),
         ("--match", float, 0.0, "weight of the error of projected keys and values"),
+        ("--average", float, 0.0, "share in the result of the projector that it starts from"),
         ("--held-out", int, 8, "windows of each kind kept to look at in between"),
         ("--validations", int, 6, "how often"),
         ("--seed", int, 0, "of the order of texts, of cuts and of made-up questions"),
@@ -178,7 +179,7 @@ def _settings(options: argparse.Namespace) -> TrainOptions:
     names = (
         "steps", "minutes", "batch", "question_batch", "accumulate", "question_weight", "repeat_weight",
         "lr", "gate_lr", "context",
-        "continuation", "distill", "match", "held_out", "validations", "seed", "checkpoint_seconds",
+        "continuation", "distill", "match", "average", "held_out", "validations", "seed", "checkpoint_seconds",
     )  # fmt: skip
     least = min(TrainOptions.least_context, options.context)
     return TrainOptions(**{name: getattr(options, name) for name in names}, least_context=least)

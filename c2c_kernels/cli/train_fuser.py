@@ -62,6 +62,8 @@ def check(options: argparse.Namespace) -> None:
         raise CommandError(
             "--distill, --match and --repeat-weight are for projectors: a fuser's receiver reads the text itself"
         )
+    if options.average:
+        raise CommandError("--average is for projectors, which training always starts from")
     if options.projector is not None:
         for name in ("layer_map", *(size[0] for size in _SIZES)):
             if getattr(options, name) is not None:

@@ -32,6 +32,8 @@ class TrainOptions:
         distill: w in loss = (1 - w) cross-entropy + w KL(receiver that has read the text || receiver that has not).
         match: weight of the squared error of projected keys and values, as a share of the variance of the receiver's.
         gate_temperature: at the start and at the end.
+        average: share in the result of the projector that training started from. A short run on new material forgets
+            some of the old; the mean of both keeps most of either.
         held_out: windows of each kind that are kept from training and looked at in between; 0: none.
         validations: how often they are looked at in a run.
         seed: of the order of the texts and of where they are cut.
@@ -58,6 +60,7 @@ class TrainOptions:
     distill: float = 0.8
     match: float = 0.0
     gate_temperature: tuple[float, float] = (1.0, 0.5)
+    average: float = 0.0
     held_out: int = 8
     validations: int = 6
     seed: int = 0
@@ -86,8 +89,9 @@ class TrainOptions:
         for name in ("distill", "question_weight", "repeat_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be within 0..1, got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must be at least 0 and below 1, got {self.warmup}")
+        for name in ("warmup", "average"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.continuation < 2:
             raise ValueError(f"continuation must be at least 2, got {self.continuation}")
         if self.context < self.least_context:

@@ -158,6 +158,7 @@ def _train(
     update: Update,
 ) -> _Run:
     projector, course, run = trainee.projector, Course(streams, options), _Run()
+    begun = [parameter.detach().clone() for parameter in projector.parameters()] if options.average else []
     restored = None if keeper is None else keeper.restore()
     coordinates = Coordinates(projector, _moments(trainee, streams) if restored is None else None)
     optimizer = _optimizer(projector, coordinates, options)
@@ -177,6 +178,8 @@ def _train(
         run.processor = processor + time.process_time()
         run.done = processes.from_first(_done(run, options))
         projector.gate_temperature = temperature(run.done, options.gate_temperature)
+        if run.done >= 1:
+            _average(projector, begun, options.average)
         look = None
         if validation and options.validations and len(run.looked) <= run.done * looks:
             look = validation.look(trainee)
@@ -202,6 +205,14 @@ def _train(
         run.scored += scored
         run.losses.append([round(value, 6) for value in terms.tolist()])
         run.times.append(round(before + time.perf_counter() - began, 3))
+
+
+@torch.no_grad()
+def _average(projector: CacheProjector, begun: Sequence[Tensor], share: float) -> None:
+    """Moves every parameter towards what it was before; without `begun` none."""
+    if begun:
+        for parameter, before in zip(projector.parameters(), begun, strict=True):
+            parameter.lerp_(before, share)
 
 
 def _done(run: _Run, options: TrainOptions) -> float:

@@ -46,7 +46,9 @@ def test_trains_and_goes_on(models, documents, tmp_path, capsys):
     ("more", "match"),
     [
         (("--storage", "int8"), "--storage int8 is for projectors"),
-        (("--distill", "0.5"), "--distill and --match are for projectors"),
+        (("--distill", "0.5"), "--distill, --match and --repeat-weight are for projectors"),
+        (("--repeat-weight", "0.5"), "--distill, --match and --repeat-weight are for projectors"),
+        (("--average", "0.5"), "--average is for projectors"),
         (("--layer-map", "0,9"), "to sharer layer 9: the sharer has layers 0..1"),
         (("--layer-map", "first"), "layer_map must be one of last_aligned, k_nearest"),
         (("--num-layers", "2"), "num_layers must be an integer of at least 3, got 2"),

@@ -450,6 +450,18 @@ def test_questions_about_a_text_share_a_read_and_only_answers_are_scored(models)
     assert {stream.window(n).sharer.ids for n in range(9)} == {stream.window(n).sharer.ids for n in range(9, 18)}
 
 
+def test_the_mean_with_the_projector_that_it_started_from(models):
+    """Gates start at 4 where there were none; every parameter is the mean of both, which are not the same."""
+    begun = projector_of(models)
+    plain, mean = (train(models, begun, options=replace(OPTIONS, average=share)) for share in (0.0, 0.5))
+    before = dict(begun.named_parameters())
+    for (name, trained), averaged in zip(plain.named_parameters(), mean.parameters(), strict=True):
+        start = before.get(name, torch.full_like(trained, 4.0))
+        assert not torch.equal(trained, start)
+        torch.testing.assert_close(averaged, (start + trained) / 2)
+    assert mean.facts["training"]["options"]["average"] == 0.5
+
+
 def test_repetitions_are_pieces_of_the_whole_text():
     projector = projector_of((build("gemma3"), build("llama")))
     stream = Repeats(TEXTS, SHARER_TOKENIZER, TOKENIZER, projector.prefix, OPTIONS)
@@ -582,6 +594,8 @@ def test_an_evaluation_refuses_what_was_trained_on(models):
         ({"options": replace(OPTIONS, distill=1.5)}, r"distill must be within 0\.\.1, got 1.5"),
         ({"options": replace(OPTIONS, match=-1.0)}, "match must be at least 0, got -1.0"),
         ({"options": replace(OPTIONS, warmup=1.0)}, "warmup must be at least 0 and below 1"),
+        ({"options": replace(OPTIONS, average=1.0)}, "average must be at least 0 and below 1, got 1.0"),
+        ({"options": replace(OPTIONS, repeat_weight=-0.1)}, r"repeat_weight must be within 0\.\.1, got -0.1"),
         ({"options": replace(OPTIONS, gate_temperature=(1.0, 0.0))}, "gate_temperature must be two numbers above 0"),
         ({"backend": "nothing"}, "backend must be one of"),
     ],
