@@ -127,6 +127,8 @@ def _absorb_refusal(segment: SegmentTensors, number: int, query: Tensor) -> str:
             f"{name} has projectors of {', '.join(map(_dtype_name, projectors))} and tokens of "
             f"{', '.join(map(_dtype_name, raw))}, query {_dtype_name(query.dtype)}"
         )
+    if not quantised and not (segment.key_scale is None and segment.value_scale is None):
+        return f"absorbs tokens with scales in int8 or float8_e4m3fn; {name} has scales and {_dtype_name(raw[0])}"
     _, q_heads, q_len, _ = query.shape
     rows = q_heads * q_len // segment.key_proj.shape[0]
     padded = max(x.shape[1] * -(-x.shape[3] // _RAW_PAD) * _RAW_PAD for x in (segment.key, segment.value))

@@ -229,9 +229,11 @@ def peak(way: str, size: Size) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    setting.step(way)
-    done.set()
-    watcher.join()
+    try:
+        setting.step(way)
+    finally:
+        done.set()
+        watcher.join()
     return max(most[0], _allocated()) - before
 
 

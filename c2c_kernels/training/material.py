@@ -52,13 +52,14 @@ def check_lengths(
         for name, model, tokenizer in (("sharer", sharer, sharer_tokenizer), ("receiver", receiver, receiver_tokenizer))
         if (longest := getattr(model.config, "max_position_embeddings", None)) is not None
     ]
-    own = len(prefix) + options.continuation
+    # What is said again stands after the whole window, continuation included.
+    own = len(prefix) + options.continuation * (3 if options.repeat_weight else 1)
     for name, longest, _ in limits:
         # another tokenizer may need more tokens for the same text
         if examples.texts and 2 * options.context + own > longest:
             raise ValueError(
                 f"context is {options.context} tokens, the {name}'s own {longest} with a continuation of "
-                f"{options.continuation}: at most {(longest - own) // 2} is wanted"
+                f"{options.continuation}: at most {max((longest - own) // 2, 0)} is wanted"
             )
     asked: dict[str, tuple[int, int]] = {}  # per text the first question, and most tokens around it
     for number, one in enumerate(examples.questions):

@@ -19,7 +19,8 @@ class TrainOptions:
         accumulate: how many such batches a step takes (in each process).
         question_weight: share of the batches that are questions where there is both text and questions.
         repeat_weight: share of the batches of text in which the receiver says pieces of it again, instead of going on.
-        context: most receiver tokens of a window that are read through the projector.
+        context: most receiver tokens of a window that are read through the projector; what is said again stands after
+            its continuation as well.
         least_context: fewest of them.
         continuation: own tokens of the receiver that follow, at most; a window gives several continuations.
         questions_per_text: how many questions about one text are asked at once, at most.

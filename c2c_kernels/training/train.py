@@ -158,7 +158,7 @@ def _train(
     update: Update,
 ) -> _Run:
     projector, course, run = trainee.projector, Course(streams, options), _Run()
-    begun = [parameter.detach().clone() for parameter in projector.parameters()] if options.average else []
+    begun = _begun(projector, options) if options.average else []
     restored = None if keeper is None else keeper.restore()
     coordinates = Coordinates(projector, _moments(trainee, streams) if restored is None else None)
     optimizer = _optimizer(projector, coordinates, options)
@@ -205,6 +205,13 @@ def _train(
         run.scored += scored
         run.losses.append([round(value, 6) for value in terms.tolist()])
         run.times.append(round(before + time.perf_counter() - began, 3))
+
+
+@torch.no_grad()
+def _begun(projector: CacheProjector, options: TrainOptions) -> list[Tensor]:
+    """What every parameter is before; logits of gates at the temperature that they will have, with the same gates."""
+    heat = options.gate_temperature[1] / projector.gate_temperature
+    return [p.clone() * (heat if p is projector.gate_logits else 1.0) for p in projector.parameters()]
 
 
 @torch.no_grad()

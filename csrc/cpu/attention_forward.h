@@ -148,7 +148,7 @@ static void attend_split(const c2c_attention_params &p, const Run &run, int64_t 
                          int64_t length, bool finish, float *scratch) {
   const int64_t split = job % run.splits, tile = job / run.splits % run.tiles, group = job / run.splits / run.tiles;
   const int64_t together = run.staged ? least(length, STAGED_TOKENS) : length;
-  const int64_t chunk = round_up(div_up(together, split_count(run, together)), BLOCK);
+  const int64_t chunk = round_up(div_up(together, split_count(run, together)), LEAST_SPLIT / 2);
   const int64_t stop = start + together;
   attend_part(p, run, b, group, tile, split, least(stop, start + split * chunk),
               least(stop, start + (split + 1) * chunk), length, start > 0, finish, scratch);

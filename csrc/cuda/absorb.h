@@ -68,7 +68,8 @@ struct AbsorbDecode {
 };
 
 // Half stages (16 tokens of keys, or of values) in the ring of a block, of which all but one are in flight: so many
-// that two blocks fit on a multiprocessor of sm_80, and one in the 99 KiB of sm_86, sm_89 and sm_120.
+// that two blocks of up to 16 rows fit on a multiprocessor of sm_80 (one of 32, by its registers), and one in the 99
+// KiB of sm_86, sm_89 and sm_120.
 constexpr int DEEP_RING = 8, SHALLOW_RING = 4;  // shallow where a half stage has 16 KiB
 
 // A kernel that splits, for head dims up to `dim`; combine's last, with dim 0.

@@ -101,6 +101,8 @@ c2c_status_code absorbed_segment(const c2c_segment &s, const c2c_attention_param
   const bool few = p.kv_heads && p.q_len * (p.q_heads / p.kv_heads) <= MOST_DECODED;
   if (s.materialize || !few || !s.key_proj.data || !s.value_proj.data) return C2C_UNSUPPORTED;
   if (s.key_proj_in.data || s.value_proj_in.data) return C2C_UNSUPPORTED;
+  // Scales are applied where bytes are widened.
+  if (!is_byte(s.key.dtype) && (s.key_scale.data || s.value_scale.data)) return C2C_UNSUPPORTED;
   if (c2c_status_code code = absorbed_side(s.key_proj, s.key_bias, s.heads, s.key_dim, p.query.dtype, out.key,
                                            run.key_scale, run.key_scale_type))
     return code;

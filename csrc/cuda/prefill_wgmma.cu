@@ -6,6 +6,9 @@
 
 #include "kernels.h"
 
+#if defined(C2C_SM_90A) && defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "C2C_SM_90A is for compilations for sm_90a alone: these kernels would be empty"
+#endif
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define PREFILL(T, DIM) c2c::prefill_wgmma<T, c2c::WgmmaTile<DIM>>(p);
 #else

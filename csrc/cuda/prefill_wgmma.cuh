@@ -95,8 +95,10 @@ __device__ __forceinline__ void produce(const MappedAttention &mapped, const Pre
     const int value_head = run.value.h ? place.kv_head : 0, value_batch = run.value.b ? place.batch : 0;
 #pragma unroll 1
     for (int token = tiles.from; token < tiles.to; token += Tile::N, turn.next()) {
-      if (!mapped.mapped[number]) continue;
+      // Also where the consumers convert the tile: a barrier tells a round from the next alone, so that who goes on
+      // without waiting takes a round that is not over for one that has not begun.
       turn.wait_empty();
+      if (!mapped.mapped[number]) continue;
       mbarrier_expect(turn.full(), Tile::STAGE);
 #pragma unroll
       for (int block = 0; block < Tile::BLOCKS; ++block) {

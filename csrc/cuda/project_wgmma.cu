@@ -4,6 +4,9 @@
 
 #include "kernels.h"
 
+#if defined(C2C_SM_90A) && defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "C2C_SM_90A is for compilations for sm_90a alone: these kernels would be empty"
+#endif
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define PROJECT(T) c2c::project_wgmma<T>(p);
 #else

@@ -83,6 +83,17 @@ def test_auto_absorbs_where_the_cost_model_says_so():
     assert attend(low_rank, 80)[1].names()[-1] == "c2c_combine"
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_scales_of_16_bit_tokens_are_not_lost(dtype):
+    """They are applied where bytes are widened: such a segment is projected first, or by name refused."""
+    call = build(Plan(dtype, 1, 2, 2, 1, 20, 64, 64, segments=[raw(200, 2)]), 3)
+    (segment,) = call["segments"]
+    segment.key_scale, segment.value_scale = (torch.rand(1, 2, 200) + 0.5 for _ in range(2))
+    assert check(call, 80).names()[-1] == "c2c_combine"
+    with pytest.raises(ValueError, match=r"tokens with scales in int8 or float8_e4m3fn; segments\[0\] has scales and"):
+        attend({**call, "strategy": "absorb"}, 80)
+
+
 # --- what changes no bit ---
 
 

@@ -49,6 +49,35 @@ def test_attention(name, arch):
     assert kernel.startswith("c2c_prefill_wgmma_" if arch == 90 else "c2c_prefill_")
 
 
+# Runs of many tiles that the warps convert, before and between runs that are copied as they are.
+CONVERTED = {
+    "int8_64": Plan(BF16, 1, 1, 1, 33, 70, 64, 64, strided=False, segments=[
+        SegmentPlan(600, quantised=True), SegmentPlan(70)]),
+    "int8_128": Plan(F16, 1, 1, 1, 33, 64, 128, 128, strided=False, segments=[
+        SegmentPlan(512, quantised=True), SegmentPlan(70)]),
+    "int8_256": Plan(BF16, 1, 1, 1, 33, 64, 256, 256, strided=False, segments=[
+        SegmentPlan(193, quantised=True), SegmentPlan(70)]),
+    "index": Plan(BF16, 1, 1, 1, 33, 70, 64, 64, strided=False, segments=[
+        SegmentPlan(520, index=True), SegmentPlan(70), SegmentPlan(330, quantised=True), SegmentPlan(130)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_who_copies_waits_for_who_converts(name):
+    check(CONVERTED[name], 3, 90)
+
+
+def test_an_own_cache_off_16_bytes_before_a_segment_that_is_copied():
+    call = build(Plan(BF16, 1, 1, 1, 33, 500, 64, 64, strided=False, segments=[SegmentPlan(130)]), 3)
+    for name in ("key", "value"):
+        call[name] = torch.nn.functional.pad(call[name], (4, 0))[..., 4:]
+    ours, simulated = attend(call, 90)
+    assert simulated.names() == ["c2c_prefill_wgmma_bf16_64"]
+    oracle, theirs = reference_call(call, torch.float64), reference_call(call, BF16, BF16)
+    for which, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
+        assert_as_exact(which, mine, torchs, exact)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("aligned", [True, False])
 def test_e4m3_is_widened_exactly(aligned, arch):
