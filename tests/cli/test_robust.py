@@ -105,11 +105,12 @@ def test_the_demo_prints_a_documents_name_whole(tiny, note_file, capsys):
     assert "read notes [draft].txt: " in " ".join(capsys.readouterr().out.split())
 
 
-def test_an_ascii_terminal_gets_the_whole_report(tiny, note_file, cache):
+def test_an_ascii_terminal_gets_the_whole_report(tiny, note_file, cache, tmp_path):
     arguments = ["--receiver", str(tiny), "--document", str(note_file), "--question", "Où?", "--max-new-tokens", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "c2c_kernels.cli", "demo", *arguments, "--threads", "1"],
         env={**os.environ, "LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "ascii", "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr.decode()

@@ -92,11 +92,12 @@ def test_goes_on_after_an_interruption(models, fitted, documents, tmp_path):
     commands = [
         [sys.executable, "-m", "c2c_kernels.cli", *arguments(models, fitted, output, *more)] for output in outputs
     ]
-    subprocess.run(commands[0], check=True, timeout=120)
+    subprocess.run(commands[0], cwd=tmp_path, check=True, timeout=120)  # not the checkout, which has no kernels
     checkpoint = tmp_path / "p.safetensors.checkpoint"
     # What a shell starts in the background ignores Control-C, and so do its children unless told otherwise.
     process = subprocess.Popen(
         commands[1],
+        cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -108,7 +109,7 @@ def test_goes_on_after_an_interruption(models, fitted, documents, tmp_path):
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130 and error.endswith("c2c-kernels: interrupted\n"), error
     assert checkpoint.exists() and not outputs[1].exists()
-    subprocess.run(commands[1], check=True, timeout=120)
+    subprocess.run(commands[1], cwd=tmp_path, check=True, timeout=120)
     assert not checkpoint.exists()
     states = [c2c.CacheProjector.load(path).state_dict() for path in outputs]
     for name, tensor in states[0].items():
@@ -127,6 +128,7 @@ def test_torchrun(models, fitted, documents, tmp_path):
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "c2c_kernels.cli", *two),
         ],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=300,
