@@ -108,7 +108,7 @@ class Texts:
     ) -> None:
         self._tokenizers = (sharer_tokenizer, receiver_tokenizer)
         self._head, self._options = tuple(head), options
-        self._seed = f"{options.seed}" if self.kind == "text" else f"{options.seed}/{self.kind}"
+        self._seed = f"{options.seed}"
         self._least = options.least_context + max(options.continuation // 2, 2)
         self._texts: list[str] = []
         self._starts: list[list[int]] = []  # per document where its receiver tokens start, and the text's end
@@ -124,7 +124,6 @@ class Texts:
                 "take at least"
             )
         self._epochs: list[list[tuple[int, int, int]]] = []
-        self._last_epoch = -1
 
     @property
     def tokens(self) -> int:
@@ -186,9 +185,16 @@ class Repeats(Texts):
     """Windows of documents that the receiver says again: what it cannot do without finding each token in the cache.
 
     After the whole window it reads pieces of it, whose tokens are scored from the ninth on.
+
+    Args:
+        texts: of the same documents; they are tokenized once.
     """
 
     kind = "repeats"
+
+    def __init__(self, texts: Texts) -> None:
+        self.__dict__.update(vars(texts))
+        self._seed, self._epochs = f"{self._options.seed}/{self.kind}", []
 
     def _rows(self, sharer: TokenSpans, receiver: TokenSpans, draw: random.Random) -> Iterator[Row]:
         ids = receiver.ids

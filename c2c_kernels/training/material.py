@@ -101,9 +101,8 @@ def streams(
 ) -> list[Stream]:
     found: list[Stream] = []
     if examples.texts:
-        found.append(Texts(examples.texts, *tokenizers, prefix, options))
-        if options.repeat_weight:
-            found.append(Repeats(examples.texts, *tokenizers, prefix, options))
+        texts = Texts(examples.texts, *tokenizers, prefix, options)
+        found += [texts, Repeats(texts)] if options.repeat_weight else [texts]
     if examples.questions:
         found.append(Questions(examples.questions, *tokenizers, options))
     return found
