@@ -57,13 +57,13 @@ def demanding(dtype, q_heads: int, kv_heads: int, dim: int, **fields) -> Segment
     return plain(dtype, kv_heads, 512, dim, visibility="causal", **options, **fields)
 
 
-def prefill_everything(dtype, q_heads: int, kv_heads: int, dim: int, stored):
+def attend_everything(dtype, q_heads: int, kv_heads: int, dim: int, stored, q_len: int = 256):
     """With two segments: of dtype `stored`, and int8."""
     scales = {name: torch.ones(1, kv_heads, 512) for name in SCALES}
     segments = [
         demanding(stored, q_heads, kv_heads, dim), demanding(torch.int8, q_heads, kv_heads, dim, **scales)
     ]  # fmt: skip
-    attention(dtype, q_heads, kv_heads, dim, 256, segments, **everything(q_heads, 256))
+    attention(dtype, q_heads, kv_heads, dim, q_len, segments, **everything(q_heads, q_len))
 
 
 def backward(dtype, dim: int, segments=(), **options):
@@ -122,6 +122,7 @@ CALLS = {
     "decode 256 float32": (lambda: attention(SINGLE, 4, 1, 256, 1), TWO),
     "decode 256": (lambda: attention(HALF, 4, 1, 256, 1, window=512), TWO),
     "decode 64 rows": (lambda: attention(HALF, 16, 2, 128, 8, softcap=30.0, sinks=torch.zeros(16)), TWO),
+    "decode 64 everything": (lambda: attend_everything(HALF, 9, 3, 64, SINGLE, 21), TWO),
     "absorbed 128": (lambda: absorbed(HALF, 16, 8, 128, 2, 64), TWO),
     "absorbed 256": (lambda: absorbed(HALF, 9, 3, 64, 1, 256), TWO),
     "absorbed 512": (lambda: absorbed(HALF, 16, 8, 128, 8, 64), TWO),
@@ -161,11 +162,11 @@ CALLS = {
         ),
         ["prefill_kernel"],
     ),
-    "prefill 64 everything": (lambda: prefill_everything(HALF, 9, 3, 64, SINGLE), ["prefill_kernel"]),
-    "prefill 128 everything": (lambda: prefill_everything(HALF, 16, 8, 128, SINGLE), ["prefill_kernel"]),
-    "prefill 256 everything": (lambda: prefill_everything(HALF, 4, 1, 256, SINGLE), ["prefill_kernel"]),
-    "prefill 80 everything alike": (lambda: prefill_everything(HALF, 16, 8, 80, HALF), ["prefill_kernel"]),
-    "prefill 256 everything float32": (lambda: prefill_everything(SINGLE, 4, 1, 256, SINGLE), ["prefill_kernel"]),
+    "prefill 64 everything": (lambda: attend_everything(HALF, 9, 3, 64, SINGLE), ["prefill_kernel"]),
+    "prefill 128 everything": (lambda: attend_everything(HALF, 16, 8, 128, SINGLE), ["prefill_kernel"]),
+    "prefill 256 everything": (lambda: attend_everything(HALF, 4, 1, 256, SINGLE), ["prefill_kernel"]),
+    "prefill 80 everything alike": (lambda: attend_everything(HALF, 16, 8, 80, HALF), ["prefill_kernel"]),
+    "prefill 256 everything float32": (lambda: attend_everything(SINGLE, 4, 1, 256, SINGLE), ["prefill_kernel"]),
     "backward 64": (lambda: backward(HALF, 64), GRADIENTS),
     "backward 128": (lambda: backward(HALF, 128), GRADIENTS),
     "backward 256": (lambda: backward(HALF, 256), GRADIENTS),

@@ -153,7 +153,8 @@ def _decode(
         "TOKENS": tuple(tokens), "STAGES": tile.stages, "folds": folds, "programs": programs,
         "call": secrets.randbits(61) << 1 | 1 << 62 if folds else 0,
     }  # fmt: skip
-    run(Launch(split_kernel, batch * programs, common | shared | names, tile.warps, tile.stages), query.device)
+    options = {"warps": tile.warps, "stages": tile.stages, "registers": tiles_table.decode_registers(choice)}
+    run(Launch(split_kernel, batch * programs, common | shared | names, **options), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
     merging = tiles_table.combine_tile(choice.target, tile.rows if folds else 1, common["BLOCK_V"])
     merged_rows, at_once, warps = merging
