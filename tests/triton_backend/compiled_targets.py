@@ -39,14 +39,48 @@ def absorbed(dtype, q_heads: int, kv_heads: int, dim: int, heads: int, raw_dim: 
     attention(dtype, q_heads, kv_heads, dim, q_len, [plain(dtype, heads, 512, raw_dim, **projectors)], "absorb")
 
 
-def backward(dtype, dim: int):
+def everything(q_heads: int, q_len: int) -> dict:
+    """Every option of a call, all at once."""
+    return {
+        "attn_mask": torch.zeros(1, q_heads, q_len, 1040), "query_positions": torch.arange(q_len)[None],
+        "lengths": torch.tensor([1040]), "window": 512, "softcap": 30.0, "sinks": torch.zeros(q_heads),
+    }  # fmt: skip
+
+
+def demanding(dtype, q_heads: int, kv_heads: int, dim: int, **fields) -> SegmentTensors:
+    """A segment with gates per head and token, positions and lengths."""
+    options = {
+        "gate": torch.ones(1, q_heads, 512),
+        "lengths": torch.tensor([512]),
+        "positions": torch.arange(512)[None],
+    }
+    return plain(dtype, kv_heads, 512, dim, visibility="causal", **options, **fields)
+
+
+def attend_everything(dtype, q_heads: int, kv_heads: int, dim: int, stored, q_len: int = 256):
+    """With two segments: of dtype `stored`, and int8."""
+    scales = {name: torch.ones(1, kv_heads, 512) for name in SCALES}
+    segments = [
+        demanding(stored, q_heads, kv_heads, dim), demanding(torch.int8, q_heads, kv_heads, dim, **scales)
+    ]  # fmt: skip
+    attention(dtype, q_heads, kv_heads, dim, q_len, segments, **everything(q_heads, q_len))
+
+
+def backward(dtype, dim: int, segments=(), **options):
     query, key = torch.empty(1, 4, 96, dim, dtype=dtype), torch.empty(1, 2, 1040, dim, dtype=dtype)
     rows = torch.empty(1, 4, 96)
-    segment = plain(dtype, 2, 80, dim, gate=torch.ones(1, 4, 80))
+    segments = list(segments) or [plain(dtype, 2, 80, dim, gate=torch.ones(1, 4, 80))]
+    chosen = dict.fromkeys(("attn_mask", "query_positions", "lengths", "window", "softcap", "sinks")) | options
     gradients.gradients(
-        query, rows, torch.empty(1, 4, 96, 2), query, key, key, [segment], [True], None, True, None, None, 0.1, None,
-        None, None, None,
+        query, rows, torch.empty(1, 4, 96, 1 + len(segments)), query, key, key, segments,
+        [segment.gate is not None for segment in segments], chosen["attn_mask"], True, chosen["query_positions"],
+        chosen["lengths"], 0.1, chosen["window"], chosen["window"], chosen["softcap"], chosen["sinks"],
     )  # fmt: skip
+
+
+def backward_everything(dtype, dim: int, *stored):
+    """With a segment of each dtype `stored`."""
+    backward(dtype, dim, [demanding(each, 4, 2, dim) for each in stored], **everything(4, 96))
 
 
 def project(dtype, kv_heads: int, dim: int, heads: int, raw_dim: int, stored=None, **fields):
@@ -73,6 +107,7 @@ def fuse(dtype, hidden: int = 1024, halves: int = 1, dim: int = 128, sharer_dim:
 
 SCALES = {"key_scale": torch.ones(1, 8, 512), "value_scale": torch.ones(1, 8, 512)}
 TWO = ["split_kernel", "combine_kernel"]
+GRADIENTS = ["query_gradient_kernel", "token_gradient_kernel"]
 # What is called, and the kernels that it launches.
 CALLS = {
     "decode 64": (lambda: attention(HALF, 9, 3, 64, 1, [plain(HALF, 3, 512, 64)]), TWO),
@@ -87,6 +122,7 @@ CALLS = {
     "decode 256 float32": (lambda: attention(SINGLE, 4, 1, 256, 1), TWO),
     "decode 256": (lambda: attention(HALF, 4, 1, 256, 1, window=512), TWO),
     "decode 64 rows": (lambda: attention(HALF, 16, 2, 128, 8, softcap=30.0, sinks=torch.zeros(16)), TWO),
+    "decode 64 everything": (lambda: attend_everything(HALF, 9, 3, 64, SINGLE, 21), TWO),
     "absorbed 128": (lambda: absorbed(HALF, 16, 8, 128, 2, 64), TWO),
     "absorbed 256": (lambda: absorbed(HALF, 9, 3, 64, 1, 256), TWO),
     "absorbed 512": (lambda: absorbed(HALF, 16, 8, 128, 8, 64), TWO),
@@ -126,12 +162,22 @@ CALLS = {
         ),
         ["prefill_kernel"],
     ),
-    "backward 64": (lambda: backward(HALF, 64), ["query_gradient_kernel", "token_gradient_kernel"]),
-    "backward 128": (lambda: backward(HALF, 128), ["query_gradient_kernel", "token_gradient_kernel"]),
-    "backward 256": (lambda: backward(HALF, 256), ["query_gradient_kernel", "token_gradient_kernel"]),
-    "backward 256 float32": (lambda: backward(SINGLE, 256), ["query_gradient_kernel", "token_gradient_kernel"]),
-    "backward 128 float32": (lambda: backward(SINGLE, 128), ["query_gradient_kernel", "token_gradient_kernel"]),
-    "backward 64 float32": (lambda: backward(SINGLE, 64), ["query_gradient_kernel", "token_gradient_kernel"]),
+    "prefill 64 everything": (lambda: attend_everything(HALF, 9, 3, 64, SINGLE), ["prefill_kernel"]),
+    "prefill 128 everything": (lambda: attend_everything(HALF, 16, 8, 128, SINGLE), ["prefill_kernel"]),
+    "prefill 256 everything": (lambda: attend_everything(HALF, 4, 1, 256, SINGLE), ["prefill_kernel"]),
+    "prefill 80 everything alike": (lambda: attend_everything(HALF, 16, 8, 80, HALF), ["prefill_kernel"]),
+    "prefill 256 everything float32": (lambda: attend_everything(SINGLE, 4, 1, 256, SINGLE), ["prefill_kernel"]),
+    "backward 64": (lambda: backward(HALF, 64), GRADIENTS),
+    "backward 128": (lambda: backward(HALF, 128), GRADIENTS),
+    "backward 256": (lambda: backward(HALF, 256), GRADIENTS),
+    "backward 256 float32": (lambda: backward(SINGLE, 256), GRADIENTS),
+    "backward 128 float32": (lambda: backward(SINGLE, 128), GRADIENTS),
+    "backward 64 float32": (lambda: backward(SINGLE, 64), GRADIENTS),
+    "backward 64 everything": (lambda: backward_everything(HALF, 64, HALF), GRADIENTS),
+    "backward 256 everything": (lambda: backward_everything(HALF, 256, HALF), GRADIENTS),
+    "backward 128 everything float32 segment": (lambda: backward_everything(HALF, 128, HALF, SINGLE), GRADIENTS),
+    "backward 128 float32 segment": (lambda: backward(HALF, 128, [plain(SINGLE, 2, 80, 128)]), GRADIENTS),
+    "backward 256 everything float32": (lambda: backward_everything(SINGLE, 256, SINGLE), GRADIENTS),
     "project": (lambda: project(HALF, 8, 128, 8, 64), ["project_kernel"]),
     "project int8": (lambda: project(HALF, 8, 128, 8, 64, torch.int8, **SCALES), ["project_kernel"]),
     "project float32": (lambda: project(SINGLE, 8, 128, 8, 64), ["project_kernel"]),
@@ -152,14 +198,7 @@ CALLS = {
 }  # fmt: skip
 
 
-# Compiled for sm_80 and sm_90 alone, for the time it takes: the same kernels are compiled for all in other lines.
-TWO_TARGETS = (
-    "decode 256 float32", "absorbed 512 32 rows", "absorbed 256 64 rows", "absorbed head dim 256 float32",
-    "absorbed head dim 128 float32 16 rows", "absorbed head dim 64 float32 32 rows", "absorbed float32 projectors",
-    "prefill 64 float32", "prefill 128 float32", "prefill 256 float32", "prefill 64 gate", "backward 64 float32",
-    "backward 128 float32", "backward 256 float32", "fuse float32 weights", "fuse odd sizes", "fuse float32",
-    "fuse layers", "absorbed 512", "absorbed head dim 256 64 rows", "prefill 256 float32 segment",
-)  # fmt: skip
+WITHOUT_PRODUCTS = ("prefill 256 float32", "prefill 256 everything float32")  # tensor cores' on sm_80: "ieee"
 # Shapes that bench/static_gpu.py compiles for sm_80 and sm_90, and holds to the same limits.
 STATIC = (
     "decode 64", "decode 128", "decode 128 int8", "decode 128 e4m3", "decode 128 float32", "absorbed 128",
@@ -169,8 +208,7 @@ STATIC = (
 
 
 def targets_of(name: str) -> list[Target]:
-    targets = TARGETS[:2] if name in TWO_TARGETS else TARGETS
-    return [target for target in targets if not (name in STATIC and target in TARGETS[:2])]
+    return [target for target in TARGETS if not (name in STATIC and target in TARGETS[:2])]
 
 
 CASES = [(name, target) for name in CALLS for target in targets_of(name)]
@@ -194,4 +232,4 @@ def test_compiles_without_spills(name, target):
         if launch.kernel.__name__ == "prefill_kernel" and target.arch in (80, 90):
             assert found.resident_warps >= 8, found
             products = "wgmma.mma_async" if target.arch == 90 else "mma.sync"
-            assert products in kernel.asm["ptx"] or (name, target.arch) == ("prefill 256 float32", 80)  # "ieee"
+            assert products in kernel.asm["ptx"] or (name in WITHOUT_PRODUCTS and target.arch == 80)

@@ -268,7 +268,7 @@ def absorbed_split(
     first = split * SPLIT
     m, l, acc = attend(
         q, m, l, acc, run, batch_row, split * 0, heads, queries, row_inside, positions, first,
-        tl.minimum(first + SPLIT, end), end, scale, softcap, segment_window, shift, KIND, True, SOFTCAP, KEY_WIDTH,
+        tl.minimum(first + SPLIT, end), end, scale, softcap, segment_window, shift, 0, KIND, True, SOFTCAP, KEY_WIDTH,
         VALUE_WIDTH, KEY_RAW, VALUE_RAW, block_d, block_v, BLOCK_T, STAGES, PRECISION,
     )  # fmt: skip
     row = (batch64 * kv_heads + heads // GROUP) * q_len * GROUP + queries * GROUP + heads % GROUP

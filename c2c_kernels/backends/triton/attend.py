@@ -192,7 +192,7 @@ def load_values(
 @triton.jit
 def attend(
     q, m, l, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, first, last, end, scale, softcap,
-    window, shift, KIND: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
+    window, shift, value_first, KIND: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, KEY_RAW: tl.constexpr, VALUE_RAW: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +202,8 @@ def attend(
     hold tokens that some row does not see. KEY_RAW, VALUE_RAW: of an absorbed segment, whose tokens are read as they
     are, all sharer heads of this dim at once; then q is absorbed, and `shift` (BLOCK_M,), its product with the key
     key bias, is added to products (None: nothing). Otherwise 0. q may then be a tuple of sharer heads. In prefill it
-    may be the factors of the first half of dims, then those of the other (`queries_of`).
+    may be the factors of the first half of dims, then those of the other (`queries_of`). acc holds value dims
+    value_first, value_first + 1, ...
     """
     GATE: tl.constexpr = KIND // GATE_AT % 4
     KEY_E4M3: tl.constexpr = KIND // KEY_E4M3_AT % 4
@@ -222,7 +223,7 @@ def attend(
     # other thread's bank on their way to where products take float32 factors from; stores of pairs do (Ampere's mma).
     SCALED: tl.constexpr = VALUE_RAW != 0 and run.value_scale is not None
     PARTS: tl.constexpr = 2 if MODE == "tf32x3" and BLOCK_N >= 32 and not SCALED else 1
-    cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), value_first + tl.arange(0, BLOCK_V)
     batch64, head64 = batch_row.to(tl.int64), kv_head.to(tl.int64)
     key_columns = columns_of(dims, KEY_RAW, stride(run.key_h, KIND))[None, :]
     value_columns = columns_of(value_dims, VALUE_RAW, stride(run.value_h, KIND))[None, :]

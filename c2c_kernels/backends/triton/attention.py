@@ -45,13 +45,14 @@ def attend(
     rows, kv_heads = choice.rows, key.shape[1]
     choice = choice._replace(wide=False)  # or a segment that is closed would change the tiles of all
     if not any(absorbs) and not tiles_table.decodes(choice):
-        tile = tiles_table.prefill_tile(choice)
-        if any(kind.wide for kind in kinds):
-            tile = tiles_table.beside_wide(choice, tile)
+        tile, block_v = tiles_table.prefill_tile(choice), common["BLOCK_V"]
+        tile, parts = tiles_table.relieved(choice, tile, kinds, common["SOFTCAP"], block_v)
         tokens = _tokens(tile, tiles_table.prefill_tile, choice, kinds)
-        names = {"BLOCK_M": tile.rows, "TOKENS": tokens, "STAGES": tile.stages}
-        names["PRECISION"] = tiles_table.prefill_precision(choice)
-        grid = batch * kv_heads * -(-rows // tile.rows)
+        names = {
+            "BLOCK_M": tile.rows, "BLOCK_V": block_v // parts, "PARTS": parts, "TOKENS": tokens, "STAGES": tile.stages,
+            "PRECISION": tiles_table.prefill_precision(choice),
+        }  # fmt: skip
+        grid = batch * kv_heads * -(-rows // tile.rows) * parts
         run(Launch(prefill_kernel, grid, common | results | names, tile.warps, tile.stages), query.device)
     elif rows and batch:
         _decode(common, results, choice, kinds, segments, absorbs, batch, query)
@@ -138,7 +139,9 @@ def _decode(
             tokens[number] = tiles_table.raw_tokens(segment_width(segment))
             folds += its_folds
             raw_programs += numbers[number] * -(-all_rows // foldings[number].tile)
-            columns = max(columns, tiles_table.merged_columns(common["BLOCK_V"], absorbed[number].value_proj))
+            columns = max(
+                columns, tiles_table.merged_columns(choice.target, common["BLOCK_V"], absorbed[number].value_proj)
+            )
     states = query.new_empty((batch, all_rows, splits + raw_splits, 4), dtype=torch.float32)
     sums = query.new_empty((batch, all_rows, splits, common["VALUE_DIM"]), dtype=torch.float32)
     shared = {
@@ -150,7 +153,8 @@ def _decode(
         "TOKENS": tuple(tokens), "STAGES": tile.stages, "folds": folds, "programs": programs,
         "call": secrets.randbits(61) << 1 | 1 << 62 if folds else 0,
     }  # fmt: skip
-    run(Launch(split_kernel, batch * programs, common | shared | names, tile.warps, tile.stages), query.device)
+    options = {"warps": tile.warps, "stages": tile.stages, "registers": tiles_table.decode_registers(choice)}
+    run(Launch(split_kernel, batch * programs, common | shared | names, **options), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
     merging = tiles_table.combine_tile(choice.target, tile.rows if folds else 1, common["BLOCK_V"])
     merged_rows, at_once, warps = merging

@@ -78,13 +78,13 @@ def split_kernel(
                             first = tl.maximum(first, (own_end - q_len - reach + 1) // TOKENS[number] * TOKENS[number])
                         m, l, acc = attend(
                             q, m, l, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, first,
-                            last, end, scale, softcap, window, None, KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
+                            last, end, scale, softcap, window, None, 0, KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
                             0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES, PRECISION,
                         )  # fmt: skip
                     else:
                         m, l, acc = attend(
                             q, m, l, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, first, last,
-                            end, scale, softcap, segment_window, None, KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
+                            end, scale, softcap, segment_window, None, 0, KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
                             0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES, PRECISION,
                         )  # fmt: skip
                     at = row * (splits + raw_splits) + split
@@ -174,5 +174,5 @@ def combine_kernel(
         shares = tl.where(numbers[None, :] == number, part[:, None], shares)
     store_results(
         m, l, acc, shares, out, lse, mass, sinks, sinks_h, batch_row, heads, queries, row_inside, kv_heads * GROUP,
-        q_len, RUNS, VALUE_DIM, BLOCK_V, BLOCK_R,
+        q_len, 0, RUNS, VALUE_DIM, BLOCK_V, BLOCK_R,
     )  # fmt: skip

@@ -30,7 +30,7 @@ def gradients(
     """d query, gradients of the own cache and each segment, and what rows are normalised by: (2, batch, q_heads,
     q_len) float32, base and rest of `normaliser`. delta: (batch, q_heads, q_len, runs) float32."""
     batch, q_heads, q_len = query.shape[:3]
-    common, choice, _ = call_arguments(
+    common, choice, kinds = call_arguments(
         query, key, value, segments, attn_mask, is_causal, query_positions, lengths, scale, window, segment_window,
         softcap,
     )  # fmt: skip
@@ -50,6 +50,8 @@ def gradients(
         "bases": query.new_empty((2, batch, q_heads, q_len), dtype=torch.float32),
         "row_count": batch * q_heads * q_len,
     }  # fmt: skip
+    read = [kinds[0], *(kind for kind, segment in zip(kinds[1:], segments, strict=True) if segment.length)]
+    choice = choice._replace(heavy=choice.heavy or tiles_table.burdened(read, common["SOFTCAP"]))
     tile = tiles_table.backward_tile(choice)
     names = {
         "BLOCK_M": tile.rows, "BLOCK_N": tile.tokens, "STAGES": tile.stages, "PRECISION": choice.precision(64),
@@ -58,8 +60,9 @@ def gradients(
     grid = batch * kv_heads * -(-rows // tile.rows)
     sink_tensor, sinks_h = arguments.expanded(sinks, (q_heads,))
     alone = {"lse": lse.contiguous(), "sinks": sink_tensor, "sinks_h": sinks_h, "grad_query": grad_query}
-    run(Launch(query_gradient_kernel, grid, common | names | alone, tile.warps, tile.stages), query.device)
+    options = {"warps": tile.warps, "stages": tile.stages, "registers": tiles_table.backward_registers(choice)}
+    run(Launch(query_gradient_kernel, grid, common | names | alone, **options), query.device)
     tiles = sum(-(-g.key.shape[2] // tile.tokens) for g in found)
     names |= {"grads": tuple(found), "tiles": tiles}
-    run(Launch(token_gradient_kernel, batch * kv_heads * tiles, common | names, tile.warps, tile.stages), query.device)
+    run(Launch(token_gradient_kernel, batch * kv_heads * tiles, common | names, **options), query.device)
     return grad_query, found, common["bases"]

@@ -39,6 +39,8 @@ class Launch:
         arguments: all arguments by name, compile-time ones too.
         warps, stages: compiler options.
         fusion: whether the compiler may make one rounding of a product and a sum.
+        registers: of a thread at most, on CUDA; 0 leaves it to the compiler, which rather spills a few than take more
+            than half of a multiprocessor's.
         reached: tensors that the kernel reaches by addresses in memory.
     """
 
@@ -48,7 +50,13 @@ class Launch:
     warps: int = 4
     stages: int = 2
     fusion: bool = True
+    registers: int = 0
     reached: tuple[torch.Tensor, ...] = ()
+
+    def options(self, backend: str) -> dict[str, Any]:
+        """What the compiler is told beside the arguments."""
+        found = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": self.fusion}
+        return found | ({"maxnreg": self.registers} if self.registers and backend == "cuda" else {})
 
 
 Executor = Callable[[Launch], None]
@@ -93,6 +101,4 @@ def run(launch: Launch, device: torch.device) -> None:
         return
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        launch.kernel[(launch.grid,)](
-            **launch.arguments, num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=launch.fusion
-        )
+        launch.kernel[(launch.grid,)](**launch.arguments, **launch.options(target_of(device).backend))

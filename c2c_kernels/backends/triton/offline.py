@@ -44,7 +44,8 @@ class Usage:
 
     Attributes:
         registers: 32-bit registers of a thread (vector registers on AMD).
-        spills: bytes of stack of a thread; scalar registers that AMD's compiler keeps in vector registers are none.
+        spills: bytes of stack of a thread; on AMD none where no instruction reaches it: scalar registers that are kept
+            in vector registers have a place there too.
         shared: bytes of shared memory of a block.
         warps: warps of a block.
         resident_warps: warps that fit on a multiprocessor at once; 0 on AMD.
@@ -61,10 +62,7 @@ def compiled(launch: Launch, target: Target) -> Compiled:
     """Compiles what `launch` would run on `target`, specialised to its arguments as on a GPU."""
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
     backend, function = make_backend(gpu), launch.kernel
-    options = {
-        "num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.fusion, "debug": False,
-    }  # fmt: skip
-    given = {**launch.arguments, **options}
+    given = {**launch.arguments, **launch.options(target.backend), "debug": False}
     bound, special, found = create_function_from_signature(function.signature, function.params, backend)(**given)
     found, signature, constants, attributes = function._pack_args(backend, given, bound, special, found)
     source = ASTSource(function, signature, constants, attributes)
@@ -88,7 +86,7 @@ def usage(kernel: Any, target: Target) -> Usage:
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
-        spilled = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
+        spilled = _number(r"\.private_segment_fixed_size:\s*(\d+)", text) if "scratch_store" in text else 0
         return Usage(_number(r"\.vgpr_count:\s*(\d+)", text), spilled, shared, warps, 0)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"

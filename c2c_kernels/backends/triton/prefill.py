@@ -46,14 +46,16 @@ def prefill_kernel(
     kv_heads, q_len, own_length, scale, softcap, window, segment_window,
     RUNS: tl.constexpr, KINDS: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr, DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK_M rows (queries x heads of one KV head) over all runs. BLOCK_R: RUNS to a power of 2.
+    """A program takes BLOCK_M rows (queries x heads of one KV head) over all runs, and one of PARTS of the value dims,
+    BLOCK_V each. BLOCK_R: RUNS to a power of 2.
 
     TOKENS: of a tile, for every run its own: what a run is read with changes no bit of the others' sums.
     """
     tiles = tl.cdiv(q_len * GROUP, BLOCK_M)
-    program = tl.program_id(0)
+    program = tl.program_id(0) // PARTS
+    value_first = tl.program_id(0) % PARTS * BLOCK_V
     tile = tiles - 1 - program % tiles  # those with most tokens to see start first
     kv_head, batch_row = program // tiles % kv_heads, program // tiles // kv_heads
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -91,20 +93,20 @@ def prefill_kernel(
             if WINDOW != 0 and not ONE_LOOP:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, low,
-                    tl.minimum(full_low, high), own_end, scale, softcap, window, None,
+                    tl.minimum(full_low, high), own_end, scale, softcap, window, None, value_first,
                     KINDS[number], True, SOFTCAP, DIM, VALUE_DIM,
                     0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES, PRECISION,
                 )  # fmt: skip
             if (KINDS[number] // MASK_AT % 4) == 0 and not ONE_LOOP:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_low,
-                    full_high, own_end, scale, softcap, window, None,
+                    full_high, own_end, scale, softcap, window, None, value_first,
                     KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V,
                     TOKENS[number], STAGES, PRECISION,
                 )  # fmt: skip
             m, part, acc = attend(
                 q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, own_positions, full_high, high,
-                own_end, scale, softcap, window, None,
+                own_end, scale, softcap, window, None, value_first,
                 KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES,
                 PRECISION,
             )  # fmt: skip
@@ -119,12 +121,12 @@ def prefill_kernel(
             else:
                 m, part, acc = attend(
                     q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, 0, full, end,
-                    scale, softcap, segment_window, None, KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D,
-                    BLOCK_V, TOKENS[number], STAGES, PRECISION,
+                    scale, softcap, segment_window, None, value_first, KINDS[number], False, SOFTCAP, DIM, VALUE_DIM, 0,
+                    0, BLOCK_D, BLOCK_V, TOKENS[number], STAGES, PRECISION,
                 )  # fmt: skip
             m, part, acc = attend(
                 its_q, m, part, acc, run, batch_row, kv_head, heads, queries, row_inside, positions, full, end, end,
-                scale, softcap, segment_window, None,
+                scale, softcap, segment_window, None, value_first,
                 KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, TOKENS[number], 1, PRECISION,
             )  # fmt: skip
         kept = tl.exp2(m_before - safe(m))
@@ -134,16 +136,16 @@ def prefill_kernel(
             shares = tl.where(here, part[:, None], shares * kept[:, None])
     store_results(
         m, l, acc, shares, out, lse, mass, sinks, sinks_h, batch_row, heads, queries, row_inside, kv_heads * GROUP,
-        q_len, RUNS, VALUE_DIM, BLOCK_V, BLOCK_R,
+        q_len, value_first, RUNS, VALUE_DIM, BLOCK_V, BLOCK_R,
     )  # fmt: skip
 
 
 @triton.jit
 def store_results(
     m, l, acc, shares, out, lse, mass, sinks, sinks_h, batch_row, heads, queries, row_inside, q_heads, q_len,
-    RUNS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+    value_first, RUNS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Lets the sinks in, divides, and writes what a tile of rows has found."""
+    """Lets the sinks in, divides, and writes what a tile of rows has found: from value dim `value_first` on."""
     if sinks is not None:
         sink = in_base_2(tl.load(sinks + heads * sinks_h, mask=row_inside, other=-float("inf")).to(tl.float32))
         m, l, factor, _ = merge(m, l, sink, tl.where(sink == -float("inf"), 0.0, 1.0))
@@ -151,12 +153,13 @@ def store_results(
         shares *= factor[:, None]
     divisor, found = finish(m, l)
     row = (batch_row.to(tl.int64) * q_heads + heads) * q_len + queries
-    value_dims, numbers = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_R)
+    value_dims, numbers = value_first + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_R)
     pointers = out + row[:, None] * VALUE_DIM + value_dims[None, :]
     inside = row_inside[:, None] & (value_dims < VALUE_DIM)[None, :]
     tl.store(pointers, (acc / divisor[:, None]).to(out.dtype.element_ty), mask=inside)
+    first_of_row = row_inside & (value_first == 0)
     if lse is not None:
-        tl.store(lse + row, found, mask=row_inside)
+        tl.store(lse + row, found, mask=first_of_row)
     if mass is not None:
-        inside = row_inside[:, None] & (numbers < RUNS)[None, :]
+        inside = first_of_row[:, None] & (numbers < RUNS)[None, :]
         tl.store(mass + row[:, None] * RUNS + numbers[None, :], shares / divisor[:, None], mask=inside)

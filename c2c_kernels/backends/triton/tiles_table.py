@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .arguments import Kind
 from .launch import Target
 from .supported import LARGEST_DIM
 from .tile import Call as Call
@@ -30,7 +32,7 @@ _PREFILL = {
     ),
     "sm_100": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
-        (128, Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(16, 32, 8, 1)),
+        (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 32, 8, 1)),
         (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 4, 1)),
     ),
     "hip": (
@@ -78,12 +80,32 @@ def prefill_tile(call: Call) -> Tile:
     raise ValueError(f"head dims up to {LARGEST_DIM} are supported; got {call.block_dim}")
 
 
-def beside_wide(call: Call, tile: Tile) -> Tile:
-    """The tile of prefill where a segment is wider in dtype than 16-bit queries: half the rows where registers would
-    spill. Warps share a row's tokens as before, so no bit of the other runs changes.
+def burdened(kinds: Sequence[Kind], softcap: bool) -> bool:
+    """Whether beside products of some run so much is read and computed for a score that sums of all value dims leave
+    too few registers: three or more of these. Up to two fit.
     """
-    halved = _family(call.target) == "sm_80" and 64 < call.block_dim <= 128 and tile.rows == 64 and tile.warps == 4
-    return tile._replace(rows=32) if halved else tile
+    return any(
+        softcap + sum(map(bool, (kind.mask, kind.gate == 3, kind.window, kind.positions == 2, kind.scaled, kind.wide)))
+        >= 3
+        for kind in kinds
+    )
+
+
+def relieved(call: Call, tile: Tile, kinds: Sequence[Kind], softcap: bool, block_v: int) -> tuple[Tile, int]:
+    """The tile of prefill, and how many programs it takes, each with its part of the value dims.
+
+    Two, which form scores twice (1.5 times the products), where many options would spill registers, or a wider
+    segment's three accumulators took more than sm_100's 512 columns of tensor memory. Warps share out rows, or where
+    these are fewer than value dims, tokens and value dims: where two parts would turn the one into the other (4 warps
+    of 64 rows and 128 dims on sm_80) the rows are halved instead, there for every wider segment. So no bit of any run
+    changes.
+    """
+    family, wide, crowded = _family(call.target), any(kind.wide for kind in kinds), burdened(kinds, softcap)
+    if family == "hip" or (family == "sm_80" and call.single) or block_v < 32:
+        return tile, 1
+    if (family == "sm_80" or tile.rows < 64) and tile.rows < block_v <= 2 * tile.rows:
+        return tile._replace(rows=max(16, tile.rows // 2)) if wide or crowded else tile, 1
+    return tile, 2 if crowded or (wide and family == "sm_100" and block_v > 128) else 1
 
 
 def prefill_precision(call: Call) -> str:
@@ -99,7 +121,8 @@ def decode_tile(call: Call) -> Tile:
     stages = 2
     if call.single and call.block_dim > 128:
         tokens, stages = (16, 2) if call.target.backend == "hip" else (32, 1)
-    warps = 4 if block_rows * call.block_dim * (1 + call.single) <= 4096 else 8
+    # With a mask and other options 64 rows of head dim 64 spill in 4 warps on sm_80.
+    warps = 4 if block_rows * call.block_dim * (1 + call.single) <= (2048 if call.heavy else 4096) else 8
     return Tile(block_rows, tokens, warps, stages)
 
 
@@ -153,12 +176,13 @@ def combine_tile(target: Target, block_rows: int, block_v: int) -> tuple[int, in
     return block_rows, 1 if target.backend == "interpreter" else at_once, warps
 
 
-def merged_columns(block_v: int, proj: Tensor) -> int:
+def merged_columns(target: Target, block_v: int, proj: Tensor) -> int:
     """Columns of a value projector (kv_heads, dim, width) in shared memory at once: 64 KiB of 16-bit numbers.
 
-    Others are held in three parts of 16 bits.
+    Others are held in three parts of 16 bits, on AMD in registers.
     """
-    columns = 32768 // block_v if proj.dtype == torch.bfloat16 else 8192 // block_v
+    others = 2048 if target.backend == "hip" else 8192
+    columns = (32768 if proj.dtype == torch.bfloat16 else others) // block_v
     return max(16, min(columns, 1 << (proj.shape[2] - 1).bit_length()))
 
 
@@ -179,12 +203,24 @@ def backward_tile(call: Call) -> Tile:
             return Tile(16, 16, 4, 1)
         return Tile(32, 16, 8, 1) if call.block_dim <= 128 else Tile(16, 16, 8, 1)
     if call.block_dim <= 64:
-        return Tile(64, 32, 8 if _family(call.target) == "sm_100" else 4, 2)
+        return Tile(64, 32, 8 if _family(call.target) == "sm_100" else 4, 1 if call.heavy else 2)
     if call.target.arch == 90:
         return Tile(32, 64, 8, 1) if call.block_dim <= 128 else Tile(32, 32, 8, 1)
     if call.target.backend == "hip":
         return Tile(32, 16, 4, 1) if call.block_dim <= 128 else Tile(16, 16, 4, 1)
     return Tile(32, 64, 8, 2) if call.block_dim <= 128 else Tile(32, 32, 8, 1)
+
+
+def decode_registers(call: Call) -> int:
+    """Launch.registers of decode: on sm_100 as in `backward_registers`; on sm_80 the compiler chooses better itself."""
+    return 255 if call.heavy and _family(call.target) == "sm_100" else 0
+
+
+def backward_registers(call: Call) -> int:
+    """Launch.registers of the backward pass: 128 of each of 256 threads, the compiler's choice, are a few too few where
+    masks are read too, or factors are of two dtypes.
+    """
+    return 255 if call.heavy or call.wide else 0
 
 
 def fuse_tile(target: Target, single: bool, aligned: bool, halves: int) -> FuseTile:
