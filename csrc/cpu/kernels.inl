@@ -6,7 +6,7 @@ namespace C2C_NAMESPACE {
 
 #include "gemm.h"
 
-#include "amx.h"
+#include "matrix_tiles.h"
 
 #include "rows.h"
 
