@@ -1,5 +1,5 @@
-// The backward pass of one block of bfloat16 tokens by matrix tiles (matrix_tiles.h). Included inside an instruction set's
-// namespace.
+// The backward pass of one block of bfloat16 tokens by matrix tiles (matrix_tiles.h). Included inside an instruction
+// set's namespace.
 //
 // Scores and gradients are s[token][row], so that weights and gradients of scores, rounded to bfloat16 as PyTorch
 // rounds them, are rows for the gradients of tokens, P^T dO and dS^T Q, and pairs for those of queries, K^T dS. Queries

@@ -1,5 +1,5 @@
-// Attention of many query rows over bfloat16 tokens by matrix tiles (matrix_tiles.h). Included inside an instruction set's
-// namespace.
+// Attention of many query rows over bfloat16 tokens by matrix tiles (matrix_tiles.h). Included inside an instruction
+// set's namespace.
 //
 // Scores are transposed as in attention_block.h, s[token][row] = K Q^T, and so are the sums, [value][row] = V^T P^T:
 // weights P, rounded to bfloat16 as PyTorch's attention rounds them, are packed where they are computed, tokens in

@@ -26,8 +26,7 @@ static ALWAYS_INLINE void multiply_rows(int64_t depth_tiles, const bf16 *a, cons
         int32_t numbers;
         memcpy(&numbers, a + i * rows.stride + 2 * pair, sizeof(numbers));
         const __m512bh x = (__m512bh)_mm512_set1_epi32(numbers);
-        for (int v = 0; v < ACROSS; ++v)
-          sum[i][v] = (V)_mm512_dpbf16_ps((__m512)sum[i][v], x, (__m512bh)column[v]);
+        for (int v = 0; v < ACROSS; ++v) sum[i][v] = (V)_mm512_dpbf16_ps((__m512)sum[i][v], x, (__m512bh)column[v]);
       }
     }
   }
