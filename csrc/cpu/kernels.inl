@@ -10,6 +10,8 @@ namespace C2C_NAMESPACE {
 
 #include "rows.h"
 
+#include "rows_pairs.h"
+
 #include "stream_weights.h"
 
 #include "softmax.h"
