@@ -86,6 +86,7 @@ def _in_receiver_space(segment: SegmentTensors) -> bool:
 
 
 def _has_matrix_tiles() -> bool:
+    """Whether the cpu backend multiplies bfloat16 as it is (csrc/cpu/matrix_tiles.h)."""
     return _cpu.isa() in ("amx_bf16", "avx512_bf16")
 
 
@@ -98,8 +99,8 @@ def _staged_dtypes(segment: SegmentTensors, query: Tensor) -> tuple[torch.dtype,
         if proj is None:
             return torch.bfloat16 if scale is None and raw.dtype == torch.bfloat16 else torch.float32
         weights = {proj.dtype} if proj_in is None else {proj.dtype, proj_in.dtype}
-        stored = raw.dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
-        return torch.bfloat16 if stored and weights == {torch.bfloat16} else torch.float32
+        tiled = weights == {torch.bfloat16} and raw.dtype in projection_gradients.NARROW
+        return torch.bfloat16 if tiled else torch.float32
 
     return (
         one(segment.key, segment.key_proj, segment.key_proj_in, segment.key_scale),
@@ -142,9 +143,9 @@ def machine_for(segment: SegmentTensors) -> cost.Machine:
         return cost.CPU_AVX2
     if weights != torch.bfloat16:
         return cost.CPU
-    if isa == "amx_bf16" and raw in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
-        return cost.CPU_TILES
-    return cost.CPU_BFLOAT16 if isa == "avx512_bf16" and raw == torch.bfloat16 else cost.CPU
+    if not (_has_matrix_tiles() and raw in projection_gradients.NARROW):
+        return cost.CPU
+    return cost.CPU_TILES if isa == "amx_bf16" else cost.CPU_BFLOAT16
 
 
 def _materializes(segment: SegmentTensors, strategy: str, query: Tensor, value_dim: int) -> bool:

@@ -11,7 +11,7 @@ from ..segment import SLOTS, Rope, SegmentTensors
 from . import reference
 
 # Storage of tokens whose products with bfloat16 weights PyTorch would round to bfloat16.
-_NARROW = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+NARROW = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 
 
 def gradients(
@@ -80,7 +80,7 @@ def _received(grad: Tensor, segment: SegmentTensors, apply: tuple[Tensor, Tensor
 
 def _product_dtype(raw: Tensor, weights: Sequence[Tensor | None], narrow: bool) -> torch.dtype:
     dtypes = {weight.dtype for weight in weights if weight is not None}
-    return torch.bfloat16 if narrow and dtypes == {torch.bfloat16} and raw.dtype in _NARROW else torch.float32
+    return torch.bfloat16 if narrow and dtypes == {torch.bfloat16} and raw.dtype in NARROW else torch.float32
 
 
 def _exact(raw: Tensor, scale: Tensor | None, dtype: torch.dtype) -> torch.dtype:
