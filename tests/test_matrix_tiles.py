@@ -1,4 +1,4 @@
-"""bfloat16 by matrix tiles (AMX): which machines have them, what they share with torch, what a result depends on.
+"""bfloat16 by matrix tiles (AMX, or dot products): which machines have them, what a result depends on.
 
 How exact they are is checked by the suites of every operator, which run on the best instruction set there is.
 """
@@ -40,6 +40,22 @@ def test_are_refused_where_the_processor_has_none():
     assert _cpu.isa() != "amx_bf16"
     with pytest.raises(ValueError, match="amx_bf16"):
         _cpu.set_isa("amx_bf16")
+
+
+@pytest.mark.skipif("avx512_bf16" not in machine_flags(), reason="this processor has no avx512_bf16")
+def test_dot_products_round_weights_as_tiles_do():
+    """Both kernels are as exact as rule 9 asks (suites of every operator); here, that they are two."""
+    torch.manual_seed(3)
+    tensors = [normal(1, 4, 70, 64), normal(1, 2, 150, 64), normal(1, 2, 150, 64)]
+    try:
+        found = {}
+        for isa in ("avx512", "avx512_bf16"):
+            _cpu.set_isa(isa)
+            found[isa] = c2c.merged_attention(*tensors, is_causal=True, backend="cpu")
+    finally:
+        _cpu.set_isa(None)
+    assert not torch.equal(found["avx512"], found["avx512_bf16"])
+    torch.testing.assert_close(found["avx512"], found["avx512_bf16"], rtol=2**-6, atol=2**-8)
 
 
 def attention_call():

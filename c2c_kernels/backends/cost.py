@@ -56,8 +56,8 @@ CPU_AVX2 = replace(CPU, bandwidth=30e9, project=95e9, attend=98e9, stream=65e9)
 GPU = Machine(
     bandwidth=1.5e12, project=200e12, attend=100e12, stream=100e12, softmax_width=0, stream_rows=64, fused=False
 )
-CPU_BFLOAT16 = replace(CPU, project=370e9)  # where bfloat16 is projected by dot products of pairs
-CPU_TILES = replace(CPU, project=1150e9, attend=200e9, stream_rows=16)  # where it is multiplied by matrix tiles (AMX)
+CPU_BFLOAT16 = replace(CPU, project=370e9)  # where bfloat16 is multiplied by dot products of pairs
+CPU_TILES = replace(CPU, project=1150e9, attend=200e9, stream_rows=16)  # where it is multiplied by AMX
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,7 @@ def merged_attention(
     batch, q_heads, q_len, _ = query.shape
     segments = [
         segment if _in_receiver_space(segment) or _absorbs(segment, number, query, value.shape[3], strategy)
-        else native.materialized("cuda", segment, query.dtype, project_kv, f"segments[{number}]")
+        else native.materialized("cuda", segment, (query.dtype,) * 2, project_kv, f"segments[{number}]")
         for number, segment in enumerate(segments)
     ]  # fmt: skip
     out = query.new_empty((batch, q_heads, q_len, value.shape[3]), dtype=out_dtype or query.dtype)

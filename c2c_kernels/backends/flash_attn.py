@@ -161,7 +161,7 @@ def _materialized(segment: SegmentTensors, query: Tensor, name: str) -> SegmentT
     if record.name == "reference":
         halves = reference.project_kv(segment, None, reference.arithmetic_dtype(query.dtype))
         return native.plain(segment, *(half.to(query.dtype) for half in halves))
-    return native.materialized(record.name, segment, query.dtype, kernels(record.name).project_kv, name)
+    return native.materialized(record.name, segment, (query.dtype,) * 2, kernels(record.name).project_kv, name)
 
 
 def _merged(query: Tensor, states: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..segment import SLOTS, Rope, SegmentTensors
-from . import Backend, cost, reference
+from . import Backend, cost, projection_gradients
 from .native_arguments import ABSENT, as_rows, broadcast, raise_status, readable, supported, tensor_numbers
 from .native_fuse import fuse_kv as fuse_kv
 from .native_fuse import fuse_kv_layers as fuse_kv_layers
@@ -85,16 +85,47 @@ def _in_receiver_space(segment: SegmentTensors) -> bool:
     return segment.key_proj is None and segment.value_proj is None and unbiased and not _needs_preparing(segment)
 
 
-def materialized(
-    backend: str, segment: SegmentTensors, dtype: torch.dtype, project: Callable[..., None], name: str
-) -> SegmentTensors:
-    """The segment in receiver space in this dtype, by a backend's `project_kv`; errors call the segment `name`."""
+def _has_matrix_tiles() -> bool:
+    """Whether the cpu backend multiplies bfloat16 as it is (csrc/cpu/matrix_tiles.h)."""
+    return _cpu.isa() in ("amx_bf16", "avx512_bf16")
 
-    def target(raw: Tensor, proj: Tensor | None) -> Tensor:
+
+def _staged_dtypes(segment: SegmentTensors, query: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """What the forward pass keeps keys and values in that it projects on the way (staged_dtype of stage.h)."""
+
+    def one(raw: Tensor, proj: Tensor | None, proj_in: Tensor | None, scale: Tensor | None) -> torch.dtype:
+        if not _has_matrix_tiles() or query.dtype != torch.bfloat16:
+            return torch.float32
+        if proj is None:
+            return torch.bfloat16 if scale is None and raw.dtype == torch.bfloat16 else torch.float32
+        weights = {proj.dtype} if proj_in is None else {proj.dtype, proj_in.dtype}
+        tiled = weights == {torch.bfloat16} and raw.dtype in projection_gradients.NARROW
+        return torch.bfloat16 if tiled else torch.float32
+
+    return (
+        one(segment.key, segment.key_proj, segment.key_proj_in, segment.key_scale),
+        one(segment.value, segment.value_proj, segment.value_proj_in, segment.value_scale),
+    )
+
+
+def materialized(
+    backend: str,
+    segment: SegmentTensors,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    project: Callable[..., None],
+    name: str,
+) -> SegmentTensors:
+    """The segment's keys and values in receiver space in these dtypes, by a backend's `project_kv`.
+
+    Errors call the segment `name`.
+    """
+
+    def target(raw: Tensor, proj: Tensor | None, dtype: torch.dtype) -> Tensor:
         heads, dim = (raw.shape[1], raw.shape[3]) if proj is None else (proj.shape[0], proj.shape[1])
         return raw.new_empty((raw.shape[0], heads, segment.length, dim), dtype=dtype)
 
-    key, value = target(segment.key, segment.key_proj), target(segment.value, segment.value_proj)
+    key = target(segment.key, segment.key_proj, dtypes[0])
+    value = target(segment.value, segment.value_proj, dtypes[1])
     project(backend, segment, None, key, value, name)
     return plain(segment, key, value)
 
@@ -112,9 +143,9 @@ def machine_for(segment: SegmentTensors) -> cost.Machine:
         return cost.CPU_AVX2
     if weights != torch.bfloat16:
         return cost.CPU
-    if isa == "amx_bf16" and raw in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
-        return cost.CPU_TILES
-    return cost.CPU_BFLOAT16 if isa == "avx512_bf16" and raw == torch.bfloat16 else cost.CPU
+    if not (_has_matrix_tiles() and raw in projection_gradients.NARROW):
+        return cost.CPU
+    return cost.CPU_TILES if isa == "amx_bf16" else cost.CPU_BFLOAT16
 
 
 def _materializes(segment: SegmentTensors, strategy: str, query: Tensor, value_dim: int) -> bool:
@@ -218,8 +249,8 @@ def merged_attention_backward(
     their gradients taken back through the projector: memory stays linear in length.
     """
     batch, q_heads = query.shape[:2]
-    direct = [  # float32, so that nothing is rounded on the way
-        s if s.plain else materialized(backend, s, torch.float32, project_kv, f"segments[{number}]")
+    direct = [  # as the forward pass has read it: weights are exp(score - lse)
+        s if s.plain else materialized(backend, s, _staged_dtypes(s, query), project_kv, f"segments[{number}]")
         for number, s in enumerate(segments)
     ]
     if strategy == "absorb" and any(_can_absorb(s) for s in segments):
@@ -252,19 +283,25 @@ def merged_attention_backward(
     grad_sinks = None
     if sinks is not None:
         grad_sinks = -(sink_weight * sink_delta(delta, grad_mass)).sum((0, 2))
-    return in_order(
-        (query, key, value, sinks), (*grads, grad_sinks), segments, segment_grads, needs, project_kv_backward
-    )
+    narrow = _has_matrix_tiles() and query.dtype == torch.bfloat16
+
+    def through_projector(grad_key, grad_value, segment: SegmentTensors, wants: list[bool]) -> list[Tensor | None]:
+        return projection_gradients.gradients(grad_key, grad_value, segment, None, wants, narrow=narrow)
+
+    return in_order((query, key, value, sinks), (*grads, grad_sinks), segments, segment_grads, needs, through_projector)
 
 
-def in_order(inputs, grads, segments, segment_grads, needs, project_backward) -> list[Tensor]:
+def in_order(inputs, grads, segments, segment_grads, needs, through_projector) -> list[Tensor]:
     """Gradients of the inputs that `needs` marks, in the inputs' dtypes, segments' tensors after `inputs`.
 
     `segment_grads`: for each segment those of its keys and values in receiver space, and of its gate or None.
+    `through_projector(grad_key, grad_value, segment, needs)`: those of a projected segment's tensors, by slot.
     """
     tensors, found = list(inputs), list(grads)
+    flags = iter(needs[len(tensors) :])
     for segment, (grad_key, grad_value, grad_gate) in zip(segments, segment_grads, strict=True):
-        flat = _segment_grads(segment, grad_key, grad_value, grad_gate, project_backward)
+        wants = [next(flags) for tensor in segment.tensors if tensor is not None]
+        flat = _segment_grads(segment, grad_key, grad_value, grad_gate, wants, through_projector)
         for tensor, grad in zip(segment.tensors, flat, strict=True):
             if tensor is not None:
                 tensors.append(tensor)
@@ -292,13 +329,13 @@ def sink_delta(delta: Tensor, grad_mass: Tensor | None) -> Tensor:
 
 
 def _segment_grads(
-    segment: SegmentTensors, grad_key: Tensor, grad_value: Tensor, grad_gate: Tensor | None, project_backward
+    segment: SegmentTensors, grad_key: Tensor, grad_value: Tensor, grad_gate: Tensor | None, wants, through_projector
 ) -> list[Tensor | None]:
     if segment.plain:
         flat: list[Tensor | None] = [None] * len(SLOTS)
         flat[0], flat[1] = grad_key, grad_value
     else:
-        flat = project_backward("cpu", grad_key, grad_value, segment, None)
+        flat = through_projector(grad_key, grad_value, segment, wants)
     if grad_gate is not None:
         flat[SLOTS.index("gate")] = grad_gate.sum_to_size(segment.gate.shape)
     return flat
@@ -372,115 +409,11 @@ def _rope_table(table: Tensor | None, batch: int, length: int) -> Tensor | None:
 
 
 def project_kv_backward(
-    backend: str,
-    grad_key: Tensor,
-    grad_value: Tensor,
-    segment: SegmentTensors,
-    rope: Rope | None,
-    needs: Sequence[bool] | None = None,
-    spread: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+    backend: str, grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, rope: Rope | None, needs=None
 ) -> list[Tensor | None]:
-    """Gradients by slot in float32: plain matrix products over tokens, memory linear in length.
-
-    `needs`: of the tensors that are there, in the order of their slots, which are wanted; None: all. What is frozen
-    costs nothing: of a sharer that is not trained that is half of the products. `spread(grad, index, stored)` sums
-    gradients of selected tokens (batch, heads, n, dim) where they came from; PyTorch does it by default, in an order
-    that is fixed on the CPU alone.
-    """
-    flat: list[Tensor | None] = [None] * len(SLOTS)
-    flags = iter(needs or ())
-    wanted = {
-        name: t is not None and (needs is None or next(flags)) for name, t in zip(SLOTS, segment.tensors, strict=True)
-    }
-    removed = rope.remove if rope is not None else None
-    applied = rope.apply if rope is not None else None
-    if removed is None and _reads_once(segment, wanted):
-        return _grads_of_one_read(grad_key, grad_value, segment, applied)
-    for first, grad, remove, apply in ((0, grad_key, removed, applied), (1, grad_value, None, None)):
-        name = SLOTS[first]
-        raw, proj, proj_in, scale = (getattr(segment, f"{name}{end}") for end in ("", "_proj", "_proj_in", "_scale"))
-        grad = reference.zero_beyond(grad.float(), segment.lengths)
-        if apply is not None:
-            grad = reference.rotate_backward(grad, *apply)
-        if wanted[f"{name}_bias"]:
-            flat[SLOTS.index(f"{name}_bias")] = grad.sum((0, 2))
-        wants_raw = wanted[name] or wanted[f"{name}_scale"]
-        if not (wants_raw or wanted[f"{name}_proj"] or wanted[f"{name}_proj_in"]):
-            continue
-        x = reference.prepare_raw(raw, scale, segment.selected, remove, segment.lengths, torch.float32)
-        grad_raw, grad_proj, grad_proj_in = _projector_grads(grad, x, proj, proj_in, wants_raw)
-        flat[SLOTS.index(f"{name}_proj")], flat[SLOTS.index(f"{name}_proj_in")] = grad_proj, grad_proj_in
-        if grad_raw is None:
-            continue
-        grad_raw = reference.zero_beyond(grad_raw, segment.lengths)
-        if segment.selected is not None:
-            index = segment.selected.expand(raw.shape[0], segment.length)
-            grad_raw = (spread or _spread)(grad_raw, index, raw.shape[2])
-        if remove is not None:
-            grad_raw = reference.unrotate_backward(grad_raw, *remove)
-        if scale is not None:
-            expanded = scale.float().expand(raw.shape[:3])
-            # Where a quantised or padded token is not finite it has no gradient either.
-            grad_scale = (grad_raw * raw.float().masked_fill(grad_raw == 0, 0)).sum(-1)
-            flat[SLOTS.index(f"{name}_scale")] = grad_scale.sum_to_size(scale.shape)
-            grad_raw = grad_raw * expanded.unsqueeze(-1)
-        flat[first] = grad_raw
-    return flat
-
-
-def _spread(grad: Tensor, index: Tensor, stored: int) -> Tensor:
-    out = torch.zeros((*grad.shape[:2], stored, grad.shape[3]), dtype=torch.float32, device=grad.device)
-    return out.scatter_add_(2, index.long()[:, None, :, None].expand_as(grad), grad)
-
-
-def _reads_once(segment: SegmentTensors, wanted: dict[str, bool]) -> bool:
-    """Whether keys and values are made of the same tokens by dense maps, and the tokens' gradient is not wanted."""
-    key, value = segment.key, segment.value
-    same = key.data_ptr() == value.data_ptr() and key.shape == value.shape and key.stride() == value.stride()
-    dense = segment.key_proj is not None and segment.value_proj is not None
-    dense = dense and segment.key_proj_in is None and segment.value_proj_in is None
-    scaled = segment.key_scale is not None or segment.value_scale is not None
-    return same and dense and not scaled and not (wanted["key"] or wanted["value"])
-
-
-def _grads_of_one_read(
-    grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, apply: tuple[Tensor, Tensor] | None
-) -> list[Tensor | None]:
-    """Gradients of both projectors and biases from one product over the tokens that both read."""
-    grads = [reference.zero_beyond(grad.float(), segment.lengths) for grad in (grad_key, grad_value)]
-    if apply is not None:
-        grads[0] = reference.rotate_backward(grads[0], *apply)
-    x = reference.prepare_raw(segment.key, None, segment.selected, None, segment.lengths, torch.float32)
-    rows = torch.cat([grad.transpose(1, 2).flatten(2).flatten(0, 1) for grad in grads], dim=1)
-    both = rows.T @ x.transpose(1, 2).flatten(2).flatten(0, 1)
-    width = segment.key_proj.shape[0] * segment.key_proj.shape[1]
-    flat: list[Tensor | None] = [None] * len(SLOTS)
-    flat[SLOTS.index("key_proj")] = both[:width].reshape(segment.key_proj.shape)
-    flat[SLOTS.index("value_proj")] = both[width:].reshape(segment.value_proj.shape)
-    flat[SLOTS.index("key_bias")], flat[SLOTS.index("value_bias")] = (grad.sum((0, 2)) for grad in grads)
-    return flat
-
-
-def _projector_grads(grad, x, proj, proj_in, wants_raw) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of raw tokens x (batch, heads, n, dim) where wanted, of the projector and of its inner factor."""
-    if proj is None:
-        return grad, None, None
-    tokens = x.transpose(1, 2).flatten(2).flatten(0, 1)
-    rows = grad.transpose(1, 2).flatten(2).flatten(0, 1)
-    weight = proj.float().flatten(0, 1)
-    inner = tokens if proj_in is None else tokens @ proj_in.float().T
-    grad_proj = (rows.T @ inner).reshape(proj.shape)
-    if proj_in is None and not wants_raw:
-        return None, grad_proj, None
-    grad_inner = rows @ weight
-    grad_proj_in = None
-    if proj_in is not None:
-        grad_proj_in = grad_inner.T @ tokens
-        if not wants_raw:
-            return None, grad_proj, grad_proj_in
-        grad_inner = grad_inner @ proj_in.float()
-    batch, heads, length, dim = x.shape
-    return grad_inner.reshape(batch, length, heads, dim).transpose(1, 2), grad_proj, grad_proj_in
+    """Gradients by slot: matrix products of PyTorch."""
+    narrow = _has_matrix_tiles() and grad_key.dtype == grad_value.dtype == torch.bfloat16
+    return projection_gradients.gradients(grad_key, grad_value, segment, rope, needs, narrow=narrow)
 
 
 def merge_numbers(outs: list[Tensor], lses: list[Tensor], keep: list[Tensor]) -> tuple[list[int], Tensor, Tensor]:

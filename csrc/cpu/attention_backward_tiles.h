@@ -1,11 +1,11 @@
-// The backward pass of one block of bfloat16 tokens by matrix tiles (amx.h). Included inside an instruction set's
-// namespace.
+// The backward pass of one block of bfloat16 tokens by matrix tiles (matrix_tiles.h). Included inside an instruction
+// set's namespace.
 //
 // Scores and gradients are s[token][row], so that weights and gradients of scores, rounded to bfloat16 as PyTorch
 // rounds them, are rows for the gradients of tokens, P^T dO and dS^T Q, and pairs for those of queries, K^T dS. Queries
 // are multiplied as they are stored: scores and gradients of keys are scaled afterwards.
 
-#if defined(C2C_AMX)
+#if defined(C2C_MATRIX_TILES)
 static bool differentiates_by_tiles(const Run &run, const c2c_attention_backward_params &params) {
   return params.forward.query.dtype == C2C_BF16 && params.grad_out.dtype == C2C_BF16 && run.key->dtype == C2C_BF16 &&
          run.value->dtype == C2C_BF16;

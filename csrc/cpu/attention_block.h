@@ -47,7 +47,7 @@ static ALWAYS_INLINE V exp_of_difference(V base, V x) {
 #endif
 }
 
-#if LANES != 16 || defined(C2C_AMX)
+#if LANES != 16 || defined(C2C_MATRIX_TILES)
 // Whether nothing happens to scores between product and softmax but that some are hidden by their row's limits: then a
 // panel goes through all steps while it is in the first-level cache.
 static bool only_limits(const Tile &tile, bool masked) {

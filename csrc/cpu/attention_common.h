@@ -3,7 +3,11 @@
 
 // Tokens handled between two softmax updates. With 32 registers twice as many: sums are read and written once a block,
 // which was a tenth of prefill; with 16 a panel of the block's scores stays in the first-level cache.
-constexpr int64_t BLOCK = LANES == 16 && !MATRIX_TILES ? 128 : 64;
+#if defined(C2C_AMX)
+constexpr int64_t BLOCK = 64;
+#else
+constexpr int64_t BLOCK = LANES == 16 ? 128 : 64;
+#endif
 constexpr int64_t LEAST_SPLIT = 128;    // tokens that are worth a thread of their own
 constexpr int64_t TILED_BLOCK = 256;    // the same where matrix tiles multiply (attention_tiles.h)
 constexpr int64_t STAGED_TOKENS = 512;  // projected between two rounds of attention

@@ -110,6 +110,7 @@ static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b
   Tile tile{p, run, b, group, i0, queries, least(length, begin), least(length, end)};
   tile.prepare(x.lo, x.hi, x.coordinate, x.gates, length);
   const bool empty = tile.begin >= tile.end, tiled = tile.rows > FEW_ROWS && reads_tiles(run, p);
+  const bool paired = reads_pairs(run, p, tile.rows);
   if (resume && empty) return;
   auto stored = [&](int64_t r) {
     return ((b * p.q_heads + tile.head(r / queries)) * p.q_len + i0 + r % queries) * run.splits + split;
@@ -127,8 +128,10 @@ static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b
     if (run.absorbed)
       load_folded(tile, x);
     else
-      load_queries(tile, x.q, run.key_ld, tiled ? 1.0f : p.scale);
-    if (tile.rows <= FEW_ROWS)
+      load_queries(tile, x.q, run.key_ld, tiled || paired ? 1.0f : p.scale);
+    if (paired)
+      stream_pairs(tile, x);
+    else if (tile.rows <= FEW_ROWS)
       stream_tile(tile, x);
     else if (tiled)
       attend_by_tiles(tile, x);

@@ -147,6 +147,44 @@ static void weigh_across(const Tile &tile, int64_t head, int64_t j, int64_t n, c
   gemm(tile.rows, run.value_dim, n, weights, BLOCK, 1, values, ld, PANEL, acc, run.value_ld, true, &upcoming);
 }
 
+// Whether up to STREAM_ROWS rows are multiplied by a run's tokens as pairs of bfloat16 (rows_pairs.h).
+static bool reads_pairs(const Run &run, const c2c_attention_params &p, int64_t rows) {
+  if (!MATRIX_TILES || rows > STREAM_ROWS || run.absorbed || run.key_scale || run.value_scale) return false;
+  if (p.query.dtype != C2C_BF16 || run.key->dtype != C2C_BF16 || run.value->dtype != C2C_BF16) return false;
+  return run.key_dim % PANEL == 0 && run.value_dim % PANEL == 0;
+}
+
+#if defined(C2C_MATRIX_TILES)
+// stream_tile for such runs, whose queries have been loaded unscaled.
+static void stream_pairs(Tile &tile, TileScratch &x) {
+  const Run &run = tile.run;
+  const bf16 *keys = (const bf16 *)at(*run.key, tile.b, tile.group);
+  const bf16 *values = (const bf16 *)at(*run.value, tile.b, tile.group);
+  const int64_t key_stride = run.key->stride[2], value_stride = run.value->stride[2];
+  bf16 *const q = (bf16 *)x.panels, *const weights = x.weight_tiles;
+  narrow(q, x.q, tile.rows * run.key_ld);
+  for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
+    const int64_t n = least(BLOCK, tile.end - j);
+    if (!tile.enter_block(j, n)) continue;
+    const bf16 *const value = values + j * value_stride;
+    dot_pairs(q, run.key_ld, tile.rows, keys + j * key_stride, key_stride, n, run.key_dim, x.s, BLOCK, value);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      float *const s = x.s + r * BLOCK;
+      for (int64_t t = 0; t < BLOCK; t += LANES) store(s + t, load(s + t) * tile.p.scale);
+      adjust_row(tile, j, n, r / tile.queries, r % tile.queries, s, 0.0f);
+      const float factor = softmax_row(s, x.state[r]);
+      float *const acc = x.acc + r * run.value_ld;
+      for (int64_t d = 0; factor != 1.0f && d < run.value_ld; ++d) acc[d] *= factor;
+      for (int64_t t = 0; t < BLOCK; t += DEPTH) store_packed(weights + r * BLOCK + t, (V)load_32(s + t, DEPTH));
+    }
+    weigh_pairs(weights, BLOCK, tile.rows, value, value_stride, n, run.value_dim, x.acc, run.value_ld,
+                keys + (j + n) * key_stride);
+  }
+}
+#else
+static void stream_pairs(Tile &, TileScratch &) {}
+#endif
+
 static void stream_tile(Tile &tile, TileScratch &x) {
   const Run &run = tile.run;
   const bool across = tile.rows > STREAM_ROWS;

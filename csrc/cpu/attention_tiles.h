@@ -1,12 +1,12 @@
-// Attention of many query rows over bfloat16 tokens by matrix tiles (amx.h). Included inside an instruction set's
-// namespace.
+// Attention of many query rows over bfloat16 tokens by matrix tiles (matrix_tiles.h). Included inside an instruction
+// set's namespace.
 //
 // Scores are transposed as in attention_block.h, s[token][row] = K Q^T, and so are the sums, [value][row] = V^T P^T:
 // weights P, rounded to bfloat16 as PyTorch's attention rounds them, are packed where they are computed, tokens in
 // pairs. Queries are multiplied as they are stored and scores scaled afterwards; folded queries, which are float32, are
 // taken as the sum of two bfloat16 terms.
 
-#if defined(C2C_AMX)
+#if defined(C2C_MATRIX_TILES)
 // Whether many rows attend to a run by tiles.
 static bool reads_tiles(const Run &run, const c2c_attention_params &p) {
   if (p.query.dtype != C2C_BF16 || run.key->dtype != C2C_BF16 || run.value->dtype != C2C_BF16) return false;

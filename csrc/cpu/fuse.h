@@ -63,6 +63,7 @@ struct FuseTiles {
       tile.first = token;
       tile.count = size == 64 && left <= FUSE_TOKENS ? left : least(size, left);
       tile.streamed = at_half.len <= STREAM_TOKENS;
+      tile.tiled = !tile.streamed && fuse_in_tiles(at_half);
       token += tile.count;
       return true;
     }

@@ -65,7 +65,11 @@ static void load_tokens(const FuseTile &tile, int64_t t, int64_t n, FuseScratch 
     for (int64_t head = 0; head < half.kv_heads; ++head, to += half.dim)
       widen_row(to, half.receiver.dtype, at(half.receiver, b, head, own), half.dim);
   }
-  if (!tile.streamed) transpose_rows(rows, ld, n, width, tile.x + t / PANEL * width * PANEL + t % PANEL, PANEL);
+  if (tile.streamed) return;
+#if defined(C2C_MATRIX_TILES)
+  if (tile.tiled) return pack_tile_columns((bf16 *)tile.x + t * round_up(width, DEPTH), rows, ld, n, width);
+#endif
+  transpose_rows(rows, ld, n, width, tile.x + t / PANEL * width * PANEL + t % PANEL, PANEL);
 }
 
 // 1 / rms(h) of every token, in four chains each.
@@ -110,7 +114,7 @@ static void enter(const FuseTile &tile, int64_t row, int64_t n, FuseScratch &x) 
   each_product(tile, n, x.products, [&](V product, auto place) {
     const V h = product + place.feature(x.bias);
     store(place.in(tile.h, half.hidden, row), h);
-    store(place.in(tile.main, half.hidden, row), h * place.feature(x.norm));
+    place.put(tile.main, half.hidden, row, h * place.feature(x.norm));
   });
 }
 
@@ -119,7 +123,7 @@ static void go_up(const FuseTile &tile, int32_t block, int64_t row, int64_t n, F
   const c2c_fuse_block &weights = half.blocks[block];
   multiply_tile(tile, weights.w1, half.hidden, block == 1 ? tile.side : tile.main, row, n, x);
   each_product(tile, n, x.products, [&](V product, auto place) {
-    store(place.in(tile.x, weights.inner, row), vgelu(product * place.token(x.inverse)));
+    place.put(tile.x, weights.inner, row, vgelu(product * place.token(x.inverse)));
   });
 }
 
@@ -134,10 +138,10 @@ static void go_down(const FuseTile &tile, int32_t block, int64_t row, int64_t n,
   if (block != 1 && norms) widen_vector(x.norm, half.blocks[next].norm, row, n);
   each_product(tile, n, x.products, [&](V product, auto place) {
     const V h = load(place.in(tile.h, half.hidden, row)) + product;
-    if (block == 1) return store(place.in(tile.side, half.hidden, row), h);
+    if (block == 1) return place.put(tile.side, half.hidden, row, h);
     store(place.in(tile.h, half.hidden, row), h);
-    store(place.in(tile.main, half.hidden, row), norms ? h * place.feature(x.norm) : h);
-    if (block == 0) store(place.in(tile.side, half.hidden, row), h * place.feature(x.side_norm));
+    place.put(tile.main, half.hidden, row, norms ? h * place.feature(x.norm) : h);
+    if (block == 0) place.put(tile.side, half.hidden, row, h * place.feature(x.side_norm));
   });
 }
 

@@ -2,9 +2,11 @@
 // are read as they are stored. Included inside an instruction set's namespace.
 //
 // Many tokens: activations are columns in panels, [tokens / PANEL][features][PANEL], as gemm reads its B; a weight is
-// broadcast against 16 to 64 tokens. Few tokens (`streamed`): activations are rows, [tokens][features padded to
-// vectors], and weights pass by once as the stored tokens of dot products. Which one it is depends on the tokens of a
-// batch row alone, so that nothing else in the batch changes a bit.
+// broadcast against 16 to 64 tokens. Where weights and caches are bfloat16 and matrix tiles multiply (`tiled`), what
+// the products read is rounded to it, as PyTorch rounds it, and packed in pairs of features (matrix_tiles.h); the
+// residual stream stays float32. Few tokens (`streamed`): activations are rows, [tokens][features padded to vectors],
+// and weights pass by once as the stored tokens of dot products. Which one it is depends on the tokens of a batch row
+// alone, so that nothing else in the batch changes a bit.
 
 constexpr int64_t FUSE_TOKENS = 96;  // of a tile at most: 64, and what is left where it is little
 constexpr int64_t FUSE_ROWS = 48;    // weight rows of a unit of work: eight register tiles of six, or six of eight
@@ -12,7 +14,7 @@ constexpr int64_t FUSE_ROWS = 48;    // weight rows of a unit of work: eight reg
 struct FuseTile {
   const c2c_fuse_half *half;
   int64_t first, count;  // tokens, counted through the rows of the batch
-  bool streamed;
+  bool streamed, tiled;
   float *x;       // input, later what lies between a block's two products
   float *h;       // [hidden] residual stream
   float *main;    // [hidden] what the next product on the way to the projection reads
@@ -30,6 +32,15 @@ static int64_t fuse_widest(const c2c_fuse_half &half) {
   int64_t widest = most(fuse_input_width(half), half.hidden);
   for (int32_t i = 0; i < 2 + half.project_count; ++i) widest = most(widest, half.blocks[i].inner);
   return widest;
+}
+
+// Whether more than a few tokens of a half are multiplied by matrix tiles.
+static bool fuse_in_tiles(const c2c_fuse_half &half) {
+  auto narrow = [](const c2c_tensor &t) { return t.dtype == C2C_BF16; };
+  bool all = narrow(half.sharer) && narrow(half.receiver) && narrow(half.in_weight) && narrow(half.scale_weight);
+  for (int32_t i = 0; i < 2 + half.project_count; ++i)
+    all = all && narrow(half.blocks[i].w1) && narrow(half.blocks[i].w2);
+  return MATRIX_TILES && all && narrow(half.out_weight);
 }
 
 static void carve_tile(Carver &carver, const c2c_fuse_half &half, FuseTile &tile) {
@@ -70,6 +81,9 @@ struct AcrossTokens {
   float *in(float *buffer, int64_t features, int64_t first) const {
     return buffer + (t / PANEL * features + first + r) * PANEL + t % PANEL;
   }
+  void put(float *operand, int64_t features, int64_t first, V value) const {
+    store(in(operand, features, first), value);
+  }
 };
 
 // The same for token `t` and weight rows r .. r + LANES.
@@ -80,7 +94,26 @@ struct AcrossRows {
   float *in(float *buffer, int64_t features, int64_t first) const {
     return buffer + t * round_up(features, LANES) + first + r;
   }
+  void put(float *operand, int64_t features, int64_t first, V value) const {
+    store(in(operand, features, first), value);
+  }
 };
+
+#if defined(C2C_MATRIX_TILES)
+// Like AcrossTokens, with operands in packed tiles: features r and r + 1 share a number of 32 bits; r is called first.
+struct AcrossPairs : AcrossTokens {
+  void put(float *operand, int64_t features, int64_t first, V value) const {
+    const int64_t k = first + r, depth_tiles = div_up(features, DEPTH);
+    float *const tile = operand + (t / SIDE * depth_tiles + k / DEPTH) * (PACKED / 2) + t % SIDE;
+    float *const pair = tile + k % DEPTH / 2 * SIDE;
+    const VU bits = bit_cast<VU>(value), rounded = bits + 0x7fff + (bits >> 16 & 1);
+    const VU number = value == value ? rounded : bits | 0x400000;
+    store(pair, bit_cast<V>(k % 2 ? bit_cast<VU>(load(pair)) | (number & 0xffff0000u) : number >> 16));
+    if (k + 1 == features)
+      for (int64_t rest = k % DEPTH / 2 + 1; rest < SIDE; ++rest) store(tile + rest * SIDE, V{});
+  }
+};
+#endif
 
 // f(results, their place) over the products of n weight rows.
 template <class F>
@@ -88,10 +121,17 @@ static ALWAYS_INLINE void each_product(const FuseTile &tile, int64_t n, const fl
   if (tile.streamed) {
     for (int64_t t = 0; t < tile.count; ++t)
       for (int64_t r = 0; r < n; r += LANES) f(load(products + t * FUSE_ROWS + r), AcrossRows{r, t});
-  } else {
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t t = 0; t < tile.padded(); t += LANES) f(load(products + r * FUSE_TOKENS + t), AcrossTokens{r, t});
+    return;
   }
+  auto across = [&](auto place) __attribute__((always_inline)) {
+    for (place.r = 0; place.r < n; ++place.r)
+      for (place.t = 0; place.t < tile.padded(); place.t += LANES)
+        f(load(products + place.r * FUSE_TOKENS + place.t), place);
+  };
+#if defined(C2C_MATRIX_TILES)
+  if (tile.tiled) return across(AcrossPairs{});
+#endif
+  across(AcrossTokens{});
 }
 
 // What a pass over weight rows asks for meanwhile: the rows after it, where rows lie one behind the other.
@@ -138,7 +178,38 @@ static void multiply_streamed(const FuseTile &tile, const c2c_tensor &weights, i
               x.products, FUSE_ROWS, at(weights, row + n));
 }
 
+// The same for packed pairs of features: weights where they lie, if they are whole tiles, else packed, 16 rows at a
+// time.
+static void multiply_packed_columns(const FuseTile &tile, const c2c_tensor &weights, int64_t width,
+                                    const float *operand, int64_t row, int64_t n, FuseScratch &x) {
+#if defined(C2C_MATRIX_TILES)
+  const TileRegisters registers;
+  const int64_t depth_tiles = div_up(width, DEPTH), ld = weights.stride[0];
+  auto multiply = [&](const TileRows &rows, int64_t r, int64_t down) {
+    gemm_tiles(down, div_up(tile.count, SIDE), depth_tiles, rows, (const bf16 *)operand, depth_tiles * PACKED,
+               x.products + r * FUSE_TOKENS, FUSE_TOKENS, false);
+  };
+  const int64_t whole = width % DEPTH ? 0 : n / SIDE * SIDE;
+  if (whole) multiply({(const bf16 *)at(weights, row), ld, SIDE * ld, DEPTH}, 0, whole / SIDE);
+  for (int64_t r = whole; r < n; r += SIDE) {
+    bf16 *const packed = (bf16 *)x.rows;
+    const int64_t rows = least(SIDE, n - r);
+    for (int64_t i = 0; i < rows; ++i) {
+      bf16 *const to = packed_row(packed, i, depth_tiles);
+      pack_row(to, 0, (const bf16 *)at(weights, row + r + i), width);
+      end_packed_row(to, width);
+    }
+    end_packed_rows(packed, rows, depth_tiles);
+    multiply(packed_rows(packed, depth_tiles), r, 1);
+  }
+#else
+  (void)tile, (void)weights, (void)width, (void)operand, (void)row, (void)n, (void)x;
+#endif
+}
+
 static void multiply_tile(const FuseTile &tile, const c2c_tensor &weights, int64_t width, const float *operand,
                           int64_t row, int64_t n, FuseScratch &x) {
-  (tile.streamed ? multiply_streamed : multiply_columns)(tile, weights, width, operand, row, n, x);
+  (tile.streamed ? multiply_streamed
+   : tile.tiled  ? multiply_packed_columns
+                 : multiply_columns)(tile, weights, width, operand, row, n, x);
 }

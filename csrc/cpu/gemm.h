@@ -141,41 +141,6 @@ static void pack_panels(float *panels, const float *b, int64_t ldb, int64_t K, i
   }
 }
 
-#if defined(C2C_BF16_DOT)
-// C[M x N] = A[M x 2K] B[2K x N] of bfloat16, with float32 sums: A in rows, B in panels of pairs [N / PANEL][K][PANEL],
-// C padded to whole panels. Products are exact; subnormal numbers count as 0.
-template <int ROWS>
-static ALWAYS_INLINE void gemm_pairs_tile(int64_t K, const bf16 *a, int64_t row_stride, const float *b, float *c,
-                                          int64_t ldc) {
-  V sum[ROWS][2] = {};
-  for (int64_t k = 0; k < K; ++k, b += PANEL) {
-    const __m512bh first = (__m512bh)load(b), second = (__m512bh)load(b + LANES);
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-      int32_t pair;
-      memcpy(&pair, a + i * row_stride + 2 * k, sizeof(pair));
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-      sum[i][0] = (V)_mm512_dpbf16_ps((__m512)sum[i][0], x, first);
-      sum[i][1] = (V)_mm512_dpbf16_ps((__m512)sum[i][1], x, second);
-    }
-  }
-  for (int i = 0; i < ROWS; ++i) {
-    store(c + i * ldc, sum[i][0]);
-    store(c + i * ldc + LANES, sum[i][1]);
-  }
-}
-
-static void gemm_pairs(int64_t M, int64_t N, int64_t K, const bf16 *a, int64_t row_stride, const float *b, float *c,
-                       int64_t ldc) {
-  for (int64_t n = 0; n < N; n += PANEL, b += K * PANEL) {
-    int64_t m = 0;
-    for (; m + TILE_ROWS <= M; m += TILE_ROWS)
-      gemm_pairs_tile<TILE_ROWS>(K, a + m * row_stride, row_stride, b, c + m * ldc + n, ldc);
-    for (; m < M; ++m) gemm_pairs_tile<1>(K, a + m * row_stride, row_stride, b, c + m * ldc + n, ldc);
-  }
-}
-#endif
-
 // to[c][r] = from[r][c] for `rows` <= LANES rows of `columns` elements; the places of further rows up to LANES become
 // 0.
 static void transpose_rows(const float *from, int64_t ld_from, int64_t rows, int64_t columns, float *to,

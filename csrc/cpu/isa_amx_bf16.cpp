@@ -12,6 +12,7 @@
 
 #define C2C_AVX512
 #define C2C_AMX
+#define C2C_MATRIX_TILES
 #define C2C_NAMESPACE c2c_amx_bf16
 #define C2C_ISA_NAME "amx_bf16"
 #define LANES 16

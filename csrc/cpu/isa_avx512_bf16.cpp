@@ -1,4 +1,4 @@
-// Kernels for x86-64 with AVX-512 F, BW, DQ, VL and BF16: bfloat16 is projected by dot products of pairs.
+// Kernels for x86-64 with AVX-512 F, BW, DQ, VL and BF16: bfloat16 is multiplied by dot products of pairs.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -11,7 +11,7 @@
 #endif
 
 #define C2C_AVX512
-#define C2C_BF16_DOT
+#define C2C_MATRIX_TILES
 #define C2C_NAMESPACE c2c_avx512_bf16
 #define C2C_ISA_NAME "avx512_bf16"
 #define LANES 16

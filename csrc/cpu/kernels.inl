@@ -6,9 +6,11 @@ namespace C2C_NAMESPACE {
 
 #include "gemm.h"
 
-#include "amx.h"
+#include "matrix_tiles.h"
 
 #include "rows.h"
+
+#include "rows_pairs.h"
 
 #include "stream_weights.h"
 

@@ -126,25 +126,6 @@ static double project_work(const c2c_project_params &p, const Half &half) {
   return (double)p.batch * p.segment.len * p.kv_heads * half.out_dim * (half.proj->data ? half.width : 1);
 }
 
-// Whether tokens are multiplied by `weights` as pairs of bfloat16: where both are bfloat16 as they are stored.
-static bool in_pairs(const c2c_project_params &p, const Half &half, const c2c_tensor &weights, int64_t width) {
-#if defined(C2C_BF16_DOT)
-  const bool as_stored = half.raw->dtype == C2C_BF16 && !half.scale->data && !(half.key && p.remove_cos.data);
-  return as_stored && weights.dtype == C2C_BF16 && width % PANEL == 0;
-#else
-  (void)p, (void)half, (void)weights, (void)width;
-  return false;
-#endif
-}
-
-// Panels of tokens, in float32 or in pairs.
-static void pack_tokens(const float *rows, int64_t ld, int64_t width, int64_t tokens, bool pairs, ProjectScratch &x) {
-  if (!pairs) return pack_panels_transposed(x.panels, rows, ld, width, tokens);
-  bf16 *narrowed = (bf16 *)x.weights;
-  for (int64_t t = 0; t < tokens; ++t) narrow(narrowed + t * width, rows + t * ld, width);
-  pack_panels_transposed(x.panels, x.weights, width / 2, width / 2, tokens);
-}
-
 // sums[rows][TOKEN_TILE] += piece, for whole panels of tokens.
 static void add_piece(float *sums, const float *piece, int64_t rows, int64_t tokens) {
   for (int64_t r = 0; r < rows; ++r)
@@ -157,13 +138,13 @@ static void add_piece(float *sums, const float *piece, int64_t rows, int64_t tok
 // products[rows][TOKEN_TILE] = weights[rows][width] x tokens, with tokens packed in panels. A sum over the width is
 // made of sums over pieces of it, whatever the rows and tokens: its error grows with a piece, not with the width.
 static void multiply(const c2c_tensor &weights, const void *first, int64_t row_stride, int64_t rows, int64_t width,
-                     const float *panels, int64_t tokens, bool pairs, ProjectScratch &x) {
+                     const float *panels, int64_t tokens, ProjectScratch &x) {
   for (int64_t r = 0; r < rows; r += WEIGHT_ROWS) {
     const int64_t n = least(WEIGHT_ROWS, rows - r);
     const char *from = (const char *)first + r * row_stride * dtype_size(weights.dtype);
     const float *w = (const float *)from;
     int64_t ld = row_stride;
-    if (weights.dtype != C2C_F32 && !pairs) {
+    if (weights.dtype != C2C_F32) {
       ld = round_up(width, PANEL);
       for (int64_t i = 0; i < n; ++i)
         widen_row(x.weights + i * ld, weights.dtype, from + i * row_stride * dtype_size(weights.dtype), width);
@@ -173,13 +154,7 @@ static void multiply(const c2c_tensor &weights, const void *first, int64_t row_s
     for (int64_t k = 0; k < width; k += PIECE) {
       const int64_t taken = least(PIECE, width - k);
       float *const to = k ? x.piece : sums;
-#if defined(C2C_BF16_DOT)
-      // A panel of tokens at a time: panels of pairs lie a whole width apart, gemm_pairs would take them a piece apart.
-      for (int64_t t = 0; pairs && t < tokens; t += PANEL)
-        gemm_pairs(n, PANEL, taken / 2, (const bf16 *)from + k, row_stride, panels + (t * width + k * PANEL) / 2,
-                   to + t, TOKEN_TILE);
-#endif
-      if (!pairs) gemm(n, tokens, taken, w + k, ld, 1, panels + k * PANEL, PANEL, width * PANEL, to, TOKEN_TILE, false);
+      gemm(n, tokens, taken, w + k, ld, 1, panels + k * PANEL, PANEL, width * PANEL, to, TOKEN_TILE, false);
       if (k) add_piece(sums, to, n, round_up(tokens, LANES));
     }
   }
@@ -199,18 +174,15 @@ static void project_tile(const c2c_project_params &p, const Half &half, int64_t 
       dot_weights(x.raw, ld, n, half.proj_in->dtype, half.proj_in->data, half.proj_in->stride[0], half.rank, half.width,
                   x.inner, row_ld, at(*half.proj, first_head));
     } else {
-      const bool pairs = in_pairs(p, half, *half.proj_in, half.width);
-      pack_tokens(x.raw, ld, half.width, n, pairs, x);
-      multiply(*half.proj_in, half.proj_in->data, half.proj_in->stride[0], half.rank, half.width, x.panels, n, pairs,
-               x);
+      pack_panels_transposed(x.panels, x.raw, ld, half.width, n);
+      multiply(*half.proj_in, half.proj_in->data, half.proj_in->stride[0], half.rank, half.width, x.panels, n, x);
       for (int64_t r = 0; r < half.rank; r += LANES)
         transpose_rows(x.products + r * TOKEN_TILE, TOKEN_TILE, least<int64_t>(LANES, half.rank - r), n, x.inner + r,
                        row_ld);
     }
     rows = x.inner, width = half.rank;
   }
-  const bool pairs = !half.proj_in->data && in_pairs(p, half, *half.proj, width);
-  if (half.proj->data && !stream) pack_tokens(rows, row_ld, width, n, pairs, x);
+  if (half.proj->data && !stream) pack_panels_transposed(x.panels, rows, row_ld, width, n);
   for (int64_t head = first_head; head < last_head; ++head) {
     const float *bias = nullptr;
     if (half.bias->data) {
@@ -222,7 +194,7 @@ static void project_tile(const c2c_project_params &p, const Half &half, int64_t 
       dot_weights(rows, row_ld, n, half.proj->dtype, at(*half.proj, head), half.proj->stride[1], half.out_dim, width,
                   x.products, out_ld, at(*half.proj, head + 1));
     else if (half.proj->data)
-      multiply(*half.proj, at(*half.proj, head), half.proj->stride[1], half.out_dim, width, x.panels, n, pairs, x);
+      multiply(*half.proj, at(*half.proj, head), half.proj->stride[1], half.out_dim, width, x.panels, n, x);
     for (int64_t first = 0; first < n; first += LANES) {
       const int64_t count = least<int64_t>(LANES, n - first);
       const float *from = x.products + first * out_ld;

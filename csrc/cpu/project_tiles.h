@@ -1,4 +1,4 @@
-// Projection by matrix tiles (amx.h), tokens as rows. Included inside an instruction set's namespace.
+// Projection by matrix tiles (matrix_tiles.h), tokens as rows. Included inside an instruction set's namespace.
 //
 // Weights are packed once per call, into memory that all threads share: its size does not depend on the tokens.
 
@@ -8,7 +8,7 @@ struct TiledWeights {
   bf16 *proj = nullptr, *proj_in = nullptr;
 };
 
-#if defined(C2C_AMX)
+#if defined(C2C_MATRIX_TILES)
 constexpr int64_t STEP_TILES = 16;  // of the depth multiplied before the next columns: 32 KB of weights
 
 static int64_t projected_depth(const Half &half) { return half.proj_in->data ? half.rank : half.width; }

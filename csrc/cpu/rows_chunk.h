@@ -41,28 +41,12 @@ struct Ahead {
   }
 };
 
-// s[r][j] (+)= x[r] . token[j] over VECTORS whole vectors, for ROWS rows and n tokens.
-template <int ROWS, int VECTORS, class T>
-static void dot_chunk(const float *x, int64_t ldx, const T *tokens, int64_t stride, int64_t n, float *s, int64_t lds,
-                      bool add, const void *next) {
-  constexpr int BYTES = VECTORS * LANES * sizeof(T);
+// s[r][j] (+)= dots of ROWS rows and n tokens, BYTES of each: products(token, sums) gives a vector of partial sums a
+// row.
+template <int ROWS, int BYTES, class T, class F>
+static ALWAYS_INLINE void dot_each(const T *tokens, int64_t stride, int64_t n, float *s, int64_t lds, bool add,
+                                   const void *next, F products) {
   const Ahead ahead(tokens, stride, n, BYTES, next);
-  V row[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < VECTORS; ++v) row[r][v] = load(x + r * ldx + v * LANES);
-    Order<T>::arrange(row[r]);
-  }
-  auto products = [&](const T *token, V(&sum)[ROWS]) __attribute__((always_inline)) {
-    V k[VECTORS];
-    Order<T>::load_token(token, k);
-    share(k, Count<ROWS>{});
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      sum[r] = row[r][0] * k[0];
-#pragma GCC unroll 16
-      for (int v = 1; v < VECTORS; ++v) sum[r] = row[r][v] * k[v] + sum[r];
-    }
-  };
   auto four = [&](int64_t j, V(&sum)[4][ROWS]) __attribute__((always_inline)) {
     ahead.ask<4, BYTES>(j);
     for (int t = 0; t < 4; ++t, tokens += stride) products(tokens, sum[t]);
@@ -102,6 +86,29 @@ static void dot_chunk(const float *x, int64_t ldx, const T *tokens, int64_t stri
       s[r * lds + j] = add ? s[r * lds + j] + dot : dot;
     }
   }
+}
+
+// s[r][j] (+)= x[r] . token[j] over VECTORS whole vectors, for ROWS rows and n tokens.
+template <int ROWS, int VECTORS, class T>
+static void dot_chunk(const float *x, int64_t ldx, const T *tokens, int64_t stride, int64_t n, float *s, int64_t lds,
+                      bool add, const void *next) {
+  V row[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 0; v < VECTORS; ++v) row[r][v] = load(x + r * ldx + v * LANES);
+    Order<T>::arrange(row[r]);
+  }
+  auto products = [&](const T *token, V(&sum)[ROWS]) __attribute__((always_inline)) {
+    V k[VECTORS];
+    Order<T>::load_token(token, k);
+    share(k, Count<ROWS>{});
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      sum[r] = row[r][0] * k[0];
+#pragma GCC unroll 16
+      for (int v = 1; v < VECTORS; ++v) sum[r] = row[r][v] * k[v] + sum[r];
+    }
+  };
+  dot_each<ROWS, VECTORS * LANES *(int)sizeof(T)>(tokens, stride, n, s, lds, add, next, products);
 }
 
 // s[r][j] (+)= x[r] . token[j] for tokens wider than registers hold: each is read through once, rows beside it.

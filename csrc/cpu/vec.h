@@ -180,7 +180,7 @@ static ALWAYS_INLINE void store_first(float *p, V x, int64_t n) {
 }
 
 static ALWAYS_INLINE void store(bf16 *p, V x) {
-#if defined(C2C_BF16_DOT) || defined(C2C_AMX)
+#if defined(C2C_MATRIX_TILES)
   const int subnormal = 0x20;  // which the instruction takes as 0
   if (!_mm512_fpclass_ps_mask((__m512)x, subnormal)) {
     _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));

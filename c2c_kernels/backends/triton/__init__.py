@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...ops._checks import check_lengths, check_segment_values
 from ...segment import Rope, SegmentTensors
-from .. import cost, native
+from .. import cost, native, projection_gradients
 from . import attention, fusing, gradients, projection, quantise, scatter, states, tiles_table
 from .scatter import spread as spread
 from .softmax import LOG2E, LOWEST
@@ -129,9 +129,13 @@ def merged_attention_backward(
         share = torch.exp2((held[None, :, None] - base) - rest)
         grad_sinks = -(share * native.sink_delta(delta, grad_mass)).sum((0, 2))
     own, *rest = found
+
+    def through_projector(grad_key, grad_value, segment: SegmentTensors, wants: list[bool]) -> list[Tensor | None]:
+        return project_kv_backward("triton", grad_key, grad_value, segment, None, wants)
+
     return native.in_order(
         (query, key, value, sinks), (grad_query, own.key, own.value, grad_sinks), segments, rest, needs,
-        project_kv_backward,
+        through_projector,
     )  # fmt: skip
 
 
@@ -151,7 +155,7 @@ def project_kv_backward(
     backend: str, grad_key: Tensor, grad_value: Tensor, segment: SegmentTensors, rope: Rope | None, needs=None
 ) -> list[Tensor | None]:
     """Gradients by slot in float32: matrix products of PyTorch; tokens selected by an index go back by a kernel."""
-    return native.project_kv_backward(backend, grad_key, grad_value, segment, rope, needs, scatter.spread)
+    return projection_gradients.gradients(grad_key, grad_value, segment, rope, needs, spread=scatter.spread)
 
 
 def merge_states(backend: str, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

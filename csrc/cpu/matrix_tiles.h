@@ -1,41 +1,16 @@
-// Products of bfloat16 by matrix tiles (AMX), with float32 sums. Included inside an instruction set's namespace.
+// Products of bfloat16 by matrix tiles, with float32 sums. Included inside an instruction set's namespace.
 //
 // C[M x N] = A[M x K] B[K x N] in tiles of 16 x 16 sums, 32 of K at a time. A lies in rows of 32 numbers, 16 of them to
 // a tile; B in tiles of 16 pairs of rows [16][columns: 16][2]. Operands that do not lie so are packed, whole tiles,
-// zeros where nothing is. Every element of C is one chain over K in steps of 32, whatever M and N: a row's result does
-// not depend on the rows beside it. Products are exact; subnormal numbers count as 0.
+// zeros where nothing is. Every element of C is one chain over K, whatever M and N: a row's result does not depend on
+// the rows beside it. Products are exact; subnormal numbers count as 0.
+//
+// Tiles are multiplied by AMX (tiles_amx.h) or by dot products of pairs (tiles_dot.h).
 
-#if defined(C2C_AMX)
+#if defined(C2C_MATRIX_TILES)
 constexpr bool MATRIX_TILES = true;
 constexpr int64_t SIDE = 16, DEPTH = 32;
 constexpr int64_t PACKED = SIDE * DEPTH;  // numbers of a packed tile, 1 KB
-
-// A thread's tile registers, configured until the end of the scope: none stay in use between jobs.
-struct TileRegisters {
-  TileRegisters() {
-    struct alignas(64) {
-      uint8_t palette, start_row, reserved[14];
-      uint16_t row_bytes[16];
-      uint8_t rows[16];
-    } shape = {};
-    shape.palette = 1;
-    for (int t = 0; t < 8; ++t) {
-      shape.row_bytes[t] = 64;
-      shape.rows[t] = SIDE;
-    }
-    asm volatile("ldtilecfg %0" : : "m"(shape));
-  }
-  ~TileRegisters() { asm volatile("tilerelease" ::: "memory"); }
-  TileRegisters(const TileRegisters &) = delete;
-  TileRegisters &operator=(const TileRegisters &) = delete;
-};
-
-#define C2C_TILE_ZERO(t) asm volatile("tilezero %%tmm" #t::: "memory")
-#define C2C_TILE_LOAD(t, from, bytes) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"(from), "r"((int64_t)(bytes)) : "memory")
-#define C2C_TILE_STORE(t, to, bytes) \
-  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"(to), "r"((int64_t)(bytes)) : "memory")
-#define C2C_TILE_MULTIPLY(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")
 
 // Where A's tiles are, in elements: rows `stride` apart, tiles `down` (next 16 rows) and `along` (next 32 of K) apart.
 struct TileRows {
@@ -47,61 +22,11 @@ static ALWAYS_INLINE TileRows packed_rows(const bf16 *data, int64_t depth_tiles)
   return {data, DEPTH, depth_tiles * PACKED, PACKED};
 }
 
-// DOWN x ACROSS tiles of C.
-template <int DOWN, int ACROSS>
-static ALWAYS_INLINE void multiply_tiles(int64_t depth_tiles, const bf16 *a, const TileRows &rows, const bf16 *b,
-                                         int64_t b_across, float *c, int64_t ldc, bool accumulate) {
-  const int64_t c_bytes = ldc * sizeof(float), a_bytes = rows.stride * sizeof(bf16);
-  float *const below = c + SIDE * ldc;
-  if (accumulate) {
-    C2C_TILE_LOAD(0, c, c_bytes);
-    if (ACROSS > 1) C2C_TILE_LOAD(1, c + SIDE, c_bytes);
-    if (DOWN > 1) C2C_TILE_LOAD(2, below, c_bytes);
-    if (DOWN > 1 && ACROSS > 1) C2C_TILE_LOAD(3, below + SIDE, c_bytes);
-  } else {
-    C2C_TILE_ZERO(0);
-    C2C_TILE_ZERO(1);
-    C2C_TILE_ZERO(2);
-    C2C_TILE_ZERO(3);
-  }
-  for (int64_t k = 0; k < depth_tiles; ++k, a += rows.along, b += PACKED) {
-    C2C_TILE_LOAD(4, a, a_bytes);
-    C2C_TILE_LOAD(6, b, 64);
-    C2C_TILE_MULTIPLY(0, 4, 6);
-    if (ACROSS > 1) {
-      C2C_TILE_LOAD(7, b + b_across, 64);
-      C2C_TILE_MULTIPLY(1, 4, 7);
-    }
-    if (DOWN > 1) {
-      C2C_TILE_LOAD(5, a + rows.down, a_bytes);
-      C2C_TILE_MULTIPLY(2, 5, 6);
-      if (ACROSS > 1) C2C_TILE_MULTIPLY(3, 5, 7);
-    }
-  }
-  C2C_TILE_STORE(0, c, c_bytes);
-  if (ACROSS > 1) C2C_TILE_STORE(1, c + SIDE, c_bytes);
-  if (DOWN > 1) C2C_TILE_STORE(2, below, c_bytes);
-  if (DOWN > 1 && ACROSS > 1) C2C_TILE_STORE(3, below + SIDE, c_bytes);
-}
-
-#undef C2C_TILE_ZERO
-#undef C2C_TILE_LOAD
-#undef C2C_TILE_STORE
-#undef C2C_TILE_MULTIPLY
-
-// C (+)= A B for so many tiles; columns of B's tiles are `b_across` elements apart, C's rows `ldc`.
-static void gemm_tiles(int64_t down, int64_t across, int64_t depth_tiles, const TileRows &a, const bf16 *b,
-                       int64_t b_across, float *c, int64_t ldc, bool accumulate) {
-  for (int64_t n = 0; n < across; n += 2)
-    for (int64_t m = 0; m < down; m += 2)
-      with_count<2>(least<int64_t>(2, down - m), [&](auto tall) __attribute__((always_inline)) {
-        with_count<2>(least<int64_t>(2, across - n), [&](auto wide) __attribute__((always_inline)) {
-          multiply_tiles<decltype(tall)::value, decltype(wide)::value>(depth_tiles, a.data + m * a.down, a,
-                                                                       b + n * b_across, b_across,
-                                                                       c + m * SIDE * ldc + n * SIDE, ldc, accumulate);
-        });
-      });
-}
+#if defined(C2C_AMX)
+#include "tiles_amx.h"
+#else
+#include "tiles_dot.h"
+#endif
 
 // ---- packing ----
 
