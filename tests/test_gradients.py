@@ -150,3 +150,24 @@ def test_memory_of_backward_is_linear_in_length():
     c2c.merged_attention(query, key, value, is_causal=True, backend="cpu").sum().backward()
     assert peak() - before < 64 * 2**20
     assert key.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["two tensors", "one tensor"])
+@pytest.mark.parametrize(
+    ("wanted", "products"),
+    [("query", 0), ("key_bias", 0), ("gate", 0), ("value_proj", 1), ("key", 1)],
+)
+def test_what_is_frozen_costs_no_product(wanted, products, same):
+    """Of tokens and projectors with a gradient one product each, of the others none."""
+    query, own = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 12, 16)
+    key, value = torch.randn(1, 2, 21, 8), torch.randn(1, 2, 21, 8)
+    fields = {"key": key, "value": key if same and wanted != "key" else value}
+    fields |= {"key_proj": torch.randn(2, 16, 16), "value_proj": torch.randn(2, 16, 16)}
+    fields |= {"key_bias": torch.randn(2, 16), "gate": torch.rand(1, 4, 21)}
+    leaf = (query if wanted == "query" else fields[wanted]).requires_grad_()
+    out = c2c.merged_attention(query, own, own, [c2c.SharerSegment(**fields)], strategy="materialize", backend="cpu")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out.sum().backward()
+    assert leaf.grad is not None and leaf.grad.abs().max() > 0
+    found = {event.key: event.count for event in profile.key_averages()}
+    assert found.get("aten::mm", 0) == products

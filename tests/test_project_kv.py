@@ -189,6 +189,50 @@ def test_wide_sharers_are_summed_in_pieces(width, tokens, projector):
         assert_as_exact(name, mine, torchs, exact)
 
 
+@pytest.mark.parametrize("spread", ["normal", "positive"])
+@pytest.mark.parametrize("width", [2048, 4096])
+def test_wide_bfloat16_sharers_are_summed_in_pieces(width, spread):
+    """Into float32, where bfloat16 rounds nothing afterwards."""
+    generator = torch.Generator().manual_seed(width)
+    raw, proj = torch.randn(1, 8, 64, width // 8, generator=generator), torch.randn(2, 64, width, generator=generator)
+    if spread == "positive":
+        raw, proj = raw.abs(), proj.abs()
+    raw, proj = raw.bfloat16(), proj.bfloat16()
+    ours, _ = c2c.project_kv(
+        c2c.SharerSegment(raw, raw, proj, proj),
+        out=(torch.empty(1, 2, 64, 64), torch.empty(1, 2, 64, 64)),
+        backend="cpu",
+    )
+    tokens = raw.transpose(1, 2).flatten(2)
+    oracle, theirs = ((tokens.to(t) @ proj.to(t).transpose(1, 2))[None] for t in (torch.float64, torch.float32))
+    assert_as_exact("key", ours, theirs, oracle)
+
+
+def test_gradients_through_an_undone_rotation_round_once():
+    """bfloat16 tokens are un-rotated in float32, as in the forward pass, and rounded for the product at most."""
+    generator = torch.Generator().manual_seed(5)
+    raw = torch.randn(2, 2, 200, 64, generator=generator).bfloat16()
+    proj = torch.randn(2, 16, 128, generator=generator).bfloat16()
+    rope = Rope(remove=tables(generator, 1, 200, 64, 1.3))
+    cotangent = torch.randn(2, 2, 200, 16, generator=generator).bfloat16()
+
+    def gradient(backend, dtype):
+        leaf = proj.to(dtype, copy=True).requires_grad_()
+        tokens = raw.to(dtype)
+        key, _ = c2c.project_kv(c2c.SharerSegment(tokens, tokens, leaf, leaf), rope=rope, backend=backend)
+        key.backward(cotangent.to(dtype))
+        return leaf.grad
+
+    oracle = gradient("reference", torch.float64)
+    undone = reference.unrotate(raw.float(), *rope.remove).transpose(1, 2).flatten(2).flatten(0, 1)
+    rows = cotangent.transpose(1, 2).flatten(2).flatten(0, 1)
+    once = (rows.float().T @ undone.bfloat16().float()).bfloat16().reshape(proj.shape)
+    error, rounded = (
+        ((found.double() - oracle) ** 2).mean().sqrt() for found in (gradient("cpu", torch.bfloat16), once)
+    )
+    assert error <= 1.25 * rounded
+
+
 @pytest.mark.parametrize("width", [300, 1040])
 def test_a_token_among_others_projects_the_same_from_pieces(width):
     raw, proj = torch.randn(1, 1, 140, width), torch.randn(3, 24, width)

@@ -93,19 +93,20 @@ def _has_matrix_tiles() -> bool:
 def _staged_dtypes(segment: SegmentTensors, query: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """What the forward pass keeps keys and values in that it projects on the way (staged_dtype of stage.h)."""
 
-    def one(raw: Tensor, proj: Tensor | None, proj_in: Tensor | None, scale: Tensor | None) -> torch.dtype:
+    def of(half: str) -> torch.dtype:
+        raw, proj, proj_in, bias, scale = (
+            getattr(segment, f"{half}{end}") for end in ("", "_proj", "_proj_in", "_bias", "_scale")
+        )
         if not _has_matrix_tiles() or query.dtype != torch.bfloat16:
             return torch.float32
         if proj is None:
-            return torch.bfloat16 if scale is None and raw.dtype == torch.bfloat16 else torch.float32
+            unchanged = bias is None and scale is None and raw.dtype == torch.bfloat16
+            return torch.bfloat16 if unchanged else torch.float32
         weights = {proj.dtype} if proj_in is None else {proj.dtype, proj_in.dtype}
         tiled = weights == {torch.bfloat16} and raw.dtype in projection_gradients.NARROW
         return torch.bfloat16 if tiled else torch.float32
 
-    return (
-        one(segment.key, segment.key_proj, segment.key_proj_in, segment.key_scale),
-        one(segment.value, segment.value_proj, segment.value_proj_in, segment.value_scale),
-    )
+    return of("key"), of("value")
 
 
 def materialized(

@@ -30,7 +30,7 @@ def gradients(
     costs nothing: of a sharer that is not trained that is half of the products. `spread(grad, index, stored)` sums
     gradients of selected tokens (batch, heads, n, dim) where they came from; PyTorch does it by default, in an order
     that is fixed on the CPU alone. `narrow`: products of bfloat16 weights and tokens are in bfloat16, their gradients
-    rounded before, as PyTorch rounds them; else in float32.
+    rounded before, as PyTorch rounds them; else, and where a scale's gradient is made of them, in float32.
     """
     flat: list[Tensor | None] = [None] * len(SLOTS)
     flags = iter(needs or ())
@@ -50,9 +50,12 @@ def gradients(
         wants_raw = wanted[name] or wanted[f"{name}_scale"]
         if not (wants_raw or wanted[f"{name}_proj"] or wanted[f"{name}_proj_in"]):
             continue
-        dtype = _product_dtype(raw, (proj, proj_in), narrow)
-        x = reference.prepare_raw(raw, scale, segment.selected, remove, segment.lengths, _exact(raw, scale, dtype))
-        grad_raw, grad_proj, grad_proj_in = _through_projector(grad, x, proj, proj_in, wants_raw, dtype)
+        dtype = _product_dtype(raw, (proj, proj_in), narrow and not wanted[f"{name}_scale"])
+        exact = scale is not None or remove is not None  # de-quantised and un-rotated in float32, rounded afterwards
+        made = torch.float32 if exact or raw.dtype != dtype else dtype
+        x = reference.prepare_raw(raw, scale, segment.selected, remove, segment.lengths, made)
+        wants = (wants_raw, wanted[f"{name}_proj"], wanted[f"{name}_proj_in"])
+        grad_raw, grad_proj, grad_proj_in = _through_projector(grad, x, proj, proj_in, wants, dtype)
         flat[SLOTS.index(f"{name}_proj")], flat[SLOTS.index(f"{name}_proj_in")] = grad_proj, grad_proj_in
         if grad_raw is None:
             continue
@@ -83,24 +86,19 @@ def _product_dtype(raw: Tensor, weights: Sequence[Tensor | None], narrow: bool) 
     return torch.bfloat16 if narrow and dtypes == {torch.bfloat16} and raw.dtype in NARROW else torch.float32
 
 
-def _exact(raw: Tensor, scale: Tensor | None, dtype: torch.dtype) -> torch.dtype:
-    """In which dtype tokens are made ready: de-quantised and un-rotated in float32, rounded afterwards."""
-    return dtype if raw.dtype == dtype and scale is None else torch.float32
-
-
 def _spread(grad: Tensor, index: Tensor, stored: int) -> Tensor:
     out = torch.zeros((*grad.shape[:2], stored, grad.shape[3]), dtype=torch.float32, device=grad.device)
     return out.scatter_add_(2, index.long()[:, None, :, None].expand_as(grad), grad)
 
 
 def _reads_once(segment: SegmentTensors, wanted: dict[str, bool]) -> bool:
-    """Whether keys and values are made of the same tokens by dense maps, and the tokens' gradient is not wanted."""
+    """Whether keys and values are made of the same tokens by dense maps whose gradients are wanted, the tokens' not."""
     key, value = segment.key, segment.value
     same = key.data_ptr() == value.data_ptr() and key.shape == value.shape and key.stride() == value.stride()
-    dense = segment.key_proj is not None and segment.value_proj is not None
-    dense = dense and segment.key_proj_in is None and segment.value_proj_in is None
+    dense = segment.key_proj_in is None and segment.value_proj_in is None and key.dtype == value.dtype
     scaled = segment.key_scale is not None or segment.value_scale is not None
-    return same and dense and not scaled and not (wanted["key"] or wanted["value"])
+    maps = wanted["key_proj"] and wanted["value_proj"]
+    return same and dense and maps and not scaled and not (wanted["key"] or wanted["value"])
 
 
 def _of_one_read(
@@ -109,9 +107,8 @@ def _of_one_read(
     """Gradients of both projectors and biases from one product over the tokens that both read."""
     dtype = _product_dtype(segment.key, (segment.key_proj, segment.value_proj), narrow)
     grads = [_received(grad_key, segment, apply), _received(grad_value, segment, None)]
-    x = reference.prepare_raw(
-        segment.key, None, segment.selected, None, segment.lengths, _exact(segment.key, None, dtype)
-    )
+    made = dtype if segment.key.dtype == dtype else torch.float32
+    x = reference.prepare_raw(segment.key, None, segment.selected, None, segment.lengths, made)
     both = torch.cat([_rows(grad, dtype) for grad in grads], dim=1).T @ _rows(x, dtype)
     width = segment.key_proj.shape[0] * segment.key_proj.shape[1]
     flat: list[Tensor | None] = [None] * len(SLOTS)
@@ -127,22 +124,29 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _through_projector(
-    grad: Tensor, x: Tensor, proj: Tensor | None, proj_in: Tensor | None, wants_raw: bool, dtype: torch.dtype
+    grad: Tensor,
+    x: Tensor,
+    proj: Tensor | None,
+    proj_in: Tensor | None,
+    wants: tuple[bool, bool, bool],
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of raw tokens x (batch, heads, n, dim) where wanted, of the projector and of its inner factor."""
+    """Gradients of raw tokens x (batch, heads, n, dim), of the projector and of its inner factor, where wanted."""
     if proj is None:
         return grad, None, None
+    wants_raw, wants_proj, wants_inner = wants
     tokens, rows = _rows(x, dtype), _rows(grad, dtype)
-    inner = tokens if proj_in is None else tokens @ proj_in.to(dtype).T
-    grad_proj = (rows.T @ inner).reshape(proj.shape)
-    if proj_in is None and not wants_raw:
+    grad_raw = grad_proj = grad_proj_in = None
+    if wants_proj:
+        inner = tokens if proj_in is None else tokens @ proj_in.to(dtype).T
+        grad_proj = (rows.T @ inner).reshape(proj.shape)
+    if not (wants_raw or wants_inner):
         return None, grad_proj, None
     grad_inner = rows @ proj.to(dtype).flatten(0, 1)
-    grad_proj_in = None
-    if proj_in is not None:
+    if wants_inner:
         grad_proj_in = grad_inner.T @ tokens
-        if not wants_raw:
-            return None, grad_proj, grad_proj_in
-        grad_inner = grad_inner @ proj_in.to(dtype)
-    batch, heads, length, dim = x.shape
-    return grad_inner.float().reshape(batch, length, heads, dim).transpose(1, 2), grad_proj, grad_proj_in
+    if wants_raw:
+        batch, heads, length, dim = x.shape
+        through = grad_inner if proj_in is None else grad_inner @ proj_in.to(dtype)
+        grad_raw = through.float().reshape(batch, length, heads, dim).transpose(1, 2)
+    return grad_raw, grad_proj, grad_proj_in

@@ -9,7 +9,7 @@ struct TiledWeights {
 };
 
 #if defined(C2C_MATRIX_TILES)
-constexpr int64_t STEP_TILES = 16;  // of the depth multiplied before the next columns: 32 KB of weights
+constexpr int64_t STEP_TILES = PIECE / DEPTH;  // of the depth multiplied at a time: 16 KB of two columns' weights
 
 static int64_t projected_depth(const Half &half) { return half.proj_in->data ? half.rank : half.width; }
 
@@ -80,16 +80,23 @@ static void pack_raw(const c2c_project_params &p, const Half &half, int64_t b, i
   end_packed_rows(to, n, depth_tiles);
 }
 
-// x.products[tokens][ld] = tokens, packed, times `columns` packed columns of weights.
+// x.products[tokens][ld] = tokens, packed, times `columns` packed columns of weights: a sum of sums over pieces of the
+// depth, as in multiply().
 static void multiply_packed(int64_t n, int64_t columns, int64_t depth, const bf16 *tokens, const bf16 *weights,
                             int64_t ld, ProjectScratch &x) {
-  const int64_t depth_tiles = div_up(depth, DEPTH), across = div_up(columns, SIDE);
-  for (int64_t c = 0; c < across; c += 2)
+  const int64_t depth_tiles = div_up(depth, DEPTH), across = div_up(columns, SIDE), down = div_up(n, SIDE);
+  for (int64_t c = 0; c < across; c += 2) {
+    const int64_t wide = least<int64_t>(2, across - c);
+    float *const sums = x.products + c * SIDE;
     for (int64_t k = 0; k < depth_tiles; k += STEP_TILES) {
-      TileRows rows = packed_rows(tokens + k * PACKED, depth_tiles);
-      gemm_tiles(div_up(n, SIDE), least<int64_t>(2, across - c), least(STEP_TILES, depth_tiles - k), rows,
-                 weights + (c * depth_tiles + k) * PACKED, depth_tiles * PACKED, x.products + c * SIDE, ld, k > 0);
+      gemm_tiles(down, wide, least(STEP_TILES, depth_tiles - k), packed_rows(tokens + k * PACKED, depth_tiles),
+                 weights + (c * depth_tiles + k) * PACKED, depth_tiles * PACKED, k ? x.piece : sums, k ? PANEL : ld,
+                 false);
+      for (int64_t i = 0; k && i < n; ++i)
+        for (int64_t v = 0; v < wide * SIDE; v += LANES)
+          store(sums + i * ld + v, load(sums + i * ld + v) + load(x.piece + i * PANEL + v));
     }
+  }
 }
 
 // What project_tile does for more than STREAM_TOKENS tokens.
@@ -126,7 +133,7 @@ static void project_tiled(const c2c_project_params &, const Half &, const TiledW
                           int64_t, int64_t, ProjectScratch &) {}
 #endif
 
-// Tokens j .. j + n of a tile, of which `valid` are there: by tiles where weights are packed and the tile has enough.
+// Tokens j .. j + n of a tile: by matrix tiles where weights are packed and the tile has enough.
 static void project_tokens(const c2c_project_params &p, const Half &half, const TiledWeights &weights, int64_t b,
                            int64_t first_head, int64_t last_head, int64_t j, int64_t n, bool few, ProjectScratch &x) {
   if (weights.proj && !few)

@@ -153,7 +153,8 @@ def _decode(
         "TOKENS": tuple(tokens), "STAGES": tile.stages, "folds": folds, "programs": programs,
         "call": secrets.randbits(61) << 1 | 1 << 62 if folds else 0,
     }  # fmt: skip
-    options = {"warps": tile.warps, "stages": tile.stages, "registers": tiles_table.decode_registers(choice)}
+    registers = tiles_table.decode_registers(choice, tiles_table.burdened(kinds, common["SOFTCAP"]))
+    options = {"warps": tile.warps, "stages": tile.stages, "registers": registers}
     run(Launch(split_kernel, batch * programs, common | shared | names, **options), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")
     merging = tiles_table.combine_tile(choice.target, tile.rows if folds else 1, common["BLOCK_V"])

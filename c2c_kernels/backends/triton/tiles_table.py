@@ -31,7 +31,7 @@ _PREFILL = {
         (256, Tile(128, 16, 8, 2), Tile(128, 16, 8, 2), Tile(128, 16, 8, 1)),
     ),
     "sm_100": (
-        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
+        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 8, 1)),
         (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 32, 8, 1)),
         (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 4, 1)),
     ),
@@ -117,12 +117,13 @@ def prefill_precision(call: Call) -> str:
 def decode_tile(call: Call) -> Tile:
     """One tile holds all rows."""
     block_rows = max(16, 1 << (call.rows - 1).bit_length())
-    tokens = 32 if call.single or call.heavy or call.block_dim > 128 else 64
+    # With many options 64 rows of head dim 64 spill on sm_80, in 4 warps or beside 64 tokens.
+    crowded = call.heavy or (block_rows > 32 and call.block_dim <= 64 and call.target.backend != "hip")
+    tokens = 32 if call.single or crowded or call.block_dim > 128 else 64
     stages = 2
     if call.single and call.block_dim > 128:
         tokens, stages = (16, 2) if call.target.backend == "hip" else (32, 1)
-    # With a mask and other options 64 rows of head dim 64 spill in 4 warps on sm_80.
-    warps = 4 if block_rows * call.block_dim * (1 + call.single) <= (2048 if call.heavy else 4096) else 8
+    warps = 4 if block_rows * call.block_dim * (1 + call.single) <= (2048 if crowded else 4096) else 8
     return Tile(block_rows, tokens, warps, stages)
 
 
@@ -211,9 +212,11 @@ def backward_tile(call: Call) -> Tile:
     return Tile(32, 64, 8, 2) if call.block_dim <= 128 else Tile(32, 32, 8, 1)
 
 
-def decode_registers(call: Call) -> int:
-    """Launch.registers of decode: on sm_100 as in `backward_registers`; on sm_80 the compiler chooses better itself."""
-    return 255 if call.heavy and _family(call.target) == "sm_100" else 0
+def decode_registers(call: Call, many: bool) -> int:
+    """Launch.registers of decode: on sm_100 as in `backward_registers`, with a mask or where `many` options meet
+    (`burdened`; registers change no bit); on sm_80 the compiler chooses better itself.
+    """
+    return 255 if (call.heavy or many) and _family(call.target) == "sm_100" else 0
 
 
 def backward_registers(call: Call) -> int:
