@@ -81,18 +81,19 @@ static void pack_raw(const c2c_project_params &p, const Half &half, int64_t b, i
 }
 
 // x.products[tokens][ld] = tokens, packed, times `columns` packed columns of weights: a sum of sums over pieces of the
-// depth, as in multiply().
+// depth, as in multiply(). With AMX only where `exact`: by a pass of its own, for tile registers go on from a sum.
 static void multiply_packed(int64_t n, int64_t columns, int64_t depth, const bf16 *tokens, const bf16 *weights,
-                            int64_t ld, ProjectScratch &x) {
+                            int64_t ld, bool exact, ProjectScratch &x) {
   const int64_t depth_tiles = div_up(depth, DEPTH), across = div_up(columns, SIDE), down = div_up(n, SIDE);
   for (int64_t c = 0; c < across; c += 2) {
     const int64_t wide = least<int64_t>(2, across - c);
     float *const sums = x.products + c * SIDE;
     for (int64_t k = 0; k < depth_tiles; k += STEP_TILES) {
+      const bool passes = k && exact && !SUMS_APART;
       gemm_tiles(down, wide, least(STEP_TILES, depth_tiles - k), packed_rows(tokens + k * PACKED, depth_tiles),
-                 weights + (c * depth_tiles + k) * PACKED, depth_tiles * PACKED, k ? x.piece : sums, k ? PANEL : ld,
-                 false);
-      for (int64_t i = 0; k && i < n; ++i)
+                 weights + (c * depth_tiles + k) * PACKED, depth_tiles * PACKED, passes ? x.piece : sums,
+                 passes ? PANEL : ld, k && !passes);
+      for (int64_t i = 0; passes && i < n; ++i)
         for (int64_t v = 0; v < wide * SIDE; v += LANES)
           store(sums + i * ld + v, load(sums + i * ld + v) + load(x.piece + i * PANEL + v));
     }
@@ -107,7 +108,7 @@ static void project_tiled(const c2c_project_params &p, const Half &half, const T
   pack_raw(p, half, b, j, n, tokens, x);
   if (half.proj_in->data) {
     const int64_t ld = round_up(half.rank, SIDE), depth_tiles = div_up(half.rank, DEPTH);
-    multiply_packed(n, half.rank, half.width, tokens, weights.proj_in, ld, x);
+    multiply_packed(n, half.rank, half.width, tokens, weights.proj_in, ld, false, x);
     tokens += TOKEN_TILE * round_up(half.width, DEPTH);
     for (int64_t t = 0; t < n; ++t) {
       bf16 *const row = packed_row(tokens, t, depth_tiles);
@@ -119,7 +120,8 @@ static void project_tiled(const c2c_project_params &p, const Half &half, const T
   const int64_t ld = round_up(half.out_dim, SIDE);
   for (int64_t head = first_head; head < last_head; ++head) {
     if (half.bias->data) widen_row(x.bias, half.bias->dtype, at(*half.bias, head), half.out_dim);
-    multiply_packed(n, half.out_dim, projected_depth(half), tokens, weights.proj + head * head_weights(half), ld, x);
+    multiply_packed(n, half.out_dim, projected_depth(half), tokens, weights.proj + head * head_weights(half), ld,
+                    half.out->dtype == C2C_F32, x);
     for (int64_t t = 0; t < n; ++t)
       write_row(p, half, b, head, j + t, x.products + t * ld, half.bias->data ? x.bias : nullptr, x.tables);
   }

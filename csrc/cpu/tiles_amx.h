@@ -1,5 +1,7 @@
 // Matrix tiles in AMX's tile registers, sums in steps of 32 of K. Included by matrix_tiles.h.
 
+constexpr bool SUMS_APART = false;  // sums go on from what C holds
+
 // A thread's tile registers, configured until the end of the scope: none stay in use between jobs.
 struct TileRegisters {
   TileRegisters() {

@@ -4,6 +4,7 @@ struct TileRegisters {
   TileRegisters() {}
 };
 
+constexpr bool SUMS_APART = true;  // what is added to C is summed by itself
 constexpr int DOT_ROWS = 8;  // by 2 vectors of C: 10 loads for 16 dot products, of which Zen 4 starts one a cycle
 
 // DOT_ROWS x ACROSS vectors of C, at rows of A that begin at `a`.
@@ -12,7 +13,7 @@ static ALWAYS_INLINE void multiply_rows(int64_t depth_tiles, const bf16 *a, cons
                                         int64_t b_across, float *c, int64_t ldc, bool accumulate) {
   V sum[DOT_ROWS][ACROSS];
   for (int i = 0; i < DOT_ROWS; ++i)
-    for (int v = 0; v < ACROSS; ++v) sum[i][v] = accumulate ? load(c + i * ldc + v * LANES) : V{};
+    for (int v = 0; v < ACROSS; ++v) sum[i][v] = V{};
   for (int64_t k = 0; k < depth_tiles; ++k, a += rows.along, b += PACKED) {
 #pragma GCC unroll 4
     for (int64_t pair = 0; pair < SIDE; ++pair) {
@@ -31,7 +32,10 @@ static ALWAYS_INLINE void multiply_rows(int64_t depth_tiles, const bf16 *a, cons
     }
   }
   for (int i = 0; i < DOT_ROWS; ++i)
-    for (int v = 0; v < ACROSS; ++v) store(c + i * ldc + v * LANES, sum[i][v]);
+    for (int v = 0; v < ACROSS; ++v) {
+      float *const to = c + i * ldc + v * LANES;
+      store(to, accumulate ? load(to) + sum[i][v] : sum[i][v]);
+    }
 }
 
 // C (+)= A B for so many tiles; columns of B's tiles are `b_across` elements apart, C's rows `ldc`.
