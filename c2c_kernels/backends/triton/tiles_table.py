@@ -23,7 +23,7 @@ _PREFILL = {
     "sm_80": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 4, 1)),
         (128, Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(16, 32, 8, 1)),
-        (256, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)),
+        (256, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 8, 1)),
     ),
     "sm_90": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(128, 32, 8, 1)),
@@ -33,7 +33,7 @@ _PREFILL = {
     "sm_100": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 8, 1)),
         (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 32, 8, 1)),
-        (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 4, 1)),
+        (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 8, 1)),
     ),
     "hip": (
         (64, Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
@@ -94,17 +94,19 @@ def burdened(kinds: Sequence[Kind], softcap: bool) -> bool:
 def relieved(call: Call, tile: Tile, kinds: Sequence[Kind], softcap: bool, block_v: int) -> tuple[Tile, int]:
     """The tile of prefill, and how many programs it takes, each with its part of the value dims.
 
-    Two, which form scores twice (1.5 times the products), where many options would spill registers, or a wider
-    segment's three accumulators took more than sm_100's 512 columns of tensor memory. Warps share out rows, or where
-    these are fewer than value dims, tokens and value dims: where two parts would turn the one into the other (4 warps
-    of 64 rows and 128 dims on sm_80) the rows are halved instead, there for every wider segment. So no bit of any run
+    Two, which form scores twice (1.5 times the products), where many options (in float32 at head dims 65 to 128 a
+    mask or a gate per head and token) would spill registers, or a wider segment's three accumulators took more than
+    sm_100's 512 columns of tensor memory. Warps share out rows, or where these are fewer than value dims, tokens
+    and value dims: where two parts would turn the one into the other (4 warps of 64 rows and 128 dims on sm_80) the
+    rows are halved instead, there for every wider segment and every gate per head and token. So no bit of any run
     changes.
     """
-    family, wide, crowded = _family(call.target), any(kind.wide for kind in kinds), burdened(kinds, softcap)
+    family, wide, gated = _family(call.target), any(kind.wide for kind in kinds), any(kind.gate == 3 for kind in kinds)
+    crowded = burdened(kinds, softcap) or (call.single and 64 < block_v <= 128 and (call.heavy or gated))
     if family == "hip" or (family == "sm_80" and call.single) or block_v < 32:
         return tile, 1
     if (family == "sm_80" or tile.rows < 64) and tile.rows < block_v <= 2 * tile.rows:
-        return tile._replace(rows=max(16, tile.rows // 2)) if wide or crowded else tile, 1
+        return tile._replace(rows=max(16, tile.rows // 2)) if wide or gated or crowded else tile, 1
     return tile, 2 if crowded or (wide and family == "sm_100" and block_v > 128) else 1
 
 
