@@ -246,19 +246,31 @@ def merged_attention_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the inputs that `needs` marks: query, key, value, sinks, then the segments' tensors in order.
 
-    `exact` is the forward's out in float32. Projected segments are materialised, differentiated in receiver space, and
-    their gradients taken back through the projector: memory stays linear in length.
+    `exact` is the forward's out in float32. Projected segments are materialised as the forward pass has read them,
+    differentiated in receiver space, and their gradients taken back through the projector: memory stays linear in
+    length. Where gradients of their gates or scales are asked for they are materialised in float32, and read once more:
+    a gate of 0 has a gradient of exp(score - lse), in which a rounded key's error grows with the score.
     """
     batch, q_heads = query.shape[:2]
-    direct = [  # as the forward pass has read it: weights are exp(score - lse)
-        s if s.plain else materialized(backend, s, _staged_dtypes(s, query), project_kv, f"segments[{number}]")
+    careful = any(
+        not segment.plain and any(wants.get(name) for name in ("gate", "key_scale", "value_scale"))
+        for segment, wants in zip(segments, wanted(segments, needs), strict=True)
+    )
+
+    def staged(segment: SegmentTensors) -> tuple[torch.dtype, torch.dtype]:
+        return (torch.float32, torch.float32) if careful else _staged_dtypes(segment, query)
+
+    direct = [
+        s if s.plain else materialized(backend, s, staged(s), project_kv, f"segments[{number}]")
         for number, s in enumerate(segments)
     ]
-    if strategy == "absorb" and any(_can_absorb(s) for s in segments):
+    reads_otherwise = strategy == "absorb" and any(_can_absorb(s) for s in segments)
+    if reads_otherwise or (careful and any(staged(s) != _staged_dtypes(s, query) for s in segments if not s.plain)):
         # Weights are exp(score - lse): both have to come from the same keys, to the last bit.
+        own = (query.float(), key.float(), value.float()) if careful else (query, key, value)
         exact, lse, _ = merged_attention(
-            backend, query, key, value, direct, attn_mask, is_causal, query_positions, lengths, scale, window,
-            segment_window, softcap, sinks, strategy, False, True, torch.float32,
+            backend, *own, direct, attn_mask, is_causal, query_positions, lengths, scale, window, segment_window,
+            softcap, sinks, strategy, False, True, torch.float32,
         )  # fmt: skip
     keep: list[Tensor] = []
     numbers = attention_numbers(
@@ -314,14 +326,18 @@ def in_order(inputs, grads, segments, segment_grads, needs, through_projector) -
     ]
 
 
-def gate_needs(segments: list[SegmentTensors], needs: list[bool]) -> list[bool]:
-    """Whether each segment's gate has a gradient asked for, out of the flags of all tensors in order."""
+def wanted(segments: list[SegmentTensors], needs: list[bool]) -> list[dict[str, bool]]:
+    """Which of each segment's tensors, by slot, have a gradient asked for, out of the flags of all tensors in order."""
     flags = iter(needs[4:])
-    wants = []
-    for segment in segments:
-        by_slot = {slot: next(flags) for slot, t in zip(SLOTS, segment.tensors, strict=True) if t is not None}
-        wants.append(by_slot.get("gate", False))
-    return wants
+    return [
+        {slot: next(flags) for slot, t in zip(SLOTS, segment.tensors, strict=True) if t is not None}
+        for segment in segments
+    ]
+
+
+def gate_needs(segments: list[SegmentTensors], needs: list[bool]) -> list[bool]:
+    """Whether each segment's gate has a gradient asked for."""
+    return [by_slot.get("gate", False) for by_slot in wanted(segments, needs)]
 
 
 def sink_delta(delta: Tensor, grad_mass: Tensor | None) -> Tensor:

@@ -5,8 +5,7 @@
 // float32.
 static int32_t staged_dtype(const c2c_attention_params &p, const c2c_project_params &params, const Half &half) {
   if (!MATRIX_TILES || p.query.dtype != C2C_BF16) return C2C_F32;
-  const bool unchanged =
-      !half.proj->data && !half.scale->data && !half.bias->data && half.raw->dtype == C2C_BF16;
+  const bool unchanged = !half.proj->data && !half.scale->data && !half.bias->data && half.raw->dtype == C2C_BF16;
   return unchanged || in_tiles(params, half, C2C_BF16) ? C2C_BF16 : C2C_F32;
 }
 

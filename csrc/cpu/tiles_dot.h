@@ -5,7 +5,7 @@ struct TileRegisters {
 };
 
 constexpr bool SUMS_APART = true;  // what is added to C is summed by itself
-constexpr int DOT_ROWS = 8;  // by 2 vectors of C: 10 loads for 16 dot products, of which Zen 4 starts one a cycle
+constexpr int DOT_ROWS = 8;        // by 2 vectors of C: 10 loads for 16 dot products, of which Zen 4 starts one a cycle
 
 // DOT_ROWS x ACROSS vectors of C, at rows of A that begin at `a`.
 template <int ACROSS>
