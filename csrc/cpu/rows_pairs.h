@@ -5,7 +5,7 @@
 // Values go in pairs of tokens, from a block's first; dims in whole vectors of 32.
 
 #if defined(C2C_MATRIX_TILES)
-static ALWAYS_INLINE __m512bh load_pairs(const bf16 *p) { return (__m512bh)load((const float *)p); }
+static ALWAYS_INLINE __m512bh load_pairs(const bf16 *p) { return (__m512bh)(*(const UnalignedPairs *)p); }
 
 static ALWAYS_INLINE V add_pairs(V sum, __m512bh a, __m512bh b) { return (V)_mm512_dpbf16_ps((__m512)sum, a, b); }
 
