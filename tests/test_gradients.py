@@ -47,6 +47,17 @@ def test_cpu_gradients_match_reference(plan, seed):
     check(plan, seed)
 
 
+def test_gradients_of_scales_are_not_of_rounded_keys():
+    """A call whose projected keys, rounded to bfloat16, made its scales' gradients twice as coarse as PyTorch's."""
+    segment = SegmentPlan(
+        length=64, heads=1, key_dim=64, value_dim=8, projector="low_rank", bias=True, lengths=True, quantised=True
+    )
+    plan = Plan(
+        torch.bfloat16, 1, 2, 1, 1, 1, 8, 64, softcap=2.0, lengths=True, strided=True, segments=[segment]
+    )  # fmt: skip
+    check(plan, 0)
+
+
 @given(plans(max_length=64, max_queries=5), seeds)
 @settings(max_examples=25)
 def test_fused_formulas_are_the_gradient(plan, seed):

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from error_rule import assert_as_exact
 
 import c2c_kernels as c2c
 from c2c_kernels import _cpu
@@ -43,19 +44,25 @@ def test_are_refused_where_the_processor_has_none():
 
 
 @pytest.mark.skipif("avx512_bf16" not in machine_flags(), reason="this processor has no avx512_bf16")
-def test_dot_products_round_weights_as_tiles_do():
-    """Both kernels are as exact as rule 9 asks (suites of every operator); here, that they are two."""
+def test_dot_products_are_another_kernel_and_as_exact():
     torch.manual_seed(3)
-    tensors = [normal(1, 4, 70, 64), normal(1, 2, 150, 64), normal(1, 2, 150, 64)]
+    query, key, value = normal(1, 4, 70, 64), normal(1, 2, 150, 64), normal(1, 2, 150, 64)
+    call = {"is_causal": True, "scale": 0.125}
+    found = {}
     try:
-        found = {}
         for isa in ("avx512", "avx512_bf16"):
             _cpu.set_isa(isa)
-            found[isa] = c2c.merged_attention(*tensors, is_causal=True, backend="cpu")
+            found[isa] = c2c.merged_attention(query, key, value, backend="cpu", **call)
     finally:
         _cpu.set_isa(None)
+    oracle = c2c.merged_attention(*(t.double() for t in (query, key, value)), backend="reference", **call)
+    mask = torch.ones(70, 150, dtype=torch.bool).tril(80)
+    torchs = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.125, enable_gqa=True
+    )
     assert not torch.equal(found["avx512"], found["avx512_bf16"])
-    torch.testing.assert_close(found["avx512"], found["avx512_bf16"], rtol=2**-6, atol=2**-8)
+    for isa, out in found.items():
+        assert_as_exact(isa, out, torchs, oracle)
 
 
 def attention_call():

@@ -252,20 +252,19 @@ def merged_attention_backward(
     a gate of 0 has a gradient of exp(score - lse), in which a rounded key's error grows with the score.
     """
     batch, q_heads = query.shape[:2]
+    wants = wanted(segments, needs)
+    dtypes = [(torch.float32,) * 2 if s.plain else _staged_dtypes(s, query) for s in segments]
     careful = any(
-        not segment.plain and any(wants.get(name) for name in ("gate", "key_scale", "value_scale"))
-        for segment, wants in zip(segments, wanted(segments, needs), strict=True)
+        torch.bfloat16 in dtype and any(asked.get(name) for name in ("gate", "key_scale", "value_scale"))
+        for dtype, asked in zip(dtypes, wants, strict=True)
     )
-
-    def staged(segment: SegmentTensors) -> tuple[torch.dtype, torch.dtype]:
-        return (torch.float32, torch.float32) if careful else _staged_dtypes(segment, query)
-
+    if careful:
+        dtypes = [(torch.float32,) * 2] * len(segments)
     direct = [
-        s if s.plain else materialized(backend, s, staged(s), project_kv, f"segments[{number}]")
-        for number, s in enumerate(segments)
+        s if s.plain else materialized(backend, s, dtype, project_kv, f"segments[{number}]")
+        for number, (s, dtype) in enumerate(zip(segments, dtypes, strict=True))
     ]
-    reads_otherwise = strategy == "absorb" and any(_can_absorb(s) for s in segments)
-    if reads_otherwise or (careful and any(staged(s) != _staged_dtypes(s, query) for s in segments if not s.plain)):
+    if careful or (strategy == "absorb" and any(_can_absorb(s) for s in segments)):
         # Weights are exp(score - lse): both have to come from the same keys, to the last bit.
         own = (query.float(), key.float(), value.float()) if careful else (query, key, value)
         exact, lse, _ = merged_attention(
@@ -281,8 +280,10 @@ def merged_attention_backward(
     grad_rows = as_rows(grad_out)
     grads = [query.new_empty(t.shape, dtype=torch.float32) for t in (query, key, value)]
     segment_grads = []
-    for segment, wants in zip(direct, gate_needs(segments, needs), strict=True):
-        gate = query.new_empty((batch, q_heads, segment.length), dtype=torch.float32) if wants else None
+    for segment, asked in zip(direct, wants, strict=True):
+        gate = None
+        if asked.get("gate"):
+            gate = query.new_empty((batch, q_heads, segment.length), dtype=torch.float32)
         pair = [t.new_empty(t.shape, dtype=torch.float32) for t in (segment.key, segment.value)]
         segment_grads.append((*pair, gate))
     sink_weight = None if sinks is None else query.new_empty(lse.shape, dtype=torch.float32)
@@ -311,10 +312,10 @@ def in_order(inputs, grads, segments, segment_grads, needs, through_projector) -
     `through_projector(grad_key, grad_value, segment, needs)`: those of a projected segment's tensors, by slot.
     """
     tensors, found = list(inputs), list(grads)
-    flags = iter(needs[len(tensors) :])
-    for segment, (grad_key, grad_value, grad_gate) in zip(segments, segment_grads, strict=True):
-        wants = [next(flags) for tensor in segment.tensors if tensor is not None]
-        flat = _segment_grads(segment, grad_key, grad_value, grad_gate, wants, through_projector)
+    for segment, asked, (grad_key, grad_value, grad_gate) in zip(
+        segments, wanted(segments, needs), segment_grads, strict=True
+    ):
+        flat = _segment_grads(segment, grad_key, grad_value, grad_gate, list(asked.values()), through_projector)
         for tensor, grad in zip(segment.tensors, flat, strict=True):
             if tensor is not None:
                 tensors.append(tensor)

@@ -101,6 +101,14 @@ static float softmax_row(float *s, SoftmaxState &state) {
   return factor;
 }
 
+// Scores of row r and tokens j .. j + n become weights; raises the row's sums to the new maximum.
+static void weights_of_row(const Tile &tile, int64_t j, int64_t n, int64_t r, float row_bias, TileScratch &x) {
+  float *const s = x.s + r * BLOCK, *const acc = x.acc + r * tile.run.value_ld;
+  adjust_row(tile, j, n, r / tile.queries, r % tile.queries, s, row_bias);
+  const float factor = softmax_row(s, x.state[r]);
+  for (int64_t d = 0; factor != 1.0f && d < tile.run.value_ld; ++d) acc[d] *= factor;
+}
+
 static void load_scales(const c2c_tensor &scale, int64_t b, int64_t head, int64_t j, int64_t n, float *to) {
   for (int64_t t = 0; t < n; ++t) to[t] = scale_at(scale, b, head, j + t);
 }
@@ -171,10 +179,7 @@ static void stream_pairs(Tile &tile, TileScratch &x) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       float *const s = x.s + r * BLOCK;
       for (int64_t t = 0; t < BLOCK; t += LANES) store(s + t, load(s + t) * tile.p.scale);
-      adjust_row(tile, j, n, r / tile.queries, r % tile.queries, s, 0.0f);
-      const float factor = softmax_row(s, x.state[r]);
-      float *const acc = x.acc + r * run.value_ld;
-      for (int64_t d = 0; factor != 1.0f && d < run.value_ld; ++d) acc[d] *= factor;
+      weights_of_row(tile, j, n, r, 0.0f, x);
       for (int64_t t = 0; t < BLOCK; t += DEPTH) store_packed(weights + r * BLOCK + t, (V)load_32(s + t, DEPTH));
     }
     weigh_pairs(weights, BLOCK, tile.rows, value, value_stride, n, run.value_dim, x.acc, run.value_ld,
@@ -216,14 +221,7 @@ static void stream_tile(Tile &tile, TileScratch &x) {
           x.s[r * BLOCK + t] = part > 0 ? x.s[r * BLOCK + t] + dot : dot;
         }
     }
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      adjust_row(tile, j, n, r / tile.queries, r % tile.queries, x.s + r * BLOCK, x.row_bias[r]);
-      float factor = softmax_row(x.s + r * BLOCK, x.state[r]);
-      if (factor != 1.0f) {
-        float *acc = x.acc + r * run.value_ld;
-        for (int64_t d = 0; d < run.value_ld; ++d) acc[d] *= factor;
-      }
-    }
+    for (int64_t r = 0; r < tile.rows; ++r) weights_of_row(tile, j, n, r, x.row_bias[r], x);
     for (int64_t part = 0; part < run.parts; ++part) {
       const int64_t head = run.absorbed ? part : tile.group;
       const void *values = at(*run.value, tile.b, head, j);

@@ -106,8 +106,7 @@ struct AcrossPairs : AcrossTokens {
     const int64_t k = first + r, depth_tiles = div_up(features, DEPTH);
     float *const tile = operand + (t / SIDE * depth_tiles + k / DEPTH) * (PACKED / 2) + t % SIDE;
     float *const pair = tile + k % DEPTH / 2 * SIDE;
-    const VU bits = bit_cast<VU>(value), rounded = bits + 0x7fff + (bits >> 16 & 1);
-    const VU number = value == value ? rounded : bits | 0x400000;
+    const VU number = round_to_bf16(value);
     store(pair, bit_cast<V>(k % 2 ? bit_cast<VU>(load(pair)) | (number & 0xffff0000u) : number >> 16));
     if (k + 1 == features)
       for (int64_t rest = k % DEPTH / 2 + 1; rest < SIDE; ++rest) store(tile + rest * SIDE, V{});

@@ -179,6 +179,12 @@ static ALWAYS_INLINE void store_first(float *p, V x, int64_t n) {
 #endif
 }
 
+// x rounded to bfloat16, in the upper halves; what is in the lower ones does not count.
+static ALWAYS_INLINE VU round_to_bf16(V x) {
+  const VU bits = bit_cast<VU>(x), is_nan = bit_cast<VU>(x != x);
+  return (is_nan & (bits | 0x400000)) | (~is_nan & (bits + 0x7fff + (bits >> 16 & 1)));
+}
+
 static ALWAYS_INLINE void store(bf16 *p, V x) {
 #if defined(C2C_MATRIX_TILES)
   const int subnormal = 0x20;  // which the instruction takes as 0
@@ -187,12 +193,7 @@ static ALWAYS_INLINE void store(bf16 *p, V x) {
     return;
   }
 #endif
-  VU bits = bit_cast<VU>(x);
-  VU rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  VU nan = bits >> 16 | 0x40;
-  VI is_nan = x != x;
-  VU chosen = (bit_cast<VU>(is_nan) & nan) | (~bit_cast<VU>(is_nan) & rounded);
-  *(UnalignedVH *)p = __builtin_convertvector(chosen, VH);
+  *(UnalignedVH *)p = __builtin_convertvector(round_to_bf16(x) >> 16, VH);
 }
 static ALWAYS_INLINE void store(f16 *p, V x) {
 #if defined(C2C_AVX512)
