@@ -52,8 +52,10 @@ def test_gradients_of_scales_are_not_of_rounded_keys():
     segment = SegmentPlan(
         length=64, heads=1, key_dim=64, value_dim=8, projector="low_rank", bias=True, lengths=True, quantised=True
     )
+    empty = SegmentPlan(length=0, heads=1)
     plan = Plan(
-        torch.bfloat16, 1, 2, 1, 1, 1, 8, 64, softcap=2.0, lengths=True, strided=True, segments=[segment]
+        torch.bfloat16, 1, 2, 1, 1, 1, 8, 64, is_causal=False, softcap=2.0, lengths=True, strided=True,
+        segments=[segment, empty],
     )  # fmt: skip
     check(plan, 0)
 
