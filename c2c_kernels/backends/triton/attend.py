@@ -136,11 +136,14 @@ def scores_by_head(
 def queries_of(base, offsets, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """Factors of a tile of queries; of wide heads in float32 three of one half of dims, then three of the other: fewer
     registers at once."""
-    if PRECISION != "bf16x6" or BLOCK_D <= 128 or base.dtype.element_ty != tl.float32:
+    if PRECISION != "bf16x6" or BLOCK_D <= 64 or base.dtype.element_ty != tl.float32:
         return factors(load_rows(base, offsets, inside, tl.arange(0, BLOCK_D), DIM, BLOCK_D, True), PRECISION)
     else:
-        low, high = halves_of(base, offsets, inside, DIM, BLOCK_D)
-        return factors(low, PRECISION) + factors(high, PRECISION)
+        found = ()
+        for part in tl.static_range(BLOCK_D // 64):
+            dims = part * 64 + tl.arange(0, 64)
+            found = found + factors(load_rows(base, offsets, inside, dims, DIM, 64, True), PRECISION)
+        return found
 
 
 @triton.jit
@@ -158,15 +161,14 @@ def scores_by_half(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products of queries in halves of their dims. key + offsets (tokens, 1): where tokens start."""
-    parts: tl.constexpr = len(q) // 2
-    half: tl.constexpr = BLOCK_D // 2
+    width: tl.constexpr = q[0].shape[1]
+    each: tl.constexpr = len(q) * width // BLOCK_D
     scores = zero
-    for part in tl.static_range(2):
-        dims = part * half + tl.arange(0, half)
-        k = load_tile(key + offsets + dims[None, :], stored, dims, DIM, half, EDGES)
+    for part in tl.static_range(BLOCK_D // width):
+        dims = part * width + tl.arange(0, width)
+        k = load_tile(key + offsets + dims[None, :], stored, dims, DIM, width, EDGES)
         k = decoded(k, KIND // KEY_E4M3_AT % 4, tl.float32)
-        its_q = q[:parts] if part == 0 else q[parts:]
-        scores = product(its_q, tl.trans(k), scores, PRECISION)
+        scores = product(q[part * each : part * each + each], tl.trans(k), scores, PRECISION)
     return scores
 
 
@@ -238,87 +240,88 @@ def attend(
     key_n, value_n = step(run.key_n, KIND), step(run.value_n, KIND)
     if GATE == 1:
         row_gate = gate_of_rows(run, batch_row, heads, row_inside, GATE)
-    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
-        tokens = start + cols
-        inside = tokens < end
-        if run.selected is None:
-            start64 = start + tl.zeros((), tl.int64)
-            if not BY_HEAD and not HALVES:
-                k = load_tile(key + start64 * key_n + (cols * key_n)[:, None], inside, dims, DIM, BLOCK_D, EDGES)
-            rows, stored = tokens.to(tl.int64), inside
-        else:
-            rows, stored = stored_rows(run, batch_row, tokens, inside)
-            if not BY_HEAD and not HALVES:
-                k = load_tile(key + (rows * key_n)[:, None], stored, dims, DIM, BLOCK_D, EDGES)
-        if not LATE:
-            v = load_values(
-                value, value_n, run, batch_row, start, end, value_dims, VALUE_DIM, BLOCK_N, BLOCK_V, EDGES, PARTS
-            )
-        zero = tl.zeros((acc.shape[0], BLOCK_N), tl.float32)
-        if BY_HEAD:
-            heads_of_row = run.key + batch64 * stride(run.key_b, KIND)
-            scores = scores_by_head(q, run, heads_of_row, key_n, batch64, rows, stored, zero, KIND, KEY_RAW, MODE)
-        elif HALVES:
-            scores = scores_by_half(q, key, (rows * key_n)[:, None], stored, zero, KIND, DIM, BLOCK_D, EDGES, MODE)
-        else:
-            if KEY_RAW != 0 and run.key_scale is not None:
-                scales = run.key_scale + batch64 * run.key_scale_b
-                k = decoded(k, KEY_E4M3, tl.float32)
-                k = scaled(k, scales, run.key_scale_h, run.key_scale_n, rows, stored, dims, KEY_RAW, DIM)
-                k = from_codes(k.to(dtype))
+    if first < last:
+        for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
+            tokens = start + cols
+            inside = tokens < end
+            if run.selected is None:
+                start64 = start + tl.zeros((), tl.int64)
+                if not BY_HEAD and not HALVES:
+                    k = load_tile(key + start64 * key_n + (cols * key_n)[:, None], inside, dims, DIM, BLOCK_D, EDGES)
+                rows, stored = tokens.to(tl.int64), inside
             else:
-                k = decoded(k, KEY_E4M3, dtype)
-            scores = product(q, tl.trans(k), zero, MODE)
-        if KEY_RAW == 0 and run.key_scale is not None:
-            scales = run.key_scale + batch64 * run.key_scale_b + head64 * run.key_scale_h + rows * run.key_scale_n
-            scores *= tl.load(scales, mask=stored, other=0.0).to(tl.float32)[None, :]
-        if shift is not None:
-            scores += shift[:, None]
-        logits = capped(scores, scale, softcap, SOFTCAP)
-        if GATE == 1:
-            logits += row_gate[:, None]
-        elif GATE != 0:
-            logits += log_gate(run, batch_row, heads, row_inside, tokens, inside, GATE)
-        logits = seen(
-            logits, run, batch_row, heads, queries, row_inside, positions, tokens, inside, window, KIND, MASKED
-        )
-        m, l, weights, factor = update(m, l, logits)
-        if LATE:
-            v = load_values(
-                value, value_n, run, batch_row, start, end, value_dims, VALUE_DIM, BLOCK_N, BLOCK_V, EDGES, PARTS
-            )
-        if SCALED:
-            scales = run.value_scale + batch64 * run.value_scale_b
-            its_v = scaled(
-                decoded(v[0], VALUE_E4M3, tl.float32), scales, run.value_scale_h, run.value_scale_n, rows, stored,
-                value_dims, VALUE_RAW, VALUE_DIM,
-            )  # fmt: skip
-            factors_v = (from_codes(its_v.to(dtype)),)
-        elif PARTS == 1:
-            factors_v = (decoded(v[0], VALUE_E4M3, dtype),)
-        else:
-            factors_v = decoded(v[0], VALUE_E4M3, dtype), decoded(v[1], VALUE_E4M3, dtype)  # type: ignore[assignment]
-        if VALUE_RAW == 0 and run.value_scale is not None:
-            scales = run.value_scale + batch64 * run.value_scale_b + head64 * run.value_scale_h
-            value_scale = tl.load(scales + rows * run.value_scale_n, mask=stored, other=0.0).to(tl.float32)
-            if dtype == tl.float16:  # a weight times a scale may be below the smallest float16, 6e-8
-                factors_v = ((factors_v[0].to(tl.float32) * value_scale[:, None]).to(dtype),)
+                rows, stored = stored_rows(run, batch_row, tokens, inside)
+                if not BY_HEAD and not HALVES:
+                    k = load_tile(key + (rows * key_n)[:, None], stored, dims, DIM, BLOCK_D, EDGES)
+            if not LATE:
+                v = load_values(
+                    value, value_n, run, batch_row, start, end, value_dims, VALUE_DIM, BLOCK_N, BLOCK_V, EDGES, PARTS
+                )
+            zero = tl.zeros((acc.shape[0], BLOCK_N), tl.float32)
+            if BY_HEAD:
+                heads_of_row = run.key + batch64 * stride(run.key_b, KIND)
+                scores = scores_by_head(q, run, heads_of_row, key_n, batch64, rows, stored, zero, KIND, KEY_RAW, MODE)
+            elif HALVES:
+                scores = scores_by_half(q, key, (rows * key_n)[:, None], stored, zero, KIND, DIM, BLOCK_D, EDGES, MODE)
             else:
-                weights *= value_scale[None, :]
-        acc *= factor[:, None]
-        if MODE == "bf16x3" and not INTERPRETING:
-            # A part of the values at a time, for which they are loaded twice: fewer registers.
-            parts = factors(weights, MODE)
-            acc = tl.dot(parts[0], from_codes(factors(factors_v[0], MODE)[1]), acc)
-            tl.debug_barrier()
-            v = load_values(
-                value, value_n, run, batch_row, start, end, value_dims, VALUE_DIM, BLOCK_N, BLOCK_V, EDGES, PARTS
+                if KEY_RAW != 0 and run.key_scale is not None:
+                    scales = run.key_scale + batch64 * run.key_scale_b
+                    k = decoded(k, KEY_E4M3, tl.float32)
+                    k = scaled(k, scales, run.key_scale_h, run.key_scale_n, rows, stored, dims, KEY_RAW, DIM)
+                    k = from_codes(k.to(dtype))
+                else:
+                    k = decoded(k, KEY_E4M3, dtype)
+                scores = product(q, tl.trans(k), zero, MODE)
+            if KEY_RAW == 0 and run.key_scale is not None:
+                scales = run.key_scale + batch64 * run.key_scale_b + head64 * run.key_scale_h + rows * run.key_scale_n
+                scores *= tl.load(scales, mask=stored, other=0.0).to(tl.float32)[None, :]
+            if shift is not None:
+                scores += shift[:, None]
+            logits = capped(scores, scale, softcap, SOFTCAP)
+            if GATE == 1:
+                logits += row_gate[:, None]
+            elif GATE != 0:
+                logits += log_gate(run, batch_row, heads, row_inside, tokens, inside, GATE)
+            logits = seen(
+                logits, run, batch_row, heads, queries, row_inside, positions, tokens, inside, window, KIND, MASKED
             )
-            high = from_codes(v[0].to(tl.bfloat16))
-            acc = tl.dot(parts[0], high, tl.dot(parts[1], high, acc))
-        elif PARTS == 1:
-            acc = dot(weights.to(dtype), factors_v[0], acc, MODE)
-        else:
-            even, odd = tl.split(tl.reshape(weights, (weights.shape[0], BLOCK_N // 2, 2)))
-            acc = dot(odd, factors_v[1], dot(even, factors_v[0], acc, MODE), MODE)  # type: ignore[misc]
+            m, l, weights, factor = update(m, l, logits)
+            if LATE:
+                v = load_values(
+                    value, value_n, run, batch_row, start, end, value_dims, VALUE_DIM, BLOCK_N, BLOCK_V, EDGES, PARTS
+                )
+            if SCALED:
+                scales = run.value_scale + batch64 * run.value_scale_b
+                its_v = scaled(
+                    decoded(v[0], VALUE_E4M3, tl.float32), scales, run.value_scale_h, run.value_scale_n, rows, stored,
+                    value_dims, VALUE_RAW, VALUE_DIM,
+                )  # fmt: skip
+                factors_v = (from_codes(its_v.to(dtype)),)
+            elif PARTS == 1:
+                factors_v = (decoded(v[0], VALUE_E4M3, dtype),)
+            else:
+                factors_v = decoded(v[0], VALUE_E4M3, dtype), decoded(v[1], VALUE_E4M3, dtype)  # type: ignore[assignment]
+            if VALUE_RAW == 0 and run.value_scale is not None:
+                scales = run.value_scale + batch64 * run.value_scale_b + head64 * run.value_scale_h
+                value_scale = tl.load(scales + rows * run.value_scale_n, mask=stored, other=0.0).to(tl.float32)
+                if dtype == tl.float16:  # a weight times a scale may be below the smallest float16, 6e-8
+                    factors_v = ((factors_v[0].to(tl.float32) * value_scale[:, None]).to(dtype),)
+                else:
+                    weights *= value_scale[None, :]
+            acc *= factor[:, None]
+            if MODE == "bf16x3" and not INTERPRETING:
+                # A part of the values at a time, for which they are loaded twice: fewer registers.
+                parts = factors(weights, MODE)
+                acc = tl.dot(parts[0], from_codes(factors(factors_v[0], MODE)[1]), acc)
+                tl.debug_barrier()
+                v = load_values(
+                    value, value_n, run, batch_row, start, end, value_dims, VALUE_DIM, BLOCK_N, BLOCK_V, EDGES, PARTS
+                )
+                high = from_codes(v[0].to(tl.bfloat16))
+                acc = tl.dot(parts[0], high, tl.dot(parts[1], high, acc))
+            elif PARTS == 1:
+                acc = dot(weights.to(dtype), factors_v[0], acc, MODE)
+            else:
+                even, odd = tl.split(tl.reshape(weights, (weights.shape[0], BLOCK_N // 2, 2)))
+                acc = dot(odd, factors_v[1], dot(even, factors_v[0], acc, MODE), MODE)  # type: ignore[misc]
     return m, l, acc

@@ -48,12 +48,17 @@ def attend(
         tile, block_v = tiles_table.prefill_tile(choice), common["BLOCK_V"]
         tile, parts = tiles_table.relieved(choice, tile, kinds, common["SOFTCAP"], block_v)
         tokens = _tokens(tile, tiles_table.prefill_tile, choice, kinds)
+        tokens = tiles_table.relieved_tokens(choice, tokens, kinds, common["SOFTCAP"])
         names = {
             "BLOCK_M": tile.rows, "BLOCK_V": block_v // parts, "PARTS": parts, "TOKENS": tokens, "STAGES": tile.stages,
             "PRECISION": tiles_table.prefill_precision(choice),
         }  # fmt: skip
         grid = batch * kv_heads * -(-rows // tile.rows) * parts
-        run(Launch(prefill_kernel, grid, common | results | names, tile.warps, tile.stages), query.device)
+        registers = tiles_table.attention_registers(choice, tiles_table.burdened(kinds, common["SOFTCAP"]))
+        run(
+            Launch(prefill_kernel, grid, common | results | names, tile.warps, tile.stages, registers=registers),
+            query.device,
+        )
     elif rows and batch:
         _decode(common, results, choice, kinds, segments, absorbs, batch, query)
     return out, lse, mass
@@ -150,10 +155,10 @@ def _decode(
     }  # fmt: skip
     programs = folds + kv_heads * splits + raw_programs
     names = {
-        "TOKENS": tuple(tokens), "STAGES": tile.stages, "folds": folds, "programs": programs,
+        "TOKENS": tokens, "STAGES": tile.stages, "folds": folds, "programs": programs,
         "call": secrets.randbits(61) << 1 | 1 << 62 if folds else 0,
     }  # fmt: skip
-    registers = tiles_table.decode_registers(choice, tiles_table.burdened(kinds, common["SOFTCAP"]))
+    registers = tiles_table.attention_registers(choice, tiles_table.burdened(kinds, common["SOFTCAP"]))
     options = {"warps": tile.warps, "stages": tile.stages, "registers": registers}
     run(Launch(split_kernel, batch * programs, common | shared | names, **options), query.device)
     kept = ("kv_heads", "q_len", "own_length", "RUNS", "KINDS", "GROUP", "VALUE_DIM", "BLOCK_V")

@@ -91,10 +91,8 @@ def usage(kernel: Any, target: Target) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(kernel.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", binary], check=True, capture_output=True, text=True
-        ).stdout  # fmt: skip
+        command = [_tool("cuobjdump"), "--dump-resource-usage", binary]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack = _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
     blocks = min(
         _REGISTERS // (_rounded(registers, 8) * 32 * warps),
@@ -102,6 +100,21 @@ def usage(kernel: Any, target: Target) -> Usage:
         _WARPS_OF_SM // warps,
     )
     return Usage(registers, stack, shared, warps, blocks * warps)
+
+
+def serialised(kernel: Any) -> bool:
+    """Whether sm_90's products wait for one another, one `wgmma` at a time: the assembler does so, and says it, where it
+    finds a product's sums read or written elsewhere while the product may be under way.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"])
+        command = [_tool("ptxas"), "--verbose", "--gpu-name", "sm_90a", source, "-o", Path(folder) / "kernel.cubin"]
+        return "are serialized" in subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def _tool(name: str) -> Path:
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / name
 
 
 def _rounded(number: int, to: int) -> int:

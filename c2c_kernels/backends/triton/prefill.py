@@ -72,7 +72,7 @@ def prefill_kernel(
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    shares = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)  # each run's part of l
+    here = tl.arange(0, BLOCK_R)[None, :]
     first_query = tile * BLOCK_M // GROUP
     last_query = tl.minimum(tile * BLOCK_M + BLOCK_M, q_len * GROUP) - 1
     last_query = last_query // GROUP
@@ -129,14 +129,21 @@ def prefill_kernel(
                 scale, softcap, segment_window, None, value_first,
                 KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, TOKENS[number], 1, PRECISION,
             )  # fmt: skip
-        kept = tl.exp2(m_before - safe(m))
-        l = l * kept + part
-        if mass is not None:
-            here = tl.arange(0, BLOCK_R)[None, :] == number
-            shares = tl.where(here, part[:, None], shares * kept[:, None])
+        # Each run's part of l: while the second run is read the first one's is l itself, and takes no registers.
+        if number == 0:
+            l = part
+            shares = tl.zeros((BLOCK_M, BLOCK_R), tl.float32) + part[:, None]
+        else:
+            kept = tl.exp2(m_before - safe(m))
+            shares = (shares if number > 1 else l[:, None]) * kept[:, None]
+            shares = tl.where(here == number, part[:, None], shares)
+            l = l * kept + part
+    # What the compiler cannot know: sums of weights are not below 0. So rows are worked out again here, and what is
+    # formed of them above, a register for every row of a tile of queries, is not kept beside the sums meanwhile.
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M) + tl.where(l < 0.0, 1, 0)
     store_results(
-        m, l, acc, shares, out, lse, mass, sinks, sinks_h, batch_row, heads, queries, row_inside, kv_heads * GROUP,
-        q_len, value_first, RUNS, VALUE_DIM, BLOCK_V, BLOCK_R,
+        m, l, acc, shares, out, lse, mass, sinks, sinks_h, batch_row, kv_head * GROUP + rows % GROUP, rows // GROUP,
+        rows < q_len * GROUP, kv_heads * GROUP, q_len, value_first, RUNS, VALUE_DIM, BLOCK_V, BLOCK_R,
     )  # fmt: skip
 
 

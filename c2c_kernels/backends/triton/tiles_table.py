@@ -27,11 +27,11 @@ _PREFILL = {
     ),
     "sm_90": (
         (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(128, 32, 8, 1)),
-        (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 1)),
-        (256, Tile(128, 16, 8, 2), Tile(128, 16, 8, 2), Tile(128, 16, 8, 1)),
+        (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 1)),
+        (256, Tile(128, 32, 8, 2), Tile(128, 16, 8, 2), Tile(128, 16, 8, 1)),
     ),
     "sm_100": (
-        (64, Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 16, 8, 1)),
+        (64, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 16, 8, 1)),
         (128, Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 32, 8, 1)),
         (256, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 8, 1)),
     ),
@@ -41,7 +41,8 @@ _PREFILL = {
         (256, Tile(64, 16, 4, 1), Tile(64, 16, 4, 1), Tile(32, 16, 4, 1)),
     ),
 }
-WIDE_TOKENS = 16  # of a tile of a segment that is wider in dtype than 16-bit queries: products in float32
+FEWEST_TOKENS = 16  # of a tile
+WIDE_TOKENS = FEWEST_TOKENS  # of a tile of a segment that is wider in dtype than 16-bit queries: products in float32
 
 
 class FuseTile(NamedTuple):
@@ -81,8 +82,8 @@ def prefill_tile(call: Call) -> Tile:
 
 
 def burdened(kinds: Sequence[Kind], softcap: bool) -> bool:
-    """Whether beside products of some run so much is read and computed for a score that sums of all value dims leave
-    too few registers: three or more of these. Up to two fit.
+    """Whether beside products of some run so much is read and computed for a score that registers become few: three or
+    more of these. Up to two fit.
     """
     return any(
         softcap + sum(map(bool, (kind.mask, kind.gate == 3, kind.window, kind.positions == 2, kind.scaled, kind.wide)))
@@ -91,23 +92,33 @@ def burdened(kinds: Sequence[Kind], softcap: bool) -> bool:
     )
 
 
+def relieved_tokens(call: Call, tokens: Sequence[int], kinds: Sequence[Kind], softcap: bool) -> tuple[int, ...]:
+    """Tokens of a tile of prefill for every run: on sm_80 fewer where many options, or scales and what has a number for
+    every token too, would spill registers."""
+    if _family(call.target) != "sm_80":
+        return tuple(tokens)
+    crowded = [burdened([kind], softcap) or (kind.scaled and (kind.gate == 3 or kind.positions == 2)) for kind in kinds]
+    return tuple(min(its, FEWEST_TOKENS) if many else its for its, many in zip(tokens, crowded, strict=True))
+
+
 def relieved(call: Call, tile: Tile, kinds: Sequence[Kind], softcap: bool, block_v: int) -> tuple[Tile, int]:
     """The tile of prefill, and how many programs it takes, each with its part of the value dims.
 
-    Two, which form scores twice (1.5 times the products), where many options (in float32 at head dims 65 to 128 a
-    mask or a gate per head and token) would spill registers, or a wider segment's three accumulators took more than
-    sm_100's 512 columns of tensor memory. Warps share out rows, or where these are fewer than value dims, tokens
-    and value dims: where two parts would turn the one into the other (4 warps of 64 rows and 128 dims on sm_80) the
-    rows are halved instead, there for every wider segment and every gate per head and token. So no bit of any run
-    changes.
+    Two, which form scores twice (1.5 times the products), where many options, or a mask and a gate, would spill registers
+    (in float32 on sm_90 above a value dim of 128), or a wider segment's three accumulators took more than sm_100's 512 columns of
+    tensor memory. On sm_80 many options are read without being asked for ahead; where rows are fewer than value dims
+    (4 warps of 64 rows and 128 dims), rows are halved for them and for wider segments. No bit of any run changes.
     """
-    family, wide, gated = _family(call.target), any(kind.wide for kind in kinds), any(kind.gate == 3 for kind in kinds)
-    crowded = burdened(kinds, softcap) or (call.single and 64 < block_v <= 128 and (call.heavy or gated))
-    if family == "hip" or (family == "sm_80" and call.single) or block_v < 32:
-        return tile, 1
-    if (family == "sm_80" or tile.rows < 64) and tile.rows < block_v <= 2 * tile.rows:
-        return tile._replace(rows=max(16, tile.rows // 2)) if wide or gated or crowded else tile, 1
-    return tile, 2 if crowded or (wide and family == "sm_100" and block_v > 128) else 1
+    family, many = _family(call.target), burdened(kinds, softcap)
+    wide = any(kind.wide for kind in kinds)
+    if family == "sm_80" and not call.single and (many or wide):
+        if tile.rows < block_v <= 2 * tile.rows:
+            return tile._replace(rows=max(16, tile.rows // 2)), 1
+        return tile._replace(stages=1) if many else tile, 1
+    if family == "sm_90":
+        crowded = many or (call.heavy and any(kind.gate == 3 for kind in kinds))
+        return tile, 2 if crowded and call.single and block_v > 128 else 1
+    return tile, 2 if wide and family == "sm_100" and block_v > 128 else 1
 
 
 def prefill_precision(call: Call) -> str:
@@ -214,11 +225,12 @@ def backward_tile(call: Call) -> Tile:
     return Tile(32, 64, 8, 2) if call.block_dim <= 128 else Tile(32, 32, 8, 1)
 
 
-def decode_registers(call: Call, many: bool) -> int:
-    """Launch.registers of decode: on sm_100 as in `backward_registers`, with a mask or where `many` options meet
-    (`burdened`; registers change no bit); on sm_80 the compiler chooses better itself.
+def attention_registers(call: Call, many: bool) -> int:
+    """Launch.registers of prefill and decode: on sm_100, and of wide heads in float32, as in `backward_registers`, with a
+    mask or where `many` options meet (`burdened`; registers change no bit); elsewhere the compiler chooses better itself.
     """
-    return 255 if (call.heavy or many) and _family(call.target) == "sm_100" else 0
+    wide_heads = call.single and call.block_dim > 128
+    return 255 if (call.heavy or many) and (wide_heads or _family(call.target) == "sm_100") else 0
 
 
 def backward_registers(call: Call) -> int:
