@@ -109,7 +109,8 @@ static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b
   const int64_t i0 = tile_index * run.tile_queries, queries = least(run.tile_queries, p.q_len - i0);
   Tile tile{p, run, b, group, i0, queries, least(length, begin), least(length, end)};
   tile.prepare(x.lo, x.hi, x.coordinate, x.gates, length);
-  const bool empty = tile.begin >= tile.end, tiled = tile.rows > FEW_ROWS && reads_tiles(run, p);
+  const bool empty = tile.begin >= tile.end;
+  const bool tiled = tile.rows > (run.absorbed ? STREAM_ROWS : FEW_ROWS) && reads_tiles(run, p);
   const bool paired = reads_pairs(run, p, tile.rows);
   if (resume && empty) return;
   auto stored = [&](int64_t r) {
@@ -131,10 +132,10 @@ static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b
       load_queries(tile, x.q, run.key_ld, tiled || paired ? 1.0f : p.scale);
     if (paired)
       stream_pairs(tile, x);
-    else if (tile.rows <= FEW_ROWS)
-      stream_tile(tile, x);
     else if (tiled)
       attend_by_tiles(tile, x);
+    else if (tile.rows <= FEW_ROWS)
+      stream_tile(tile, x);
     else
       block_tile(tile, x);
   }

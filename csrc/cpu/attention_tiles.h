@@ -4,9 +4,12 @@
 // Scores are transposed as in attention_block.h, s[token][row] = K Q^T, and so are the sums, [value][row] = V^T P^T:
 // weights P, rounded to bfloat16 as PyTorch's attention rounds them, are packed where they are computed, tokens in
 // pairs. Queries are multiplied as they are stored and scores scaled afterwards; folded queries, which are float32, are
-// taken as the sum of two bfloat16 terms.
+// taken as the sum of two bfloat16 terms, or, where rows fill one vector at most, rounded.
 
 #if defined(C2C_MATRIX_TILES)
+// Folded queries that are rounded err as much as projected keys do, which are rounded too where they are materialised.
+static int64_t query_terms(const Tile &tile) { return tile.run.absorbed && tile.rows > SIDE ? 2 : 1; }
+
 // Whether many rows attend to a run by tiles.
 static bool reads_tiles(const Run &run, const c2c_attention_params &p) {
   if (p.query.dtype != C2C_BF16 || run.key->dtype != C2C_BF16 || run.value->dtype != C2C_BF16) return false;
@@ -21,7 +24,7 @@ static void pack_queries(const Tile &tile, TileScratch &x) {
   const Run &run = tile.run;
   bf16 *const first = (bf16 *)x.panels;
   pack_tile_columns(first, x.q, run.key_ld, tile.rows, run.key_width);
-  if (!run.absorbed) return;
+  if (query_terms(tile) == 1) return;
   for (int64_t i = 0; i < tile.rows * run.key_ld; i += LANES) {
     const V q = load(x.q + i);
     bf16 term[LANES];
@@ -45,12 +48,25 @@ static TileRows stored_rows(const c2c_tensor &t, int64_t b, int64_t head, int64_
   return packed_rows(packed, depth_tiles);
 }
 
+// Keys of a block: one product of all parts, or one for each, `next` numbers apart.
+struct BlockKeys {
+  TileRows rows;
+  int64_t products, depth_tiles, next;
+};
+
 // Keys j .. j + n of all parts of a run.
-static TileRows block_keys(const Tile &tile, int64_t j, int64_t n, TileScratch &x) {
+static BlockKeys block_keys(const Tile &tile, int64_t j, int64_t n, TileScratch &x) {
   const Run &run = tile.run;
-  if (run.parts == 1)
-    return stored_rows(*run.key, tile.b, run.absorbed ? 0 : tile.group, j, n, run.key_dim, x.key_tiles);
-  const int64_t depth_tiles = div_up(run.key_width, DEPTH);
+  const int64_t depth_tiles = div_up(run.key_width, DEPTH), stride = run.key->stride[2];
+  if (run.parts == 1) {
+    const int64_t head = run.absorbed ? 0 : tile.group;
+    return {stored_rows(*run.key, tile.b, head, j, n, run.key_dim, x.key_tiles), 1, depth_tiles, 0};
+  }
+  if (run.key_dim % DEPTH == 0 && n % SIDE == 0)
+    return {{(const bf16 *)at(*run.key, tile.b, 0, j), stride, SIDE * stride, DEPTH},
+            run.parts,
+            run.key_dim / DEPTH,
+            run.key->stride[1]};
   for (int64_t t = 0; t < n; ++t) {
     bf16 *const row = packed_row(x.key_tiles, t, depth_tiles);
     for (int64_t part = 0; part < run.parts; ++part)
@@ -58,7 +74,7 @@ static TileRows block_keys(const Tile &tile, int64_t j, int64_t n, TileScratch &
     end_packed_row(row, run.key_width);
   }
   end_packed_rows(x.key_tiles, n, depth_tiles);
-  return packed_rows(x.key_tiles, depth_tiles);
+  return {packed_rows(x.key_tiles, depth_tiles), 1, depth_tiles, 0};
 }
 
 // Rows r .. r + count of a tile, a panel at most, and the leading tokens of a block that some of them see.
@@ -66,14 +82,46 @@ struct TilePanel {
   int64_t r, count, tokens;
 };
 
-// Scores of a panel, s[token][ld].
-static void score_panel(const Tile &tile, const TilePanel &panel, const TileRows &keys, const bf16 *queries, float *s,
-                        int64_t ld) {
-  const int64_t depth_tiles = div_up(tile.run.key_width, DEPTH);
-  for (int64_t term = 0; term < (tile.run.absorbed ? 2 : 1); ++term)
-    gemm_tiles(div_up(panel.tokens, SIDE), div_up(panel.count, SIDE), depth_tiles, keys,
-               queries + term * query_tiles_size(tile) + panel.r * depth_tiles * DEPTH, depth_tiles * PACKED, s, ld,
-               term > 0);
+constexpr int64_t WIDEST_ASKED = 512;  // values of a wider block leave the second-level cache before they are used
+
+// Asks for tokens j .. j + n of one part (sharer head).
+static ALWAYS_INLINE void ask_tokens(const Tile &tile, const c2c_tensor &tokens, int64_t dim, int64_t part, int64_t j,
+                                     int64_t n) {
+  const bf16 *token = (const bf16 *)at(tokens, tile.b, tile.run.absorbed ? part : tile.group, j);
+  for (int64_t t = 0; t < n; ++t, token += tokens.stride[2])
+    for (int64_t d = 0; d < dim; d += DEPTH) __builtin_prefetch(token + d);
+}
+
+// Asks for the keys of tokens j .. j + n, of which the share that value dims first .. last are of all value dims: the
+// next block's, though another thread may come to it.
+static ALWAYS_INLINE void ask_keys(const Tile &tile, int64_t j, int64_t n, int64_t first, int64_t last) {
+  const Run &run = tile.run;
+  n = least(n, run.len - j);
+  const int64_t rows = run.parts * n;
+  for (int64_t row = rows * first / run.value_width; row < rows * last / run.value_width; ++row)
+    ask_tokens(tile, *run.key, run.key_dim, row / n, j + row % n, 1);
+}
+
+// Scores of a panel, s[token][ld]. Where rows fill one vector at most a block's keys and values take as long to read as
+// to multiply, and values are asked for meanwhile.
+static void score_panel(const Tile &tile, const TilePanel &panel, const BlockKeys &keys, const bf16 *queries, int64_t j,
+                        float *s, int64_t ld) {
+  const int64_t depth_tiles = div_up(tile.run.key_width, DEPTH), across = div_up(panel.count, SIDE);
+  const bool asks = tile.rows <= SIDE && tile.run.value_width <= WIDEST_ASKED;
+  const int64_t step = asks ? SIDE : panel.tokens;
+  queries += panel.r * depth_tiles * DEPTH;
+  for (int64_t term = 0; term < query_terms(tile); ++term)
+    for (int64_t k = 0; k < keys.products; ++k) {
+      const bf16 *const columns = queries + term * query_tiles_size(tile) + k * keys.depth_tiles * PACKED;
+      TileRows rows = keys.rows;
+      rows.data += k * keys.next;
+      for (int64_t t = 0; t < panel.tokens; t += step, rows.data += step / SIDE * rows.down) {
+        const int64_t count = least(step, panel.tokens - t);
+        if (asks) ask_tokens(tile, *tile.run.value, tile.run.value_dim, k, j + t, count);
+        gemm_tiles(div_up(count, SIDE), across, keys.depth_tiles, rows, columns, depth_tiles * PACKED, s + t * ld, ld,
+                   term + k > 0);
+      }
+    }
 }
 
 // Column softmax of a panel's s[token][ld] times `scale`; packs the weights, zeros behind them.
@@ -110,7 +158,7 @@ static void softmax_panel(const Tile &tile, const TilePanel &panel, const float 
 }
 
 // Values j .. j + n, turned.
-static TileRows block_values(const Tile &tile, int64_t j, int64_t n, TileScratch &x) {
+static TileRows turned_values(const Tile &tile, int64_t j, int64_t n, TileScratch &x) {
   const Run &run = tile.run;
   const int64_t depth_tiles = div_up(n, DEPTH);
   for (int64_t part = 0; part < run.parts; ++part)
@@ -120,12 +168,64 @@ static TileRows block_values(const Tile &tile, int64_t j, int64_t n, TileScratch
   return packed_rows(x.value_tiles, depth_tiles);
 }
 
+// Values j .. j + n as pairs of two tokens' numbers, [token / 2][value_ld][2].
+static const bf16 *paired_values(const Tile &tile, int64_t j, int64_t n, TileScratch &x) {
+  const Run &run = tile.run;
+  const int64_t dim = run.value_dim, stride = run.value->stride[2];
+  for (int64_t part = 0; part < run.parts; ++part) {
+    const bf16 *even = (const bf16 *)at(*run.value, tile.b, run.absorbed ? part : tile.group, j);
+    bf16 *to = x.value_tiles + part * dim * 2;
+    for (int64_t t = 0; t < n; t += 2, even += 2 * stride, to += 2 * run.value_ld) {
+      const bf16 *const odd = t + 1 < n ? even + stride : nullptr;
+      auto pair = [&](int64_t d, int64_t there) __attribute__((always_inline)) {
+        V first, second;
+        interleave(load_32(even + d, there), odd ? load_32(odd + d, there) : _mm512_setzero_si512(), &first, &second);
+        store_packed(to + 2 * d, first);
+        if (there > SIDE) store_packed(to + 2 * d + DEPTH, second);
+      };
+      int64_t d = 0;
+      for (; d + DEPTH <= dim; d += DEPTH) pair(d, DEPTH);
+      if (d < dim) pair(d, dim - d);
+    }
+  }
+  return x.value_tiles;
+}
+
+// C[dim][LANES] += V^T P^T for rows that fill one vector at most: pairs of values [token / 2][ld][2] are broadcast, and
+// need not be turned; weights lie as `softmax_panel` packs them.
+template <class F>
+static void weigh_paired_values(const bf16 *values, int64_t ld, int64_t dim, const bf16 *weights, int64_t n, float *c,
+                                int64_t ldc, F ask) {
+  constexpr int64_t DIMS = 8;
+  for (int64_t d = 0; d < dim; d += DIMS) {
+    ask(d, DIMS);
+    with_count<DIMS>(least(DIMS, dim - d), [&](auto dims) __attribute__((always_inline)) {
+      constexpr int COUNT = decltype(dims)::value;
+      V sum[COUNT] = {};
+      for (int64_t t = 0; t < n; t += 2) {
+        V weight = load((const float *)(weights + t * SIDE));
+        keep_in_register(weight);
+        const bf16 *const pairs = values + t * ld + d * 2;
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; ++i) {
+          int32_t pair;
+          memcpy(&pair, pairs + 2 * i, sizeof(pair));
+          sum[i] = add_pairs(sum[i], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)weight);
+        }
+      }
+      for (int i = 0; i < COUNT; ++i) store(c + (d + i) * ldc, load(c + (d + i) * ldc) + sum[i]);
+    });
+  }
+}
+
 // Tokens j .. j + n against all rows. `mask` is null where there is none.
 static void attend_block(const Tile &tile, int64_t j, int64_t n, const float *mask, TileScratch &x, int64_t ldc) {
   const Run &run = tile.run;
   const bool fused = only_limits(tile, mask);
   const int64_t ld = fused ? PANEL : round_up(tile.rows, PANEL) + 16;
-  const TileRows keys = block_keys(tile, j, n, x), values = block_values(tile, j, n, x);
+  const bool paired = tile.rows <= SIDE;
+  const BlockKeys keys = block_keys(tile, j, n, x);
+  const TileRows values = paired ? TileRows{} : turned_values(tile, j, n, x);
   const bf16 *const queries = (const bf16 *)x.panels;
   auto each_panel = [&](auto f) {
     for (int64_t r = 0; r < tile.rows; r += PANEL) {
@@ -135,7 +235,7 @@ static void attend_block(const Tile &tile, int64_t j, int64_t n, const float *ma
   };
   float scale = run.absorbed ? 1.0f : tile.p.scale;
   if (!fused) {
-    each_panel([&](const TilePanel &panel, float *s) { score_panel(tile, panel, keys, queries, s, ld); });
+    each_panel([&](const TilePanel &panel, float *s) { score_panel(tile, panel, keys, queries, j, s, ld); });
     for (int64_t t = 0; scale != 1.0f && t < n; ++t)
       for (int64_t r = 0; r < tile.rows; r += LANES) store(x.s + t * ld + r, load(x.s + t * ld + r) * scale);
     scale = 1.0f;
@@ -143,12 +243,16 @@ static void attend_block(const Tile &tile, int64_t j, int64_t n, const float *ma
   }
   each_panel([&](const TilePanel &panel, float *s) {
     if (fused) {
-      score_panel(tile, panel, keys, queries, s, ld);
+      score_panel(tile, panel, keys, queries, j, s, ld);
       if (tile.limited) limit_panel(tile, panel.r, panel.tokens, s, ld);
     }
     softmax_panel(tile, panel, s, ld, scale, x, ldc);
-    gemm_tiles(div_up(run.value_width, SIDE), div_up(panel.count, SIDE), div_up(panel.tokens, DEPTH), values,
-               x.weight_tiles, TILED_BLOCK * SIDE, x.columns + panel.r, ldc, true);
+    if (paired)
+      weigh_paired_values(paired_values(tile, j, n, x), run.value_ld, run.value_width, x.weight_tiles, panel.tokens,
+                          x.columns, ldc, [&](int64_t d, int64_t dims) { ask_keys(tile, j + n, n, d, d + dims); });
+    else
+      gemm_tiles(div_up(run.value_width, SIDE), div_up(panel.count, SIDE), div_up(panel.tokens, DEPTH), values,
+                 x.weight_tiles, TILED_BLOCK * SIDE, x.columns + panel.r, ldc, true);
   });
 }
 
