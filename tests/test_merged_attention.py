@@ -64,6 +64,15 @@ def test_long_decode_is_split_over_tokens(dtype):
     check(Plan(dtype, 1, 1, 2, 1, 9001, 64, 64, is_causal=True, strategy="absorb", segments=[segment]), 3)
 
 
+@pytest.mark.parametrize(("kv_heads", "group", "q_len"), [(8, 2, 1), (1, 7, 2), (13, 1, 1)])
+@pytest.mark.parametrize(("length", "heads", "dim"), [(513, 2, 64), (333, 3, 48), (256, 1, 256), (41, 2, 24)])
+def test_absorbed_rows_that_fill_one_vector(kv_heads, group, q_len, length, heads, dim):
+    segment = SegmentPlan(length, heads, dim, dim, "dense", bias=True, gate="full", lengths=True)
+    call = {"is_causal": True, "lengths": True, "strategy": "absorb"}
+    check(Plan(torch.bfloat16, 2, kv_heads, group, q_len, 70, 64, 40, segments=[segment], **call), 3)
+
+
+
 @pytest.mark.parametrize("strategy", ["absorb", "materialize"])
 def test_long_prefill(strategy):
     segment = SegmentPlan(length=700, heads=2, key_dim=64, value_dim=64, projector="dense", positions="shared")
