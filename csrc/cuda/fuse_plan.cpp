@@ -6,6 +6,7 @@
 #include <initializer_list>
 
 #include "arguments.h"
+#include "launch.h"
 
 namespace c2c {
 
@@ -180,9 +181,8 @@ FuseKernel fuse_kernel_of(const FuseGroup &group, int capability) {
     return h.hidden >= columns && halves * divided(rows, 64) * divided(h.hidden, columns) >= FILLS;
   };
   if (rows <= 16) return kernel(rows > 4 || fills(128) ? FUSE_16x128 : FUSE_16x32);
-  // 144 KiB of shared memory: not where a block may have 99.
-  const bool large = capability != 86 && capability != 89 && capability < 120;
-  return kernel(large && fills(512) ? FUSE_64x512 : fills(256) ? FUSE_64x256 : FUSE_64x128);
+  // The widest takes 144 KiB of shared memory.
+  return kernel(has_large_blocks(capability) && fills(512) ? FUSE_64x512 : fills(256) ? FUSE_64x256 : FUSE_64x128);
 }
 
 std::vector<FusePart> fuse_parts(const FuseGroup &group, const FuseKernel &kernel) {

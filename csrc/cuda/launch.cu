@@ -61,7 +61,7 @@ c2c_status_code current_capability(int &capability) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error != cudaSuccess) return failed("no device", error);
   capability = 10 * major + minor;
-  if (capability == 90 && !wgmma_is_built()) capability = 89;
+  if (capability == 90 && !wgmma_is_built()) capability = 80;
   if (major >= 8) return C2C_OK;
   char text[96];
   snprintf(text, sizeof text, "device %d has compute capability %d.%d, wanted 8.0 or later", device, major, minor);

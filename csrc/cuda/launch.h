@@ -26,8 +26,11 @@ using Executor = c2c_status_code (*)(const Launch &launch, void *context);
 // The executor that launches on a stream, which is the context.
 c2c_status_code run_on_stream(const Launch &launch, void *stream);
 
-// The compute capability of the current device, 80 for 8.0; 89 for 9.0 in builds without its kernels, whose others run
-// there. C2C_UNSUPPORTED below 80; c2c_cuda_error() says what.
+// The compute capability of the current device, 80 for 8.0; 80 too for 9.0 in builds without its kernels, where those
+// of 8.0 run. C2C_UNSUPPORTED below 80; c2c_cuda_error() says what.
 c2c_status_code current_capability(int &capability);
+
+// Whether a block may have 163 KiB of shared memory; 99 everywhere.
+constexpr bool has_large_blocks(int capability) { return capability != 86 && capability != 89 && capability < 120; }
 
 }  // namespace c2c

@@ -5,6 +5,8 @@
 // skips tiles that none of its rows sees. Scores live in registers only.
 #pragma once
 
+#include <type_traits>
+
 #include "prefill_copies.cuh"
 #include "prefill_weights.cuh"
 
@@ -36,17 +38,49 @@ struct TokenCopy {
   }
 };
 
-// scores = q k^T for the warp's M rows and the tile's N tokens. `queries`, `keys`: of the first step, for this lane;
-// another step's chunk of queries is swizzled to where its number differs within 128 bytes.
-template <typename T, typename Tile>
-__device__ __forceinline__ void multiply_keys(PrefillScores<Tile> &scores, uint32_t queries, uint32_t keys) {
+// The warp's queries in shared memory.
+template <typename Tile>
+struct SharedQueries {
+  uint32_t first;  // of the first step, for this lane
+
+  __device__ __forceinline__ SharedQueries(uint32_t shared) {
+    const int lane = thread_in<WARP>();
+    first = shared + (thread_by<WARP>() * Tile::M + lane % 16) * Tile::QUERY_ROW + swizzled(lane, lane / 16) * 16;
+  }
+
+  // Of step k. A chunk is swizzled to where its number differs within 128 bytes.
+  __device__ __forceinline__ void load(uint32_t (&q)[Tile::MT][4], int k) const {
+#pragma unroll
+    for (int m = 0; m < Tile::MT; ++m) ldmatrix_x4(q[m], (first ^ k % 4 * 32) + k / 4 * 128 + m * 16 * Tile::QUERY_ROW);
+  }
+};
+
+// Some of them in registers, those of the first HELD steps.
+template <typename Tile>
+struct HeldQueries {
+  const SharedQueries<Tile> &others;
+  uint32_t words[Tile::HELD][Tile::MT][4];
+
+  __device__ __forceinline__ HeldQueries(const SharedQueries<Tile> &queries) : others(queries) {
+#pragma unroll
+    for (int k = 0; k < Tile::HELD; ++k) queries.load(words[k], k);
+  }
+
+  __device__ __forceinline__ void load(uint32_t (&q)[Tile::MT][4], int k) const {
+    if (k >= Tile::HELD) return others.load(q, k);
+#pragma unroll
+    for (int i = 0; i < Tile::MT * 4; ++i) q[i / 4][i % 4] = words[k][i / 4][i % 4];
+  }
+};
+
+// scores = q k^T for the warp's M rows and a part's tokens. `keys`: of the first step, for this lane.
+template <typename T, typename Tile, typename Queries>
+__device__ __forceinline__ void multiply_keys(PrefillScores<Tile> &scores, const Queries &queries, uint32_t keys) {
   scores.clear();
 #pragma unroll
   for (int k = 0; k < Tile::DIM / 16; ++k) {
     uint32_t q[Tile::MT][4];
-#pragma unroll
-    for (int m = 0; m < Tile::MT; ++m)
-      ldmatrix_x4(q[m], (queries ^ k % 4 * 32) + k / 4 * 128 + m * 16 * Tile::QUERY_ROW);
+    queries.load(q, k);
 #pragma unroll
     for (int n = 0; n < Tile::NT; n += 2) {
       uint32_t b[4];
@@ -60,22 +94,16 @@ __device__ __forceinline__ void multiply_keys(PrefillScores<Tile> &scores, uint3
   }
 }
 
-// One tile of tokens: scores, weights and the product with values. `keys`, `values`: of their first step, for this
-// lane.
-template <typename T, typename Tile>
-__device__ __forceinline__ void attend_tile(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
-                                            PrefillState<Tile> &state, uint32_t queries, uint32_t keys, int first,
-                                            bool plain) {
-  PrefillScores<Tile> scores;
-  multiply_keys<T, Tile>(scores, queries, keys);
-  if (!plain) finish_scores(p, run, place, scores, first);
-  PrefillWeights<Tile> weights;
-  weigh<T, Tile>(weights, state, scores, run.factor);
-  if (run.exact) add_exact(state, scores, run.factor);
-  // Values lie behind the keys; lanes 8 to 15 and 16 to 23 have changed places.
+// From a lane's keys to its values, which lie behind them; lanes 8 to 15 and 16 to 23 have changed places.
+template <typename Tile>
+__device__ __forceinline__ uint32_t from_keys_to_values() {
   const int lane = thread_in<WARP>();
-  const uint32_t values =
-      keys + Tile::STAGE / 2 + ((lane / 8 & 1) - lane / 16) * static_cast<uint32_t>(8 * Tile::TOKEN_ROW - 16);
+  return Tile::STAGE / 2 + ((lane / 8 & 1) - lane / 16) * static_cast<uint32_t>(8 * Tile::TOKEN_ROW - 16);
+}
+
+// out += weights v. `values`: of the first step, for this lane.
+template <typename T, typename Tile, typename State>
+__device__ __forceinline__ void multiply_values(State &state, const PrefillWeights<Tile> &weights, uint32_t values) {
 #pragma unroll
   for (int k = 0; k < Tile::NT / 2; ++k)
 #pragma unroll
@@ -88,6 +116,85 @@ __device__ __forceinline__ void attend_tile(const Attention &p, const PrefillRun
         mma_16816<T>(state.out[m][d + 1], weights.words[m][k], b[2], b[3]);
       }
     }
+}
+
+// A part of a tile: scores, weights and the product with values. `keys`: of its first step, for this lane.
+template <typename T, typename Tile>
+__device__ __forceinline__ void attend_part(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
+                                            PrefillState<Tile> &state, const SharedQueries<Tile> &queries,
+                                            uint32_t keys, int first, bool plain) {
+  PrefillScores<Tile> scores;
+  multiply_keys<T>(scores, queries, keys);
+  if (!plain) finish_scores(p, run, place, scores, first);
+  PrefillWeights<Tile> weights;
+  weigh<T, Tile>(weights, state, scores, run.factor);
+  if (run.exact) add_exact(state, scores, run.factor);
+  multiply_values<T>(state, weights, keys + from_keys_to_values<Tile>());
+}
+
+// The parts of a tile, from the one at `done` on, that some row of the warp sees.
+template <typename T, typename Tile>
+__device__ __forceinline__ void attend_parts(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
+                                             PrefillState<Tile> &state, const SharedQueries<Tile> &queries,
+                                             uint32_t keys, int tile, int done) {
+#pragma unroll 1
+  for (int part = done; part < Tile::N; part += Tile::PART) {
+    const Sight sight = run.sight[thread_by<WARP>()];
+    const int from = tile + part, to = from + Tile::PART;
+    if (from < sight.any_to && to > sight.any_from)
+      attend_part<T, Tile>(p, run, place, state, queries, keys + part * Tile::TOKEN_ROW, from,
+                           from >= sight.plain_from && to <= sight.plain_to);
+  }
+}
+
+// As many tokens as registers hold scores of, as one part.
+template <typename Tile>
+struct AtOnce : Tile {
+  static constexpr int PART = Tile::USUAL, NT = PART / 8;
+};
+
+// Weights of a usual tile's tokens, which all rows of the warp see without masks, and the sums of each part's. Scores
+// become weights where they lie, so that those of two parts are there at once, and queries are loaded once for both.
+template <typename T, typename Tile>
+struct UsualWeights {
+  static constexpr int PARTS = Tile::USUAL / Tile::PART;
+  PrefillWeights<AtOnce<Tile>> weights;
+  float sums[PARTS][Tile::MT][2];
+
+  // Returns whether that is all: false where a row may have to take another maximum.
+  template <typename Queries>
+  __device__ __forceinline__ bool form(const PrefillState<Tile> &state, const Queries &queries, uint32_t keys,
+                                       float factor) {
+    PrefillScores<AtOnce<Tile>> scores;
+    multiply_keys<T>(scores, queries, keys);
+    bool high = false;
+#pragma unroll
+    for (int m = 0; m < Tile::MT; ++m) {
+      form_words<T>(weights, m, scores, factor, state.minus_max[m], {false, false});
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part) {
+        add_words<T, Tile>(sums[part][m], weights.words[m] + part * Tile::PART / 16);
+        high = high || !(sums[part][m][0] <= MAX_TILE_SUM) || !(sums[part][m][1] <= MAX_TILE_SUM);
+      }
+    }
+    return !__any_sync(0xffffffff, high);
+  }
+
+  // The same bits as the parts one after another.
+  __device__ __forceinline__ void multiply(PrefillState<Tile> &state, uint32_t values) const {
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+      for (int r = 0; r < Tile::LANE_ROWS; ++r) state.sum[r / 2][r % 2] += sums[part][r / 2][r % 2];
+    multiply_values<T>(state, weights, values);
+  }
+};
+
+// The tile copied last is there, and all warps are done with the one before. Warps come here from different places.
+template <typename Tile>
+__device__ __forceinline__ void receive() {
+  cp_async_wait<0>();
+  barrier_sync(0, Tile::THREADS);
 }
 
 // Copies the tile of tokens from `first` on, where it is one of the run.
@@ -112,6 +219,71 @@ __device__ __forceinline__ void copy_tile(const Attention &p, const PrefillRun &
   }
 }
 
+// Where a thread is in a run: at tile `next`, which is on its way while the one before is worked on. All of it follows
+// from `next`, so that registers need not keep it while parts are attended to.
+template <typename T, typename Tile>
+struct RunWalk {
+  TokenCopy<T, Tile> keys, values;
+  SharedQueries<Tile> queries;
+  uint32_t work, to;  // this lane's keys in the stage worked on; this thread's first chunk in the one that is filled
+  int flip = Tile::STAGE;
+  int next;
+
+  __device__ __forceinline__ RunWalk(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
+                                     uint32_t shared, int tile)
+      : keys(p.run[run.number].key, place, tile),
+        values(p.run[run.number].value, place, tile),
+        queries(shared),
+        next(tile) {
+    const int lane = thread_in<WARP>();
+    const uint32_t stages = shared + Tile::ROWS * Tile::QUERY_ROW;
+    work = stages + Tile::STAGE + ((lane & 7) + lane / 16 * 8) * Tile::TOKEN_ROW + (lane / 8 & 1) * 16;
+    to = stages + thread_by<Tile::CHUNKS>() * Tile::TOKEN_ROW + thread_in<Tile::CHUNKS>() * 16;
+    if ((next - run.first) / Tile::N % 2) turn();
+  }
+
+  __device__ __forceinline__ void turn() {
+    to += flip;
+    work -= flip;
+    flip = -flip;
+  }
+
+  // Usual tiles as long as there are, each while a whole one is copied. Where one turns out not to be usual, how many
+  // of its tokens have been attended to; -1 where the next has not been received.
+  __device__ __forceinline__ int attend_usual_tiles(const PrefillRun &run, PrefillState<Tile> &state) {
+    const Sight sight = run.sight[thread_by<WARP>()];
+    if (run.exact || state.most < 0.0f || next - Tile::N < sight.plain_from) return -1;
+    const int stop = min(sight.plain_to + 1, run.whole);
+    const float factor = run.factor;
+    const uint32_t apart = from_keys_to_values<Tile>();
+    const std::conditional_t<(Tile::HELD > 0), HeldQueries<Tile>, SharedQueries<Tile>> usual_queries(queries);
+    int done = -1;
+#pragma unroll 1
+    while (next < stop) {
+      receive<Tile>();
+      const int key_step = run.key_step, value_step = run.value_step;
+      keys.whole(to, key_step);
+      values.whole(to + Tile::STAGE / 2, value_step);
+      cp_async_commit();
+#pragma unroll
+      for (int part = 0; part < Tile::N; part += Tile::USUAL) {
+        const uint32_t at = work + part * Tile::TOKEN_ROW;
+        UsualWeights<T, Tile> usual;
+        if (!usual.form(state, usual_queries, at, factor)) {
+          done = part;
+          goto unusual;
+        }
+        usual.multiply(state, at + apart);
+      }
+      next += Tile::N;
+      turn();
+    }
+  unusual:
+    state.kept_usual();
+    return done;
+  }
+};
+
 // All tiles of one run.
 template <typename T, typename Tile>
 __device__ __forceinline__ void attend_run(const Attention &p, int number, PrefillNotes &notes,
@@ -121,32 +293,18 @@ __device__ __forceinline__ void attend_run(const Attention &p, int number, Prefi
   __syncthreads();  // everyone is done with the run before
   run.set<Tile>(p, number, place);
   __syncthreads();
-  const int lane = thread_in<WARP>();
-  TokenCopy<T, Tile> keys(p.run[number].key, place, run.first), values(p.run[number].value, place, run.first);
-  const auto find_queries = [&] {
-    const int lane = thread_in<WARP>();
-    return shared + (thread_by<WARP>() * Tile::M + lane % 16) * Tile::QUERY_ROW + swizzled(lane, lane / 16) * 16;
-  };
-  const uint32_t queries = find_queries();
-  const uint32_t stages = shared + Tile::ROWS * Tile::QUERY_ROW;
-  // The stage worked on: its keys and values for this lane.
-  uint32_t work = stages + Tile::STAGE + ((lane & 7) + lane / 16 * 8) * Tile::TOKEN_ROW + (lane / 8 & 1) * 16;
-  uint32_t to = stages + thread_by<Tile::CHUNKS>() * Tile::TOKEN_ROW + thread_in<Tile::CHUNKS>() * 16;
-  int flip = Tile::STAGE;
-  // Tile `next` is on its way while the one before, which in the first round is none that a row sees, is worked on.
+  int next = run.first;
 #pragma unroll 1
-  for (int next = run.first; next < run.stop; next += Tile::N) {
-    cp_async_wait<0>();
-    __syncthreads();
-    copy_tile(p, run, keys, values, place, to, next);
-    const Sight sight = run.sight[thread_by<WARP>()];
-    const int tile = next - Tile::N;
-    if (tile < sight.any_to && next > sight.any_from)
-      attend_tile<T, Tile>(p, run, place, state, Tile::DIM > 64 ? queries : find_queries(), work, tile,
-                           tile >= sight.plain_from && next <= sight.plain_to);
-    to += flip;
-    work -= flip;
-    flip = -flip;
+  for (;; next += Tile::N) {
+    RunWalk<T, Tile> walk(p, run, place, shared, next);
+    const int done = walk.attend_usual_tiles(run, state);
+    next = walk.next;
+    if (done < 0) {
+      if (next >= run.stop) break;
+      receive<Tile>();
+      copy_tile(p, run, walk.keys, walk.values, place, walk.to, next);
+    }
+    attend_parts<T, Tile>(p, run, place, state, walk.queries, walk.work, next - Tile::N, max(done, 0));
   }
   if (run.exact) finish_run(p, run.number, place, state);
 }

@@ -6,13 +6,17 @@
 namespace c2c {
 
 // Rows of keys and values are padded by one chunk of 16 bytes, so that all addresses of ldmatrix in a tile are one
-// register and constants, and eight rows touch all banks. Queries are swizzled: with them a block stays below 99 KiB.
-template <int LARGEST>
+// register and constants, and eight rows touch all banks. Queries are swizzled: with them a block stays below 99 KiB,
+// or where it may have 163 KiB (LARGE) has tiles of two parts.
+template <int LARGEST, bool LARGE>
 struct PrefillTile {
   static constexpr int DIM = LARGEST;
   static constexpr int WARPS = 8;
-  static constexpr int M = DIM > 128 ? 16 : 32;                  // rows of a warp
-  static constexpr int N = DIM > 128 ? 16 : DIM > 64 ? 32 : 64;  // tokens of a tile
+  static constexpr int M = DIM > 128 ? 16 : 32;                     // rows of a warp
+  static constexpr int PART = DIM > 128 ? 16 : DIM > 64 ? 32 : 64;  // tokens for which a maximum is decided on at once
+  static constexpr int N = LARGE ? 2 * PART : PART;                 // tokens of a tile
+  static constexpr int USUAL = DIM > 64 ? N : 64;                   // tokens of it for which registers hold scores
+  static constexpr int HELD = DIM > 128 ? 15 : 0;                   // steps whose queries registers hold
   static constexpr int ROWS = WARPS * M;
   static constexpr int THREADS = WARPS * WARP;
   static constexpr int CHUNKS = DIM / 8;                             // 16-byte chunks of a row
@@ -21,10 +25,11 @@ struct PrefillTile {
   static constexpr int TOKEN_ROW = DIM * 2 + 16;                     // bytes
   static constexpr int STAGE = 2 * N * TOKEN_ROW;                    // keys, then values
   static constexpr int SHARED = ROWS * QUERY_ROW + 2 * STAGE + 256;  // 256: PrefillNotes
-  static constexpr int MT = M / 16, NT = N / 8, DT = DIM / 8;        // fragments
+  static constexpr int MT = M / 16, NT = PART / 8, DT = DIM / 8;     // fragments
   static constexpr int LANE_ROWS = 2 * MT;                           // rows that a lane holds numbers of
   static constexpr int SIGHT_ROWS = M;                               // rows that tiles are skipped for
-  static_assert(N % PASS_ROWS == 0 && SHARED <= 99 * 1024, "a tile is copied in whole passes and fits everywhere");
+  static_assert(N % PASS_ROWS == 0 && SHARED <= (LARGE ? 163 : 99) * 1024,
+                "a tile is copied in whole passes, and fits");
 
   // Where 16 bytes of the block's queries lie among these.
   static __device__ __forceinline__ int query_at(int row, int chunk) {
@@ -187,7 +192,7 @@ __device__ __forceinline__ void each_score(PrefillScores<Tile> &scores, int firs
 #pragma unroll
   for (int n = 0; n < Tile::NT; ++n) {
     const int token = first + 8 * n;
-    if (n == 4) __syncwarp();  // loads do not move across it: all of them in flight would spill
+    if (n && n % 2 == 0) __syncwarp();  // loads do not move across it: all of them in flight would spill
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll

@@ -41,8 +41,8 @@ struct PrefillWeights {
 
 // Weights 2^(z factor - max) of 16 rows.
 template <typename T, typename Tile>
-__device__ __forceinline__ void exponentiate(PrefillWeights<Tile> &weights, int m, const PrefillScores<Tile> &scores,
-                                             float factor, const float (&minus_max)[2], const bool (&rounded)[2]) {
+__device__ __forceinline__ void form_words(PrefillWeights<Tile> &weights, int m, const PrefillScores<Tile> &scores,
+                                           float factor, const float (&minus_max)[2], const bool (&rounded)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -52,12 +52,25 @@ __device__ __forceinline__ void exponentiate(PrefillWeights<Tile> &weights, int 
           pack<T>(exp2_approx(exponent(z[0], factor, minus_max[half], rounded[half])),
                   exp2_approx(exponent(z[1], factor, minus_max[half], rounded[half])));
     }
-  const uint32_t ones = pack<T>(1.0f, 1.0f);
+}
+
+// Sums of the words of 16 rows and a part's tokens.
+template <typename T, typename Tile>
+__device__ __forceinline__ void add_words(float (&sums)[2], const uint32_t (*words)[4]) {
+  constexpr uint32_t ones = pair_of_ones<T>();
   float total[4] = {};
 #pragma unroll
-  for (int k = 0; k < Tile::NT / 2; ++k) mma_16816<T>(total, weights.words[m][k], ones, ones);
-  weights.sums[m][0] = total[0];
-  weights.sums[m][1] = total[2];
+  for (int k = 0; k < Tile::PART / 16; ++k) mma_16816<T>(total, words[k], ones, ones);
+  sums[0] = total[0];
+  sums[1] = total[2];
+}
+
+// Both, of a part.
+template <typename T, typename Tile>
+__device__ __forceinline__ void exponentiate(PrefillWeights<Tile> &weights, int m, const PrefillScores<Tile> &scores,
+                                             float factor, const float (&minus_max)[2], const bool (&rounded)[2]) {
+  form_words<T, Tile>(weights, m, scores, factor, minus_max, rounded);
+  add_words<T, Tile>(weights.sums[m], weights.words[m]);
 }
 
 // Whether a row takes the tile's maximum: its sums are too large or not numbers, or it is far.
@@ -80,7 +93,7 @@ __device__ __forceinline__ void raise_maximum(PrefillState<Tile> &state, int m, 
     const float before = minus_max;
     if (rises(weights.sums[m][half], before)) minus_max = fminf(before, __fmul_rn(-highest, factor));
     used[half] = minus_max == INF ? 0.0f : minus_max;
-    if (far(minus_max)) state.most = -1.0f;
+    if (!(fabsf(minus_max) < FAR)) state.most = -1.0f;
     const float kept = exp2_approx(used[half] - before);  // 1 where the maximum stays, 0 where there was none
     state.sum[m][half] *= kept;
     state.exact[m][half] *= kept;
@@ -114,6 +127,7 @@ __device__ __forceinline__ void weigh(PrefillWeights<Tile> &weights, PrefillStat
       raise_maximum(state, m, used, weights, scores, factor);
       exponentiate<T, Tile>(weights, m, scores, factor, used, {far(used[0]), far(used[1])});
     }
+    if (__any_sync(0xffffffff, state.most < 0.0f)) state.most = -1.0f;
   }
 #pragma unroll
   for (int r = 0; r < Tile::LANE_ROWS; ++r) state.sum[r / 2][r % 2] += weights.sums[r / 2][r % 2];

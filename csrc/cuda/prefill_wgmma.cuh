@@ -25,6 +25,7 @@ struct WgmmaTile {
   static constexpr int WARPS = 8;  // that multiply
   static constexpr int M = 16;     // rows of a warp
   static constexpr int N = 64;     // tokens of a tile
+  static constexpr int PART = N;   // tokens for which a maximum is decided on at once
   static constexpr int ROWS = WARPS * M;
   static constexpr int THREADS = WARPS * WARP;        // a third group of warps copies
   static constexpr int CHUNKS = DIM / 8;              // 16-byte chunks of a row

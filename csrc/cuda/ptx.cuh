@@ -205,6 +205,20 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float first, float secon
   return *reinterpret_cast<const uint32_t *>(&both);
 }
 
+// pack<T>(1, 1), as a constant.
+template <typename T>
+constexpr __device__ uint32_t pair_of_ones();
+
+template <>
+constexpr __device__ uint32_t pair_of_ones<__half>() {
+  return 0x3c003c00;
+}
+
+template <>
+constexpr __device__ uint32_t pair_of_ones<__nv_bfloat16>() {
+  return 0x3f803f80;
+}
+
 // Two pairs of 16-bit numbers multiplied, each product rounded once.
 template <typename T>
 __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);

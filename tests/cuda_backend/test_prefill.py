@@ -118,3 +118,33 @@ def test_scores_of_a_billion(dtype, arch):
     assert scores.min() > 7e8
     assert torch.equal(out, value[:, :, [5, 90]].float().mean(2, keepdim=True).to(dtype).expand_as(out))
     torch.testing.assert_close(lse.double(), scores, rtol=2**-22, atol=0)
+
+
+# Tiles that all rows see without masks, of every kind that is not attended to as others are: more than one in a row,
+# before and behind such as rows see in part; runs of whole tiles and others; weights of a maximum that lags.
+USUAL = {
+    "causal_64": Plan(BF16, 1, 1, 2, 40, 700, 64, 64, is_causal=True, segments=[SegmentPlan(512), SegmentPlan(70)]),
+    "causal_128": Plan(F16, 2, 1, 3, 90, 400, 128, 128, is_causal=True, lengths=True, segments=[SegmentPlan(256)]),
+    "causal_256": Plan(BF16, 1, 1, 2, 70, 230, 256, 256, is_causal=True, segments=[SegmentPlan(128)]),
+    "window": Plan(BF16, 1, 1, 1, 300, 300, 128, 128, is_causal=True, window=200, segments=[SegmentPlan(300)]),
+    "gates": Plan(F16, 1, 2, 2, 40, 330, 128, 128, segments=[SegmentPlan(200, gate="token"), SegmentPlan(260)]),
+}  # fmt: skip
+CAPABILITIES = (80, 86, 90)  # blocks of 163 KiB of shared memory, of 99; other kernels
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("rises", [False, True])
+@pytest.mark.parametrize("name", USUAL)
+def test_usual_tiles(name, rises, capability):
+    """Where neither lse nor mass is wanted there is a way of its own for usual tiles: it gives the same bits."""
+    plan = USUAL[name]
+    plan.strided = False
+    call = build(plan, 7)
+    if rises:
+        call["key"] *= torch.linspace(0, 8, call["key"].shape[2])[:, None].to(plan.dtype)
+    with_sums, _ = attend(call, capability)
+    options = {key: value for key, value in call.items() if key not in ("query", "key", "value")}
+    with Simulator(capability).installed():
+        out = c2c.merged_attention(call["query"], call["key"], call["value"], **options, backend="cuda")
+    assert torch.equal(out, with_sums[0])
+    assert_as_exact("out", out, reference_call(call, plan.dtype, plan.dtype)[0], reference_call(call, torch.float64)[0])
