@@ -17,10 +17,9 @@ template <typename T, typename Tile>
 struct TokenCopy {
   const T *from;  // this thread's chunk, PASS_ROWS further with every pass
 
-  __device__ __forceinline__ TokenCopy(const Strided &rows, const PrefillPlace &place, int first) {
+  __device__ __forceinline__ TokenCopy(const PrefillRows &rows, int first) {
     const int chunk = thread_in<Tile::CHUNKS>(), row = thread_by<Tile::CHUNKS>();
-    from = static_cast<const T *>(rows.data) + place.batch * rows.b + place.kv_head * rows.h + (first + row) * rows.n +
-           chunk * 8;
+    from = static_cast<const T *>(rows.data) + (first + row) * rows.step + chunk * 8;
   }
 
   // The next tile, all of it.
@@ -209,10 +208,9 @@ __device__ __forceinline__ void copy_tile(const Attention &p, const PrefillRun &
   } else if (first >= run.stop - Tile::N) {
     return;
   } else if (run.vectorised) {
-    const Run &source = p.run[run.number];
     const int left = run.end - first - thread_by<Tile::CHUNKS>(), chunk = thread_in<Tile::CHUNKS>();
-    keys.next(to, chunk * 8 < p.head_dim ? left : 0, source.key.n * Tile::PASS_ROWS);
-    values.next(to + Tile::STAGE / 2, chunk * 8 < p.value_dim ? left : 0, source.value.n * Tile::PASS_ROWS);
+    keys.next(to, chunk * 8 < p.head_dim ? left : 0, run.keys.step * Tile::PASS_ROWS);
+    values.next(to + Tile::STAGE / 2, chunk * 8 < p.value_dim ? left : 0, run.values.step * Tile::PASS_ROWS);
     cp_async_commit();
   } else {
     convert_tile<T, Tile>(p, run, place, to, first);
@@ -229,12 +227,8 @@ struct RunWalk {
   int flip = Tile::STAGE;
   int next;
 
-  __device__ __forceinline__ RunWalk(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
-                                     uint32_t shared, int tile)
-      : keys(p.run[run.number].key, place, tile),
-        values(p.run[run.number].value, place, tile),
-        queries(shared),
-        next(tile) {
+  __device__ __forceinline__ RunWalk(const PrefillRun &run, uint32_t shared, int tile)
+      : keys(run.keys, tile), values(run.values, tile), queries(shared), next(tile) {
     const int lane = thread_in<WARP>();
     const uint32_t stages = shared + Tile::ROWS * Tile::QUERY_ROW;
     work = stages + Tile::STAGE + ((lane & 7) + lane / 16 * 8) * Tile::TOKEN_ROW + (lane / 8 & 1) * 16;
@@ -296,7 +290,7 @@ __device__ __forceinline__ void attend_run(const Attention &p, int number, Prefi
   int next = run.first;
 #pragma unroll 1
   for (;; next += Tile::N) {
-    RunWalk<T, Tile> walk(p, run, place, shared, next);
+    RunWalk<T, Tile> walk(run, shared, next);
     const int done = walk.attend_usual_tiles(run, state);
     next = walk.next;
     if (done < 0) {

@@ -134,9 +134,21 @@ __device__ __forceinline__ Span tiles_of(const Attention &p, int number, const P
   return {from, max(from, block.any_to)};
 }
 
+// Keys or values of a run and a KV head.
+struct PrefillRows {
+  const void *data;
+  int64_t step;  // from a token to the next
+
+  __device__ __forceinline__ void set(const Strided &rows, int size, const PrefillPlace &place) {
+    data = static_cast<const char *>(rows.data) + (place.batch * rows.b + place.kv_head * rows.h) * size;
+    step = rows.n;
+  }
+};
+
 // What warps have to know of a run; in shared memory too.
 struct PrefillRun {
   Sight sight[8];            // of each warp
+  PrefillRows keys, values;  // where they are copied as they are
   int key_step, value_step;  // numbers from a pass of copies to the next, where there are whole tiles
   int whole;                 // tiles that begin before are copied whole
   int stop;                  // one tile after the block's last one, or equal to first where there are none
@@ -170,13 +182,14 @@ struct PrefillRun {
     compares = hides;
     vectorised = source.vectorised && source.key_type == p.dtype && !source.index.data && !source.key_scale.data &&
                  !source.value_scale.data;
-    const int64_t keys = source.key.n * Tile::PASS_ROWS, values = source.value.n * Tile::PASS_ROWS;
-    key_step = static_cast<int>(keys);
-    value_step = static_cast<int>(values);
-    whole =
-        vectorised && key_step == keys && value_step == values && p.head_dim == Tile::DIM && p.value_dim == Tile::DIM
-            ? min(tokens, stop - Tile::N) - Tile::N + 1
-            : 0;
+    keys.set(source.key, 2, place);
+    values.set(source.value, 2, place);
+    key_step = static_cast<int>(keys.step * Tile::PASS_ROWS);
+    value_step = static_cast<int>(values.step * Tile::PASS_ROWS);
+    whole = vectorised && key_step == keys.step * Tile::PASS_ROWS && value_step == values.step * Tile::PASS_ROWS &&
+                    p.head_dim == Tile::DIM && p.value_dim == Tile::DIM
+                ? min(tokens, stop - Tile::N) - Tile::N + 1
+                : 0;
     exact = p.lse.data || p.mass.data;
   }
 };
