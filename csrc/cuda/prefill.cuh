@@ -196,47 +196,47 @@ __device__ __forceinline__ void receive() {
   barrier_sync(0, Tile::THREADS);
 }
 
-// Copies the tile of tokens from `first` on, where it is one of the run.
+// The whole tile that `keys` and `values` have come to.
 template <typename T, typename Tile>
-__device__ __forceinline__ void copy_tile(const Attention &p, const PrefillRun &run, TokenCopy<T, Tile> &keys,
-                                          TokenCopy<T, Tile> &values, const PrefillPlace &place, uint32_t to,
-                                          int first) {
-  if (first < run.whole) {  // the usual tile; nothing before this is asked
-    keys.whole(to, run.key_step);
-    values.whole(to + Tile::STAGE / 2, run.value_step);
-    cp_async_commit();
-  } else if (first >= run.stop - Tile::N) {
-    return;
-  } else if (run.vectorised) {
-    const int left = run.end - first - thread_by<Tile::CHUNKS>(), chunk = thread_in<Tile::CHUNKS>();
-    keys.next(to, chunk * 8 < p.head_dim ? left : 0, run.keys.step * Tile::PASS_ROWS);
-    values.next(to + Tile::STAGE / 2, chunk * 8 < p.value_dim ? left : 0, run.values.step * Tile::PASS_ROWS);
-    cp_async_commit();
-  } else {
-    convert_tile<T, Tile>(p, run, place, to, first);
-  }
+__device__ __forceinline__ void copy_whole(const PrefillRun &run, TokenCopy<T, Tile> &keys, TokenCopy<T, Tile> &values,
+                                           uint32_t to) {
+  const int key_step = run.key_step, value_step = run.value_step;
+  keys.whole(to, key_step);
+  values.whole(to + Tile::STAGE / 2, value_step);
+  cp_async_commit();
 }
 
-// Where a thread is in a run: at tile `next`, which is on its way while the one before is worked on. All of it follows
-// from `next`, so that registers need not keep it while parts are attended to.
+// Copies the tile of tokens from `first` on, where it is one of the run.
+template <typename T, typename Tile>
+__device__ __forceinline__ void copy_tile(const Attention &p, const PrefillRun &run, const PrefillPlace &place,
+                                          uint32_t to, int first) {
+  if (first >= run.stop - Tile::N) return;
+  if (!run.vectorised) return convert_tile<T, Tile>(p, run, place, to, first);
+  TokenCopy<T, Tile> keys(run.keys, first), values(run.values, first);
+  if (first < run.whole) return copy_whole(run, keys, values, to);
+  const int left = run.end - first - thread_by<Tile::CHUNKS>(), chunk = thread_in<Tile::CHUNKS>();
+  keys.next(to, chunk * 8 < p.head_dim ? left : 0, run.keys.step * Tile::PASS_ROWS);
+  values.next(to + Tile::STAGE / 2, chunk * 8 < p.value_dim ? left : 0, run.values.step * Tile::PASS_ROWS);
+  cp_async_commit();
+}
+
+// Where a thread is in a run: at tile `next`, which is on its way while the one before is worked on.
 template <typename T, typename Tile>
 struct RunWalk {
-  TokenCopy<T, Tile> keys, values;
   SharedQueries<Tile> queries;
   uint32_t work, to;  // this lane's keys in the stage worked on; this thread's first chunk in the one that is filled
   int flip = Tile::STAGE;
   int next;
 
-  __device__ __forceinline__ RunWalk(const PrefillRun &run, uint32_t shared, int tile)
-      : keys(run.keys, tile), values(run.values, tile), queries(shared), next(tile) {
+  __device__ __forceinline__ RunWalk(uint32_t shared, int first) : queries(shared), next(first) {
     const int lane = thread_in<WARP>();
     const uint32_t stages = shared + Tile::ROWS * Tile::QUERY_ROW;
     work = stages + Tile::STAGE + ((lane & 7) + lane / 16 * 8) * Tile::TOKEN_ROW + (lane / 8 & 1) * 16;
     to = stages + thread_by<Tile::CHUNKS>() * Tile::TOKEN_ROW + thread_in<Tile::CHUNKS>() * 16;
-    if ((next - run.first) / Tile::N % 2) turn();
   }
 
-  __device__ __forceinline__ void turn() {
+  __device__ __forceinline__ void go_on() {
+    next += Tile::N;
     to += flip;
     work -= flip;
     flip = -flip;
@@ -248,6 +248,8 @@ struct RunWalk {
     const Sight sight = run.sight[thread_by<WARP>()];
     if (run.exact || state.most < 0.0f || next - Tile::N < sight.plain_from) return -1;
     const int stop = min(sight.plain_to + 1, run.whole);
+    if (next >= stop) return -1;
+    TokenCopy<T, Tile> keys(run.keys, next), values(run.values, next);
     const float factor = run.factor;
     const uint32_t apart = from_keys_to_values<Tile>();
     const std::conditional_t<(Tile::HELD > 0), HeldQueries<Tile>, SharedQueries<Tile>> usual_queries(queries);
@@ -255,10 +257,7 @@ struct RunWalk {
 #pragma unroll 1
     while (next < stop) {
       receive<Tile>();
-      const int key_step = run.key_step, value_step = run.value_step;
-      keys.whole(to, key_step);
-      values.whole(to + Tile::STAGE / 2, value_step);
-      cp_async_commit();
+      copy_whole(run, keys, values, to);
 #pragma unroll
       for (int part = 0; part < Tile::N; part += Tile::USUAL) {
         const uint32_t at = work + part * Tile::TOKEN_ROW;
@@ -269,8 +268,7 @@ struct RunWalk {
         }
         usual.multiply(state, at + apart);
       }
-      next += Tile::N;
-      turn();
+      go_on();
     }
   unusual:
     state.kept_usual();
@@ -287,18 +285,17 @@ __device__ __forceinline__ void attend_run(const Attention &p, int number, Prefi
   __syncthreads();  // everyone is done with the run before
   run.set<Tile>(p, number, place);
   __syncthreads();
-  int next = run.first;
+  RunWalk<T, Tile> walk(shared, run.first);
 #pragma unroll 1
-  for (;; next += Tile::N) {
-    RunWalk<T, Tile> walk(run, shared, next);
+  for (;; walk.go_on()) {
     const int done = walk.attend_usual_tiles(run, state);
-    next = walk.next;
     if (done < 0) {
-      if (next >= run.stop) break;
+      if (walk.next >= run.stop) break;
       receive<Tile>();
-      copy_tile(p, run, walk.keys, walk.values, place, walk.to, next);
+      copy_tile<T, Tile>(p, run, place, walk.to, walk.next);
     }
-    attend_parts<T, Tile>(p, run, place, state, walk.queries, walk.work, next - Tile::N, max(done, 0));
+    attend_parts<T, Tile>(p, run, place, state, walk.queries, walk.work, walk.next - Tile::N, max(done, 0));
+    walk.queries = SharedQueries<Tile>(shared);  // so that no register holds it meanwhile
   }
   if (run.exact) finish_run(p, run.number, place, state);
 }

@@ -16,7 +16,7 @@ struct PrefillTile {
   static constexpr int PART = DIM > 128 ? 16 : DIM > 64 ? 32 : 64;  // tokens for which a maximum is decided on at once
   static constexpr int N = LARGE ? 2 * PART : PART;                 // tokens of a tile
   static constexpr int USUAL = DIM > 64 ? N : 64;                   // tokens of it for which registers hold scores
-  static constexpr int HELD = DIM > 128 ? 15 : 0;                   // steps whose queries registers hold
+  static constexpr int HELD = DIM > 128 ? 9 : 0;  // steps of 16 whose queries registers hold; more spill
   static constexpr int ROWS = WARPS * M;
   static constexpr int THREADS = WARPS * WARP;
   static constexpr int CHUNKS = DIM / 8;                             // 16-byte chunks of a row
@@ -153,11 +153,12 @@ struct PrefillRun {
   int whole;                 // tiles that begin before are copied whole
   int stop;                  // one tile after the block's last one, or equal to first where there are none
   int first, number, end;
-  float factor;     // of scores in the exponent of 2
-  bool special;     // finish_scores turns scores into logits of base 2; factor is 1 then
-  bool compares;    // positions hide tokens
-  bool vectorised;  // rows are copied as they are, 16 bytes at a time
-  bool exact;       // sums of unrounded weights are wanted
+  float factor;        // of scores in the exponent of 2
+  float inner, outer;  // of special ones, before and behind tanh; outer is 0 where there is no softcap
+  bool special;        // finish_scores turns scores into logits of base 2; factor is 1 then
+  bool compares;       // positions hide tokens
+  bool vectorised;     // rows are copied as they are, 16 bytes at a time
+  bool exact;          // sums of unrounded weights are wanted
 
   // A barrier later all of it is there.
   template <typename Tile>
@@ -178,6 +179,8 @@ struct PrefillRun {
     first = tiles.from;
     stop = tiles.from < tiles.to ? tiles.to + Tile::N : tiles.from;
     factor = changes ? 1.0f : p.scale * LOG2E;
+    inner = p.softcap == 0.0f ? p.scale * LOG2E : 2.0f * LOG2E * p.scale / p.softcap;
+    outer = p.softcap * LOG2E;
     special = changes;
     compares = hides;
     vectorised = source.vectorised && source.key_type == p.dtype && !source.index.data && !source.key_scale.data &&
@@ -215,12 +218,11 @@ __device__ __forceinline__ void each_score(PrefillScores<Tile> &scores, int firs
 
 // Scores in base 2: softcap * tanh(z / softcap), absolutely as exact as z: tanh x = 1 - 2 / (1 + e^2x).
 template <typename Tile>
-__device__ __forceinline__ void scale_scores(const Attention &p, PrefillScores<Tile> &scores) {
-  if (p.softcap == 0.0f) {
-    const float scale = p.scale * LOG2E;
-    each_score(scores, 0, [&](float &z, int, int) { z *= scale; });
+__device__ __forceinline__ void scale_scores(const PrefillRun &run, PrefillScores<Tile> &scores) {
+  const float inner = run.inner, outer = run.outer;
+  if (outer == 0.0f) {
+    each_score(scores, 0, [&](float &z, int, int) { z *= inner; });
   } else {
-    const float inner = 2.0f * LOG2E * p.scale / p.softcap, outer = p.softcap * LOG2E;
     each_score(scores, 0,
                [&](float &z, int, int) { z = outer - __fdividef(2.0f * outer, 1.0f + exp2_approx(z * inner)); });
   }
@@ -335,7 +337,7 @@ __device__ __forceinline__ void finish_scores(const Attention &p, const PrefillR
                                               PrefillScores<Tile> &scores, int first) {
   const int token = first + thread() % 4 * 2;
   if (run.special) {
-    scale_scores(p, scores);
+    scale_scores(run, scores);
     if (p.run[run.number].gate.data) gate_scores(p, run, place, scores, token);
     if (run.number == 0 && p.mask.data) mask_scores(p, run, place, scores, token);
     if (run.compares) hide_by_position(p, run, place, scores, token);
