@@ -158,12 +158,23 @@ template <typename T, typename Tile>
 struct UsualWeights {
   static constexpr int PARTS = Tile::USUAL / Tile::PART;
   PrefillWeights<AtOnce<Tile>> weights;
-  float sums[PARTS][Tile::MT][2];
+  // Of each part and 16 rows; at 16 rows of a warp two parts' share the columns of one product with ones, and
+  // registers.
+  static constexpr int SHARING = Tile::MT == 1 ? PARTS : 1;
+  float sums[PARTS * Tile::MT / SHARING][4] = {};
+
+  // The ones of the first part, or of the only one: of even columns where two share them.
+  static __device__ __forceinline__ uint32_t find_ones() { return SHARING > 1 && thread() & 4 ? 0 : pair_of_ones<T>(); }
+
+  // Of the lane's row r.
+  __device__ __forceinline__ float sum(int part, int r) const {
+    return sums[(part * Tile::MT + r / 2) / SHARING][r % 2 * 2 + part % SHARING];
+  }
 
   // Returns whether that is all: false where a row may have to take another maximum.
   template <typename Queries>
   __device__ __forceinline__ bool form(const PrefillState<Tile> &state, const Queries &queries, uint32_t keys,
-                                       float factor) {
+                                       float factor, uint32_t first_ones) {
     PrefillScores<AtOnce<Tile>> scores;
     multiply_keys<T>(scores, queries, keys);
     bool high = false;
@@ -172,8 +183,9 @@ struct UsualWeights {
       form_words<T>(weights, m, scores, factor, state.minus_max[m], {false, false});
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
-        add_words<T, Tile>(sums[part][m], weights.words[m] + part * Tile::PART / 16);
-        high = high || !(sums[part][m][0] <= MAX_TILE_SUM) || !(sums[part][m][1] <= MAX_TILE_SUM);
+        const uint32_t ones = part % SHARING ? first_ones ^ pair_of_ones<T>() : first_ones;
+        add_words<T, Tile>(sums[(part * Tile::MT + m) / SHARING], weights.words[m] + part * Tile::PART / 16, ones);
+        high = high || !(sum(part, 2 * m) <= MAX_TILE_SUM) || !(sum(part, 2 * m + 1) <= MAX_TILE_SUM);
       }
     }
     return !__any_sync(0xffffffff, high);
@@ -184,7 +196,7 @@ struct UsualWeights {
 #pragma unroll
     for (int part = 0; part < PARTS; ++part)
 #pragma unroll
-      for (int r = 0; r < Tile::LANE_ROWS; ++r) state.sum[r / 2][r % 2] += sums[part][r / 2][r % 2];
+      for (int r = 0; r < Tile::LANE_ROWS; ++r) state.sum[r / 2][r % 2] += sum(part, r);
     multiply_values<T>(state, weights, values);
   }
 };
@@ -253,6 +265,7 @@ struct RunWalk {
     const float factor = run.factor;
     const uint32_t apart = from_keys_to_values<Tile>();
     const std::conditional_t<(Tile::HELD > 0), HeldQueries<Tile>, SharedQueries<Tile>> usual_queries(queries);
+    const uint32_t ones = UsualWeights<T, Tile>::find_ones();
     int done = -1;
 #pragma unroll 1
     while (next < stop) {
@@ -262,7 +275,7 @@ struct RunWalk {
       for (int part = 0; part < Tile::N; part += Tile::USUAL) {
         const uint32_t at = work + part * Tile::TOKEN_ROW;
         UsualWeights<T, Tile> usual;
-        if (!usual.form(state, usual_queries, at, factor)) {
+        if (!usual.form(state, usual_queries, at, factor, ones)) {
           done = part;
           goto unusual;
         }
@@ -303,6 +316,7 @@ __device__ __forceinline__ void attend_run(const Attention &p, int number, Prefi
 template <typename T, typename Tile>
 __device__ __forceinline__ void prefill(const Attention &p) {
   extern __shared__ __align__(1024) unsigned char shared[];
+  static_assert(sizeof(PrefillNotes) <= 256, "notes fit behind the stages");
   PrefillNotes &notes = *reinterpret_cast<PrefillNotes *>(shared + Tile::ROWS * Tile::QUERY_ROW + 2 * Tile::STAGE);
   PrefillPlace &place = notes.place;
   if (thread() == 0) place.set<Tile>(p);

@@ -14,8 +14,7 @@ struct PrefillState {
   float minus_max[Tile::MT][2];   // +inf while nothing has been seen: then exponentials are inf or NaN
   float sum[Tile::MT][2] = {};    // of the weights as they are multiplied, rounded to 16 bits
   float exact[Tile::MT][2] = {};  // of unrounded weights, for lse and mass: this lane's part of this run's
-  float most =
-      -1.0f;  // of a part's sums; -1 while a row of the warp has seen nothing or is far: each part is looked at
+  float most = -1.0f;             // of a part's sums; -1 while a row of the warp has seen nothing, or is far
 
   __device__ __forceinline__ PrefillState() {
 #pragma unroll

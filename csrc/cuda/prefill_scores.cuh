@@ -16,7 +16,7 @@ struct PrefillTile {
   static constexpr int PART = DIM > 128 ? 16 : DIM > 64 ? 32 : 64;  // tokens for which a maximum is decided on at once
   static constexpr int N = LARGE ? 2 * PART : PART;                 // tokens of a tile
   static constexpr int USUAL = DIM > 64 ? N : 64;                   // tokens of it for which registers hold scores
-  static constexpr int HELD = DIM > 128 ? 9 : 0;  // steps of 16 whose queries registers hold; more spill
+  static constexpr int HELD = DIM > 128 ? 15 : 0;  // steps whose queries registers hold, of 16: one more pads products
   static constexpr int ROWS = WARPS * M;
   static constexpr int THREADS = WARPS * WARP;
   static constexpr int CHUNKS = DIM / 8;                             // 16-byte chunks of a row

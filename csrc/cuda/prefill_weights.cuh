@@ -54,15 +54,11 @@ __device__ __forceinline__ void form_words(PrefillWeights<Tile> &weights, int m,
     }
 }
 
-// Sums of the words of 16 rows and a part's tokens.
+// Adds the words of 16 rows and a part's tokens up, in the columns for which this lane's `ones` are such.
 template <typename T, typename Tile>
-__device__ __forceinline__ void add_words(float (&sums)[2], const uint32_t (*words)[4]) {
-  constexpr uint32_t ones = pair_of_ones<T>();
-  float total[4] = {};
+__device__ __forceinline__ void add_words(float (&total)[4], const uint32_t (*words)[4], uint32_t ones) {
 #pragma unroll
   for (int k = 0; k < Tile::PART / 16; ++k) mma_16816<T>(total, words[k], ones, ones);
-  sums[0] = total[0];
-  sums[1] = total[2];
 }
 
 // Both, of a part.
@@ -70,7 +66,10 @@ template <typename T, typename Tile>
 __device__ __forceinline__ void exponentiate(PrefillWeights<Tile> &weights, int m, const PrefillScores<Tile> &scores,
                                              float factor, const float (&minus_max)[2], const bool (&rounded)[2]) {
   form_words<T, Tile>(weights, m, scores, factor, minus_max, rounded);
-  add_words<T, Tile>(weights.sums[m], weights.words[m]);
+  float total[4] = {};
+  add_words<T, Tile>(total, weights.words[m], pair_of_ones<T>());
+  weights.sums[m][0] = total[0];
+  weights.sums[m][1] = total[2];
 }
 
 // Whether a row takes the tile's maximum: its sums are too large or not numbers, or it is far.
