@@ -158,8 +158,8 @@ template <typename T, typename Tile>
 struct UsualWeights {
   static constexpr int PARTS = Tile::USUAL / Tile::PART;
   PrefillWeights<AtOnce<Tile>> weights;
-  // Of each part and 16 rows; at 16 rows of a warp two parts' share the columns of one product with ones, and
-  // registers.
+  // Of each part and 16 rows. Where a warp has no more rows, two parts' share the columns of a product with ones, and
+  // registers; one that is no number makes the other so too.
   static constexpr int SHARING = Tile::MT == 1 ? PARTS : 1;
   float sums[PARTS * Tile::MT / SHARING][4] = {};
 
@@ -258,7 +258,7 @@ struct RunWalk {
   // of its tokens have been attended to; -1 where the next has not been received.
   __device__ __forceinline__ int attend_usual_tiles(const PrefillRun &run, PrefillState<Tile> &state) {
     const Sight sight = run.sight[thread_by<WARP>()];
-    if (run.exact || state.most < 0.0f || next - Tile::N < sight.plain_from) return -1;
+    if (run.exact || state.risen || next - Tile::N < sight.plain_from) return -1;
     const int stop = min(sight.plain_to + 1, run.whole);
     if (next >= stop) return -1;
     TokenCopy<T, Tile> keys(run.keys, next), values(run.values, next);

@@ -14,7 +14,8 @@ struct PrefillState {
   float minus_max[Tile::MT][2];   // +inf while nothing has been seen: then exponentials are inf or NaN
   float sum[Tile::MT][2] = {};    // of the weights as they are multiplied, rounded to 16 bits
   float exact[Tile::MT][2] = {};  // of unrounded weights, for lse and mass: this lane's part of this run's
-  float most = -1.0f;             // of a part's sums; -1 while a row of the warp has seen nothing, or is far
+  float most = MAX_TILE_SUM;      // of the lane's rows; -1 where one is far, so that it is looked at in every tile
+  bool risen = true;              // in the last part, by a row of the warp: it is far, or the next may rise as well
 
   __device__ __forceinline__ PrefillState() {
 #pragma unroll
@@ -23,6 +24,7 @@ struct PrefillState {
 
   // What usual tiles leave as it was, said anew, so that no registers hold it meanwhile.
   __device__ __forceinline__ void kept_usual() {
+    risen = false;
     asm volatile("mov.f32 %0, %1;" : "=f"(most) : "f"(MAX_TILE_SUM));
 #pragma unroll
     for (int r = 0; r < Tile::LANE_ROWS; ++r) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(exact[r / 2][r % 2]));

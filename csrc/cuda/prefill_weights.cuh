@@ -92,7 +92,7 @@ __device__ __forceinline__ void raise_maximum(PrefillState<Tile> &state, int m, 
     const float before = minus_max;
     if (rises(weights.sums[m][half], before)) minus_max = fminf(before, __fmul_rn(-highest, factor));
     used[half] = minus_max == INF ? 0.0f : minus_max;
-    if (!(fabsf(minus_max) < FAR)) state.most = -1.0f;
+    if (far(minus_max)) state.most = -1.0f;
     const float kept = exp2_approx(used[half] - before);  // 1 where the maximum stays, 0 where there was none
     state.sum[m][half] *= kept;
     state.exact[m][half] *= kept;
@@ -117,7 +117,8 @@ __device__ __forceinline__ void weigh(PrefillWeights<Tile> &weights, PrefillStat
     const float sum = weights.sums[r / 2][r % 2];  // at head dims up to 64 sm_90 has no register left for `most`
     high = high || (Tile::DIM > 64 ? !(sum <= state.most) : rises(sum, state.minus_max[r / 2][r % 2]));
   }
-  if (__any_sync(0xffffffff, high)) {
+  state.risen = __any_sync(0xffffffff, high);
+  if (state.risen) {
     Tile::settle(state.out);
     state.most = MAX_TILE_SUM;
 #pragma unroll
@@ -126,7 +127,6 @@ __device__ __forceinline__ void weigh(PrefillWeights<Tile> &weights, PrefillStat
       raise_maximum(state, m, used, weights, scores, factor);
       exponentiate<T, Tile>(weights, m, scores, factor, used, {far(used[0]), far(used[1])});
     }
-    if (__any_sync(0xffffffff, state.most < 0.0f)) state.most = -1.0f;
   }
 #pragma unroll
   for (int r = 0; r < Tile::LANE_ROWS; ++r) state.sum[r / 2][r % 2] += weights.sums[r / 2][r % 2];
