@@ -5,7 +5,7 @@
 
 namespace c2c {
 
-constexpr float MAX_TILE_SUM = 1024.0f;  // of weights that were formed with an older maximum
+constexpr float MAX_TILE_SUM = 16384.0f;  // of weights that were formed with an older maximum: float16 holds them
 
 // A lane's rows are the warp's first + lane / 4 + 8 r.
 template <typename Tile>
