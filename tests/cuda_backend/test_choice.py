@@ -99,8 +99,7 @@ def test_what_is_refused_by_name_is_left_to_others_without(fields, strategy, mes
 @built
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_prefill_of_sm_90(capability):
-    """By the device alone, and where a block may have 99 KiB by that; tensor maps are those of the runs that are stored as
-    they are multiplied."""
+    """By the device alone, and what a block may have there; its tensor maps are those of runs stored as multiplied."""
     segments = [SegmentPlan(9), SegmentPlan(0), SegmentPlan(8, quantised=True), SegmentPlan(8, index=True)]
     launched: list[cuda.Launch] = []
     arguments = call(q_len=40, segments=segments, strided=False)
