@@ -72,7 +72,6 @@ def test_absorbed_rows_that_fill_one_vector(kv_heads, group, q_len, length, head
     check(Plan(torch.bfloat16, 2, kv_heads, group, q_len, 70, 64, 40, segments=[segment], **call), 3)
 
 
-
 @pytest.mark.parametrize("strategy", ["absorb", "materialize"])
 def test_long_prefill(strategy):
     segment = SegmentPlan(length=700, heads=2, key_dim=64, value_dim=64, projector="dense", positions="shared")

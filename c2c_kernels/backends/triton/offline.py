@@ -91,8 +91,7 @@ def usage(kernel: Any, target: Target) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(kernel.asm["cubin"])
-        command = [_tool("cuobjdump"), "--dump-resource-usage", binary]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        text = _run("cuobjdump", "--dump-resource-usage", binary).stdout
     registers, stack = _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
     blocks = min(
         _REGISTERS // (_rounded(registers, 8) * 32 * warps),
@@ -103,18 +102,22 @@ def usage(kernel: Any, target: Target) -> Usage:
 
 
 def serialised(kernel: Any) -> bool:
-    """Whether sm_90's products wait for one another, one `wgmma` at a time: the assembler does so, and says it, where it
-    finds a product's sums read or written elsewhere while the product may be under way.
+    """Whether sm_90's products wait for one another, one `wgmma` at a time.
+
+    The assembler makes them, and says so, where it finds a product's sums read or written elsewhere while the product
+    may be under way.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
-        command = [_tool("ptxas"), "--verbose", "--gpu-name", "sm_90a", source, "-o", Path(folder) / "kernel.cubin"]
-        return "are serialized" in subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        report = _run("ptxas", "--verbose", "--gpu-name", "sm_90a", source, "-o", Path(folder) / "kernel.cubin").stderr
+    return "are serialized" in report
 
 
-def _tool(name: str) -> Path:
-    return Path(triton.__file__).parent / "backends/nvidia/bin" / name
+def _run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs one of the CUDA tools that triton brings along."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True)
 
 
 def _rounded(number: int, to: int) -> int:

@@ -93,8 +93,10 @@ def burdened(kinds: Sequence[Kind], softcap: bool) -> bool:
 
 
 def relieved_tokens(call: Call, tokens: Sequence[int], kinds: Sequence[Kind], softcap: bool) -> tuple[int, ...]:
-    """Tokens of a tile of prefill for every run: on sm_80 fewer where many options, or scales and what has a number for
-    every token too, would spill registers."""
+    """Tokens of a tile of prefill for every run.
+
+    On sm_80 fewer where many options, or scales beside gates or positions, would spill registers.
+    """
     if _family(call.target) != "sm_80":
         return tuple(tokens)
     crowded = [burdened([kind], softcap) or (kind.scaled and (kind.gate == 3 or kind.positions == 2)) for kind in kinds]
@@ -104,10 +106,11 @@ def relieved_tokens(call: Call, tokens: Sequence[int], kinds: Sequence[Kind], so
 def relieved(call: Call, tile: Tile, kinds: Sequence[Kind], softcap: bool, block_v: int) -> tuple[Tile, int]:
     """The tile of prefill, and how many programs it takes, each with its part of the value dims.
 
-    Two, which form scores twice (1.5 times the products), where many options, or a mask and a gate, would spill registers
-    (in float32 on sm_90 above a value dim of 128), or a wider segment's three accumulators took more than sm_100's 512 columns of
-    tensor memory. On sm_80 many options are read without being asked for ahead; where rows are fewer than value dims
-    (4 warps of 64 rows and 128 dims), rows are halved for them and for wider segments. No bit of any run changes.
+    Two, which form scores twice (1.5 times the products), where many options, or a mask and a gate, would spill
+    registers (in float32 on sm_90 above a value dim of 128), or a wider segment's three accumulators took more than
+    sm_100's 512 columns of tensor memory. On sm_80 many options are read without being asked for ahead; where rows are
+    fewer than value dims (4 warps of 64 rows and 128 dims), rows are halved for them and for wider segments. No bit of
+    any run changes.
     """
     family, many = _family(call.target), burdened(kinds, softcap)
     wide = any(kind.wide for kind in kinds)
@@ -226,8 +229,10 @@ def backward_tile(call: Call) -> Tile:
 
 
 def attention_registers(call: Call, many: bool) -> int:
-    """Launch.registers of prefill and decode: on sm_100, and of wide heads in float32, as in `backward_registers`, with a
-    mask or where `many` options meet (`burdened`; registers change no bit); elsewhere the compiler chooses better itself.
+    """Launch.registers of prefill and decode, with a mask or where `many` options meet (`burdened`).
+
+    On sm_100, and of wide heads in float32, as in `backward_registers`; elsewhere the compiler chooses better itself.
+    Registers change no bit.
     """
     wide_heads = call.single and call.block_dim > 128
     return 255 if (call.heavy or many) and (wide_heads or _family(call.target) == "sm_100") else 0
