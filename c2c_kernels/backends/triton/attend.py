@@ -240,7 +240,7 @@ def attend(
     key_n, value_n = step(run.key_n, KIND), step(run.value_n, KIND)
     if GATE == 1:
         row_gate = gate_of_rows(run, batch_row, heads, row_inside, GATE)
-    if first < last:
+    if KEY_RAW != 0 or first < last:
         for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
             tokens = start + cols
             inside = tokens < end

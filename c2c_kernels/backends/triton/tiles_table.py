@@ -229,13 +229,12 @@ def backward_tile(call: Call) -> Tile:
 
 
 def attention_registers(call: Call, many: bool) -> int:
-    """Launch.registers of prefill and decode, with a mask or where `many` options meet (`burdened`).
-
-    On sm_100, and of wide heads in float32, as in `backward_registers`; elsewhere the compiler chooses better itself.
-    Registers change no bit.
+    """Launch.registers of prefill and decode: as in `backward_registers` of prefill of wide heads in float32, and on
+    sm_100 with a mask or where `many` options meet (`burdened`). Registers change no bit.
     """
-    wide_heads = call.single and call.block_dim > 128
-    return 255 if (call.heavy or many) and (wide_heads or _family(call.target) == "sm_100") else 0
+    if call.single and call.block_dim > 128 and not decodes(call):
+        return 255
+    return 255 if (call.heavy or many) and _family(call.target) == "sm_100" else 0
 
 
 def backward_registers(call: Call) -> int:
