@@ -4,11 +4,10 @@
 // Scores are transposed as in attention_block.h, s[token][row] = K Q^T, and so are the sums, [value][row] = V^T P^T:
 // weights P, rounded to bfloat16 as PyTorch's attention rounds them, are packed where they are computed, tokens in
 // pairs. Queries are multiplied as they are stored and scores scaled afterwards; folded queries, which are float32, are
-// taken as the sum of two bfloat16 terms, or, where rows fill one vector at most, rounded.
+// taken as the sum of two bfloat16 terms.
 
 #if defined(C2C_MATRIX_TILES)
-// Folded queries that are rounded err as much as projected keys do, which are rounded too where they are materialised.
-static int64_t query_terms(const Tile &tile) { return tile.run.absorbed && tile.rows > SIDE ? 2 : 1; }
+static int64_t query_terms(const Run &run) { return run.absorbed ? 2 : 1; }
 
 // Whether many rows attend to a run by tiles.
 static bool reads_tiles(const Run &run, const c2c_attention_params &p) {
@@ -24,7 +23,7 @@ static void pack_queries(const Tile &tile, TileScratch &x) {
   const Run &run = tile.run;
   bf16 *const first = (bf16 *)x.panels;
   pack_tile_columns(first, x.q, run.key_ld, tile.rows, run.key_width);
-  if (query_terms(tile) == 1) return;
+  if (query_terms(run) == 1) return;
   for (int64_t i = 0; i < tile.rows * run.key_ld; i += LANES) {
     const V q = load(x.q + i);
     bf16 term[LANES];
@@ -110,7 +109,7 @@ static void score_panel(const Tile &tile, const TilePanel &panel, const BlockKey
   const bool asks = tile.rows <= SIDE && tile.run.value_width <= WIDEST_ASKED;
   const int64_t step = asks ? SIDE : panel.tokens;
   queries += panel.r * depth_tiles * DEPTH;
-  for (int64_t term = 0; term < query_terms(tile); ++term)
+  for (int64_t term = 0; term < query_terms(tile.run); ++term)
     for (int64_t k = 0; k < keys.products; ++k) {
       const bf16 *const columns = queries + term * query_tiles_size(tile) + k * keys.depth_tiles * PACKED;
       TileRows rows = keys.rows;

@@ -73,6 +73,7 @@ def prefill_kernel(
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     here = tl.arange(0, BLOCK_R)[None, :]
+    shares = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     first_query = tile * BLOCK_M // GROUP
     last_query = tl.minimum(tile * BLOCK_M + BLOCK_M, q_len * GROUP) - 1
     last_query = last_query // GROUP
@@ -129,15 +130,18 @@ def prefill_kernel(
                 scale, softcap, segment_window, None, value_first,
                 KINDS[number], True, SOFTCAP, DIM, VALUE_DIM, 0, 0, BLOCK_D, BLOCK_V, TOKENS[number], 1, PRECISION,
             )  # fmt: skip
-        # Each run's part of l: while the second run is read the first one's is l itself, and takes no registers.
-        if number == 0:
+        # Each run's part of l. Of two runs the first one's is l itself while the second is read: no registers for it.
+        # One rounding of l in both forms, or a third run that is closed would change bits.
+        kept = tl.exp2(m_before - safe(m))
+        if RUNS > 2:
+            shares = tl.where(here == number, part[:, None], shares * kept[:, None])
+            l = tl.fma(l, kept, part)
+        elif number == 0:
             l = part
             shares = tl.zeros((BLOCK_M, BLOCK_R), tl.float32) + part[:, None]
         else:
-            kept = tl.exp2(m_before - safe(m))
-            shares = (shares if number > 1 else l[:, None]) * kept[:, None]
-            shares = tl.where(here == number, part[:, None], shares)
-            l = l * kept + part
+            shares = tl.where(here == number, part[:, None], (l * kept)[:, None])
+            l = tl.fma(l, kept, part)
     # What the compiler cannot know: sums of weights are not below 0. So rows are worked out again here, and what is
     # formed of them above, a register for every row of a tile of queries, is not kept beside the sums meanwhile.
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M) + tl.where(l < 0.0, 1, 0)

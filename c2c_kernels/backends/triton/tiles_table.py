@@ -106,22 +106,23 @@ def relieved_tokens(call: Call, tokens: Sequence[int], kinds: Sequence[Kind], so
 def relieved(call: Call, tile: Tile, kinds: Sequence[Kind], softcap: bool, block_v: int) -> tuple[Tile, int]:
     """The tile of prefill, and how many programs it takes, each with its part of the value dims.
 
-    Two, which form scores twice (1.5 times the products), where many options, or a mask and a gate, would spill
-    registers (in float32 on sm_90 above a value dim of 128), or a wider segment's three accumulators took more than
-    sm_100's 512 columns of tensor memory. On sm_80 many options are read without being asked for ahead; where rows are
-    fewer than value dims (4 warps of 64 rows and 128 dims), rows are halved for them and for wider segments. No bit of
-    any run changes.
+    Two, which form scores twice (1.5 times the products), above a value dim of 128 where many options (in float32 on
+    sm_90 a mask and a gate too) would spill registers, or a wider segment's three accumulators took more than sm_100's
+    512 columns of tensor memory. On sm_80 rows are halved instead where they are fewer than value dims, and two parts
+    would turn how warps share them out (4 warps of 64 rows and 128 dims): for many options and wider segments. No bit
+    of any run changes.
     """
     family, many = _family(call.target), burdened(kinds, softcap)
     wide = any(kind.wide for kind in kinds)
-    if family == "sm_80" and not call.single and (many or wide):
-        if tile.rows < block_v <= 2 * tile.rows:
-            return tile._replace(rows=max(16, tile.rows // 2)), 1
-        return tile._replace(stages=1) if many else tile, 1
-    if family == "sm_90":
-        crowded = many or (call.heavy and any(kind.gate == 3 for kind in kinds))
-        return tile, 2 if crowded and call.single and block_v > 128 else 1
-    return tile, 2 if wide and family == "sm_100" and block_v > 128 else 1
+    if family == "sm_80" and not call.single and tile.rows < block_v <= 2 * tile.rows:
+        return tile._replace(rows=max(16, tile.rows // 2)) if many or wide else tile, 1
+    if family == "sm_80":
+        crowded = many and not call.single
+    elif family == "sm_90":
+        crowded = call.single and (many or (call.heavy and any(kind.gate == 3 for kind in kinds)))
+    else:
+        crowded = wide and family == "sm_100"
+    return tile, 2 if crowded and block_v > 128 else 1
 
 
 def prefill_precision(call: Call) -> str:
