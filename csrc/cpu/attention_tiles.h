@@ -116,7 +116,7 @@ static void score_panel(const Tile &tile, const TilePanel &panel, const BlockKey
       rows.data += k * keys.next;
       for (int64_t t = 0; t < panel.tokens; t += step, rows.data += step / SIDE * rows.down) {
         const int64_t count = least(step, panel.tokens - t);
-        if (asks) ask_tokens(tile, *tile.run.value, tile.run.value_dim, k, j + t, count);
+        if (asks && term == 0) ask_tokens(tile, *tile.run.value, tile.run.value_dim, k, j + t, count);
         gemm_tiles(div_up(count, SIDE), across, keys.depth_tiles, rows, columns, depth_tiles * PACKED, s + t * ld, ld,
                    term + k > 0);
       }

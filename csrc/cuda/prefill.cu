@@ -6,23 +6,23 @@
 
 #include "kernels.h"
 
-#define PREFILL_KERNEL(name, T, DIM, LARGE) \
+// X(name, type, dtype, largest head dim, whether a block may have 163 KiB) of every kernel; head dims rise.
+#define OF_ALL_DIMS(X, name, T, dtype, LARGE) \
+  X(name, T, dtype, 64, LARGE) \
+  X(name, T, dtype, 128, LARGE) \
+  X(name, T, dtype, 256, LARGE)
+#define OF_ALL_KERNELS(X) \
+  OF_ALL_DIMS(X, f16, __half, C2C_F16, true) \
+  OF_ALL_DIMS(X, bf16, __nv_bfloat16, C2C_BF16, true) \
+  OF_ALL_DIMS(X, small_f16, __half, C2C_F16, false) \
+  OF_ALL_DIMS(X, small_bf16, __nv_bfloat16, C2C_BF16, false)
+
+#define KERNEL(name, T, dtype, DIM, LARGE) \
   extern "C" __global__ void __launch_bounds__(c2c::PrefillTile<DIM, LARGE>::THREADS, 1) \
       c2c_prefill_##name##_##DIM(const __grid_constant__ c2c::Attention p) { \
     c2c::prefill<T, c2c::PrefillTile<DIM, LARGE>>(p); \
   }
-PREFILL_KERNEL(f16, __half, 64, true)
-PREFILL_KERNEL(f16, __half, 128, true)
-PREFILL_KERNEL(f16, __half, 256, true)
-PREFILL_KERNEL(bf16, __nv_bfloat16, 64, true)
-PREFILL_KERNEL(bf16, __nv_bfloat16, 128, true)
-PREFILL_KERNEL(bf16, __nv_bfloat16, 256, true)
-PREFILL_KERNEL(small_f16, __half, 64, false)
-PREFILL_KERNEL(small_f16, __half, 128, false)
-PREFILL_KERNEL(small_f16, __half, 256, false)
-PREFILL_KERNEL(small_bf16, __nv_bfloat16, 64, false)
-PREFILL_KERNEL(small_bf16, __nv_bfloat16, 128, false)
-PREFILL_KERNEL(small_bf16, __nv_bfloat16, 256, false)
+OF_ALL_KERNELS(KERNEL)
 
 namespace c2c {
 
@@ -36,7 +36,7 @@ struct Variant {
   const char *name;
 };
 
-#define VARIANT(name, dtype, DIM, LARGE) \
+#define VARIANT(name, T, dtype, DIM, LARGE) \
   {DIM, \
    PrefillTile<DIM, LARGE>::ROWS, \
    PrefillTile<DIM, LARGE>::THREADS, \
@@ -44,15 +44,8 @@ struct Variant {
    dtype, \
    LARGE, \
    reinterpret_cast<const void *>(&c2c_prefill_##name##_##DIM), \
-   "c2c_prefill_" #name "_" #DIM}
-const Variant VARIANTS[] = {
-    VARIANT(f16, C2C_F16, 64, true),           VARIANT(f16, C2C_F16, 128, true),
-    VARIANT(f16, C2C_F16, 256, true),          VARIANT(bf16, C2C_BF16, 64, true),
-    VARIANT(bf16, C2C_BF16, 128, true),        VARIANT(bf16, C2C_BF16, 256, true),
-    VARIANT(small_f16, C2C_F16, 64, false),    VARIANT(small_f16, C2C_F16, 128, false),
-    VARIANT(small_f16, C2C_F16, 256, false),   VARIANT(small_bf16, C2C_BF16, 64, false),
-    VARIANT(small_bf16, C2C_BF16, 128, false), VARIANT(small_bf16, C2C_BF16, 256, false),
-};
+   "c2c_prefill_" #name "_" #DIM},
+const Variant VARIANTS[] = {OF_ALL_KERNELS(VARIANT)};
 
 }  // namespace
 

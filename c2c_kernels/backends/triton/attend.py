@@ -134,41 +134,44 @@ def scores_by_head(
 
 @triton.jit
 def queries_of(base, offsets, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    """Factors of a tile of queries; of wide heads in float32 three of one half of dims, then three of the other: fewer
+    """Factors of a tile of queries; of float32 in parts of 16 bits those of 64 dims after those of 64 others: fewer
     registers at once."""
     if PRECISION != "bf16x6" or BLOCK_D <= 64 or base.dtype.element_ty != tl.float32:
         return factors(load_rows(base, offsets, inside, tl.arange(0, BLOCK_D), DIM, BLOCK_D, True), PRECISION)
     else:
         found = ()
-        for part in tl.static_range(BLOCK_D // 64):
-            dims = part * 64 + tl.arange(0, 64)
-            found = found + factors(load_rows(base, offsets, inside, dims, DIM, 64, True), PRECISION)
+        for number in tl.static_range(BLOCK_D // 64):
+            found = found + factors(piece_of(base, offsets, inside, number, DIM, 64), PRECISION)
         return found
+
+
+@triton.jit
+def piece_of(base, offsets, inside, number: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile of queries' dims number * WIDTH to (number + 1) * WIDTH."""
+    return load_rows(base, offsets, inside, number * WIDTH + tl.arange(0, WIDTH), DIM, WIDTH, True)
 
 
 @triton.jit
 def halves_of(base, offsets, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """A tile of queries as two of half its dims."""
-    half: tl.constexpr = BLOCK_D // 2
-    dims = tl.arange(0, half)
-    low = load_rows(base, offsets, inside, dims, DIM, half, True)
-    return low, load_rows(base, offsets, inside, dims + half, DIM, half, True)
+    low = piece_of(base, offsets, inside, 0, DIM, BLOCK_D // 2)
+    return low, piece_of(base, offsets, inside, 1, DIM, BLOCK_D // 2)
 
 
 @triton.jit
-def scores_by_half(
+def scores_by_piece(
     q, key, offsets, stored, zero, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, EDGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products of queries in halves of their dims. key + offsets (tokens, 1): where tokens start."""
+    """Products of queries in pieces of their dims. key + offsets (tokens, 1): where tokens start."""
     width: tl.constexpr = q[0].shape[1]
     each: tl.constexpr = len(q) * width // BLOCK_D
     scores = zero
-    for part in tl.static_range(BLOCK_D // width):
-        dims = part * width + tl.arange(0, width)
+    for number in tl.static_range(BLOCK_D // width):
+        dims = number * width + tl.arange(0, width)
         k = load_tile(key + offsets + dims[None, :], stored, dims, DIM, width, EDGES)
         k = decoded(k, KIND // KEY_E4M3_AT % 4, tl.float32)
-        scores = product(q[part * each : part * each + each], tl.trans(k), scores, PRECISION)
+        scores = product(q[number * each : number * each + each], tl.trans(k), scores, PRECISION)
     return scores
 
 
@@ -204,7 +207,7 @@ def attend(
     hold tokens that some row does not see. KEY_RAW, VALUE_RAW: of an absorbed segment, whose tokens are read as they
     are, all sharer heads of this dim at once; then q is absorbed, and `shift` (BLOCK_M,), its product with the key
     key bias, is added to products (None: nothing). Otherwise 0. q may then be a tuple of sharer heads. In prefill it
-    may be the factors of the first half of dims, then those of the other (`queries_of`). acc holds value dims
+    may be the factors of some dims after those of others (`queries_of`). acc holds value dims
     value_first, value_first + 1, ...
     """
     GATE: tl.constexpr = KIND // GATE_AT % 4
@@ -213,14 +216,14 @@ def attend(
     WIDE: tl.constexpr = KIND // WIDE_AT % 4
     EDGES: tl.constexpr = MASKED or run.selected is not None
     BY_HEAD: tl.constexpr = KEY_RAW != 0 and q[0].shape[1] != BLOCK_D
-    HALVES: tl.constexpr = KEY_RAW == 0 and q[0].shape[1] != BLOCK_D
-    LATE: tl.constexpr = HALVES or WIDE != 0  # values are loaded when keys are done with
+    PIECES: tl.constexpr = KEY_RAW == 0 and q[0].shape[1] != BLOCK_D
+    LATE: tl.constexpr = PIECES or WIDE != 0  # values are loaded when keys are done with
     SINGLE: tl.constexpr = (len(q) >= 3 and not BY_HEAD) or q[0].dtype == tl.float32  # queries in float32
     # What of a wider dtype than 16-bit queries is read in two parts: 2^-16, in the own cache's tiles of rows.
     MODE: tl.constexpr = PRECISION if SINGLE else "bf16x3" if WIDE else "ieee"
     dtype: tl.constexpr = tl.float32 if WIDE or SINGLE else q[0].dtype
     if WIDE and not SINGLE:
-        q = factors(q[0], MODE) + factors(q[1], MODE) if HALVES else factors(q[0], MODE)
+        q = factors(q[0], MODE) + factors(q[1], MODE) if PIECES else factors(q[0], MODE)
     # Weights of even and of odd tokens are two factors: a thread holds both, and stores of every second one meet no
     # other thread's bank on their way to where products take float32 factors from; stores of pairs do (Ampere's mma).
     SCALED: tl.constexpr = VALUE_RAW != 0 and run.value_scale is not None
@@ -234,24 +237,26 @@ def attend(
     if VALUE_RAW != 0 and run.value_scale is not None:
         value_columns = tl.max_contiguous(value_columns, (1, 8))
     key = run.key + batch64 * stride(run.key_b, KIND) + head64 * stride(run.key_h, KIND)
-    if not HALVES:
+    if not PIECES:
         key += key_columns
     value = run.value + batch64 * stride(run.value_b, KIND) + head64 * stride(run.value_h, KIND) + value_columns
     key_n, value_n = step(run.key_n, KIND), step(run.value_n, KIND)
     if GATE == 1:
         row_gate = gate_of_rows(run, batch_row, heads, row_inside, GATE)
+    # A condition of its own, so that the wait for the loop's last product stays before the place where those meet who
+    # skip it: sm_90's products would all wait for one another. Absorbed runs are free of that, and would spill.
     if KEY_RAW != 0 or first < last:
         for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
             tokens = start + cols
             inside = tokens < end
             if run.selected is None:
                 start64 = start + tl.zeros((), tl.int64)
-                if not BY_HEAD and not HALVES:
+                if not BY_HEAD and not PIECES:
                     k = load_tile(key + start64 * key_n + (cols * key_n)[:, None], inside, dims, DIM, BLOCK_D, EDGES)
                 rows, stored = tokens.to(tl.int64), inside
             else:
                 rows, stored = stored_rows(run, batch_row, tokens, inside)
-                if not BY_HEAD and not HALVES:
+                if not BY_HEAD and not PIECES:
                     k = load_tile(key + (rows * key_n)[:, None], stored, dims, DIM, BLOCK_D, EDGES)
             if not LATE:
                 v = load_values(
@@ -261,8 +266,8 @@ def attend(
             if BY_HEAD:
                 heads_of_row = run.key + batch64 * stride(run.key_b, KIND)
                 scores = scores_by_head(q, run, heads_of_row, key_n, batch64, rows, stored, zero, KIND, KEY_RAW, MODE)
-            elif HALVES:
-                scores = scores_by_half(q, key, (rows * key_n)[:, None], stored, zero, KIND, DIM, BLOCK_D, EDGES, MODE)
+            elif PIECES:
+                scores = scores_by_piece(q, key, (rows * key_n)[:, None], stored, zero, KIND, DIM, BLOCK_D, EDGES, MODE)
             else:
                 if KEY_RAW != 0 and run.key_scale is not None:
                     scales = run.key_scale + batch64 * run.key_scale_b

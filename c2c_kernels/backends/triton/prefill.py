@@ -132,15 +132,13 @@ def prefill_kernel(
             )  # fmt: skip
         # Each run's part of l. Of two runs the first one's is l itself while the second is read: no registers for it.
         # One rounding of l in both forms, or a third run that is closed would change bits.
-        kept = tl.exp2(m_before - safe(m))
-        if RUNS > 2:
-            shares = tl.where(here == number, part[:, None], shares * kept[:, None])
-            l = tl.fma(l, kept, part)
-        elif number == 0:
+        if RUNS <= 2 and number == 0:
             l = part
             shares = tl.zeros((BLOCK_M, BLOCK_R), tl.float32) + part[:, None]
         else:
-            shares = tl.where(here == number, part[:, None], (l * kept)[:, None])
+            kept = tl.exp2(m_before - safe(m))
+            shares = (shares if RUNS > 2 else l[:, None]) * kept[:, None]
+            shares = tl.where(here == number, part[:, None], shares)
             l = tl.fma(l, kept, part)
     # What the compiler cannot know: sums of weights are not below 0. So rows are worked out again here, and what is
     # formed of them above, a register for every row of a tile of queries, is not kept beside the sums meanwhile.
