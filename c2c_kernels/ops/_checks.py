@@ -355,16 +355,18 @@ def may_overlap(out: Tensor, sources: tuple[Tensor | None, ...]) -> bool:
         return False
 
     first, last = out.data_ptr(), end_of(out)
-    return any(
-        source is not None and source.data_ptr() < last and source.numel() and first < end_of(source)
-        for source in sources
-    )
+    for source in sources:
+        if source is not None and source.data_ptr() < last and source.numel() and first < end_of(source):
+            return True
+    return False
 
 
 def end_of(tensor: Tensor) -> int:
     """The address behind the last element of a tensor that has some."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr() + (reach + 1) * tensor.element_size()
+    reach = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        reach += (size - 1) * stride
+    return tensor.data_ptr() + reach * tensor.element_size()
 
 
 def check_merge_states(outs: list[Tensor], lses: list[Tensor]) -> None:

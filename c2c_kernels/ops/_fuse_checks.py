@@ -83,8 +83,9 @@ def same_memory(first: Tensor, second: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling() or first.device.type == "meta":
         return False
-    alike = first.dtype == second.dtype and first.shape == second.shape
-    return alike and first.data_ptr() == second.data_ptr() and _steps(first) == _steps(second)
+    if first.data_ptr() != second.data_ptr() or first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return first.stride() == second.stride() or _steps(first) == _steps(second)
 
 
 def check_apart(groups: Mapping[str, tuple[Sequence[Tensor | None], Sequence[Tensor]]]) -> None:
@@ -140,6 +141,8 @@ def _steps(tensor: Tensor) -> list[int]:
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether a dimension's step lands within what the smaller steps reach."""
+    if tensor.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -269,7 +272,8 @@ def _check_memory(call: FuseTensors, out: Pair, name: str) -> None:
                 f"{name}out {slot} has shape {shape_of(tensor)}, strides {tensor.stride()}: its elements share memory"
             )
         # No weights: nobody keeps a cache in them, and looking takes longer than all other checks.
-        others = [other for other in read if not any(other is mine for mine in own)]
+        receiver, base = own
+        others = [other for other in read if other is not receiver and other is not base]
         others += [mine for mine in own if mine is not None and not same_memory(mine, tensor)]
         if may_overlap(tensor, tuple(others)):
             raise ValueError(

@@ -205,10 +205,12 @@ def _check(call: FuseTensors, out: Pair | None, backend: str | None, name: str =
     check_fuse_kv(call, out, name)
     if not torch.compiler.is_compiling():
         check_fuse_values(call, name)
-    tensors = (*call.tensors, *(out or ()))
-    if out is not None and wants_grad(tensors):
+    if out is not None and wants_grad((*call.tensors, *out)):
         raise ValueError(f"{name}out= is written in place without autograd, but a tensor of the call requires grad")
-    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    # All weights of a half have the dtype of its first.
+    first = (call.weights.key.in_weight, call.weights.value.in_weight)
+    pairs = (call[:4], first, call.residual or (), call.gates or (), out or ())
+    double = any(tensor.dtype == torch.float64 for pair in pairs for tensor in pair)
     refusal = "supports float32, bfloat16, float16 in all tensors; got float64" if double else ""
     own = call.receiver_key
     return choose("fuse_kv", backend, own.device, own.dtype, refusal, (own, call, out))
