@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .fuser_layers import FuserLayer, FuserShape, check_dropout, check_temperature
 from .fuser_weights import Pair
 from .layer_maps import LayerMap, check_layers, resolve
+from .ops._checks import check_index, expect, expect_integers
 from .ops._fuse_checks import check_apart
 from .ops.fuse_kv import FuseCall, check_calls, fuse_apart, touched
 from .projectors import Identity
@@ -240,6 +241,12 @@ class C2CFuser(nn.Module):
         """Layers and widths of two caches against the fuser's."""
         shape, of = self.shape, f" of {self.origin}" if self.origin else ""
         check_layers(f"the fuser{of}", self.layer_map, len(receiver), len(sharer))
+        for role, found, layers in (
+            ("receiver", len(receiver), self.receiver_layers),
+            (name, len(sharer), self.sharer_layers),
+        ):
+            if layers is not None and found != layers:
+                raise ValueError(f"{role} has {found} layers, the fuser{of} is made for {layers}")
         for layer, source in self.layer_map.items():
             for role, number, pair, wanted in (
                 ("receiver", layer, receiver[layer], (shape.kv_heads, shape.head_dim, shape.value_dim)),
@@ -299,6 +306,9 @@ def fuse_caches(
         raw = _layers(sharer_cache, name)
         fuser._check_layers(own, raw, name)
         _check_tokens(own, raw, start, stop, index, name)
+        if index is not None:
+            tokens = (own[0][0].shape[0], stop - start, raw[0][0].shape[2])
+            _check_index("index" if len(fused) == 1 else f"indices[{number}]", index, *tokens)
         fuser._warn_once()
         for layer, source in fuser.layer_map.items():
             receiver = _tokens(own[layer], start, stop)
@@ -389,9 +399,20 @@ def _tokens(pair: Pair, start: int, stop: int) -> Pair:
 def _token_range(own: list[Pair], start: int, stop: int | None) -> tuple[int, int]:
     length = own[0][0].shape[2]
     stop = length if stop is None else stop
+    for name, token in (("start", start), ("stop", stop)):
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise TypeError(f"{name} must be an integer, got {token!r}")
     if not 0 <= start <= stop <= length:
         raise ValueError(f"tokens {start}..{stop} are not in receiver_cache, which holds {length}")
     return start, stop
+
+
+def _check_index(name: str, index: Tensor, batch: int, count: int, raw_count: int) -> None:
+    """An index of `count` tokens into a cache of `raw_count`; values where they are on the host."""
+    expect_integers(name, index)
+    expect(name, index, (batch, count), "(batch, stop - start)")
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_index(name, index, raw_count)
 
 
 def _check_tokens(own: list[Pair], raw: list[Pair], start: int, stop: int, index: Tensor | None, name: str) -> None:

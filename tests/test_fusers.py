@@ -24,8 +24,10 @@ MAP = {0: 1, 2: 3}
 LAYERS, SHARER_LAYERS = 3, 4
 
 
-def fuser(shape: FuserShape = SHAPE, layer_map=MAP, closed: bool = False, **options) -> c2c.C2CFuser:
-    made = c2c.C2CFuser(shape, layer_map, receiver_layers=LAYERS, sharer_layers=SHARER_LAYERS, **options)
+def fuser(
+    shape: FuserShape = SHAPE, layer_map=MAP, closed: bool = False, sharer_layers: int = SHARER_LAYERS, **options
+) -> c2c.C2CFuser:
+    made = c2c.C2CFuser(shape, layer_map, receiver_layers=LAYERS, sharer_layers=sharer_layers, **options)
     with torch.no_grad():
         for layer in made.layer_map:
             for logit in made[layer].gate_logits:
@@ -187,14 +189,22 @@ class TestFuseCache:
             ({"receiver": pairs(3, 1, 8)}, r"receiver layer 0 has key \(2, 1, 6, 8\)"),
             ({"stop": 7}, r"tokens 0..7 are not in receiver_cache, which holds 6"),
             ({"start": 3, "stop": 2}, r"tokens 3..2 are not in receiver_cache"),
-            ({"index": torch.full((2, 6), 6)}, r"index has values outside 0..5"),
-            ({"index": torch.zeros(2, 5).long()}, r"index has shape \(2, 5\), wanted \(batch, len\) = \(2, 6\)"),
+            ({"receiver": pairs(4, 2, 8)}, "receiver has 4 layers, the fuser is made for 3"),
+            ({"sharer": raw() + raw()[:1]}, "sharer_cache has 5 layers, the fuser is made for 4"),
+            ({"start": 1.0}, "start must be an integer, got 1.0"),
+            ({"start": True}, "start must be an integer, got True"),
+            ({"stop": "2"}, "stop must be an integer, got '2'"),
+            ({"index": torch.full((2, 6), 6)}, r"^index has values outside 0..5"),
+            ({"index": torch.full((2, 6), -1)}, r"^index has values outside 0..5"),
+            ({"index": torch.zeros(2, 5).long()}, r"^index has shape \(2, 5\), wanted .* = \(2, 6\)"),
+            ({"index": torch.zeros(2, 6)}, "^index has dtype torch.float32, wanted int32 or int64"),
+            ({"index": [[0] * 6] * 2}, "^index must be a tensor, got list"),
         ],
     )  # fmt: skip
     def test_what_does_not_fit_is_refused_and_the_cache_untouched(self, change, match, backend):
         cache = cache_of(change.get("receiver", own()))
         before = held(cache)
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises((ValueError, TypeError), match=match):
             fuser().fuse_cache(
                 cache, change.get("sharer", raw()), change.get("start", 0), change.get("stop"),
                 index=change.get("index"), backend=backend,
@@ -211,6 +221,9 @@ class TestFuseCache:
         for mode in ("parallel", "sequential"):
             with pytest.raises(ValueError, match="is on meta"):
                 c2c.fuse_caches(cache, [(fuser(), good), (fuser(), bad)], mode=mode)  # type: ignore[arg-type]
+            outside = torch.full((2, 6), 6)
+            with pytest.raises(ValueError, match=r"^indices\[1\] has values outside 0..5"):
+                c2c.fuse_caches(cache, [(fuser(), good), (fuser(), raw())], mode=mode, indices=[None, outside])  # type: ignore[arg-type]
         assert all(torch.equal(a, b) for a, b in zip(held(cache), before, strict=True))
 
     @pytest.mark.parametrize("mode", ["parallel", "sequential"])
@@ -219,13 +232,13 @@ class TestFuseCache:
         cache = own()
         before = [t.clone() for pair in cache for t in pair]
         with pytest.raises(ValueError, match=r"layer [01] writes to memory that receiver_cache layer [01] reads"):
-            fuser(alike, {0: 1, 1: 0}).fuse_cache(cache, cache)
+            fuser(alike, {0: 1, 1: 0}, sharer_layers=LAYERS).fuse_cache(cache, cache)
         for layers in ([cache[0], cache[1], cache[0]], [cache[0], cache[0], cache[2]]):
             with pytest.raises(ValueError, match=r"layer \d writes to memory that receiver_cache layer \d reads"):
                 fuser().fuse_cache(layers, raw())
         # The second sharer reads what is written for the first.
         with pytest.raises(ValueError, match=r"layer \d writes to memory that receiver_cache layer \d reads"):
-            c2c.fuse_caches(cache, [(fuser(), raw()), (fuser(alike, {2: 0}), cache)], mode=mode)
+            c2c.fuse_caches(cache, [(fuser(), raw()), (fuser(alike, {2: 0}, sharer_layers=LAYERS), cache)], mode=mode)
         assert all(torch.equal(a, b) for a, b in zip(before, [t for pair in cache for t in pair], strict=True))
 
     def test_an_empty_cache_is_said_to_be_the_receivers(self):
