@@ -174,11 +174,10 @@ struct Tile {
         first = least(first, coordinate[t]);
         last = most(last, coordinate[t]);
       }
-    } else {
-      for (int64_t t = 0; t < n; ++t) coordinate[t] = j + t;
     }
     if (last <= limits.lo_least || first > limits.hi_most) return false;
     limited = first <= limits.lo_most || last > limits.hi_least;
+    for (int64_t t = 0; limited && !run.positioned && t < n; ++t) coordinate[t] = j + t;
     if (limited && row_lo && !run.positioned) limit_rows();
     gated = run.segment && run.segment->gate.data;
     return !gated || load_gates(j, n) || keep_closed;

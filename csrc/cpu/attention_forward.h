@@ -321,8 +321,8 @@ static c2c_status_code merged_attention(const c2c_attention_params &p) {
   for (int64_t which = 0; which < kept; ++which) shared_size(p, forward.runs[which], shared);
   float *const staged = shared.take(staged_floats);
   const int64_t blocks = div_up(p.q_len, QUERY_BLOCK), heads = p.batch * p.q_heads;
-  // A thread that streams takes jobs side by side: what one asks for ahead of its end is the next one's.
-  const int64_t together = p.q_len == 1 ? most<int64_t>(1, forward.job_count / (8 * threads)) : 1;
+  Shares shares(forward.job_count, threads);
+  if (!shares.allocated()) return C2C_NO_MEMORY;
 
 #pragma omp parallel num_threads(threads)
   {
@@ -336,8 +336,8 @@ static c2c_status_code merged_attention(const c2c_attention_params &p) {
           fold_queries(p, run, row / p.q_heads, row % p.q_heads, i0, least(QUERY_BLOCK, p.q_len - i0), scratch);
       }
     }
-#pragma omp for schedule(dynamic, together)
-    for (int64_t job = 0; job < forward.job_count; ++job) attend(forward, job, scratch);
+    shares.each(thread_number(), [&](int64_t job) { attend(forward, job, scratch); });
+#pragma omp barrier
     for (int64_t which = 0; which < forward.run_count; ++which)
       if (forward.runs[which].staged) attend_staged(p, forward.runs[which], staged, threads, scratch);
 #pragma omp for schedule(dynamic, 1) nowait

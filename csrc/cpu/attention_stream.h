@@ -54,17 +54,21 @@ static int64_t attention_scratch(const Run &run, const c2c_attention_params &p) 
   return carver.used;
 }
 
+// Whether adjust_row has anything to do in the block that has been entered.
+static bool adjusts(const Tile &tile) {
+  return tile.run.absorbed || tile.p.softcap > 0.0f || tile.gated || tile.limited ||
+         (!tile.run.segment && tile.p.mask.data);
+}
+
 // Bias, cap, gates, mask and limits of one row of scores, s[n].
 static void adjust_row(const Tile &tile, int64_t j, int64_t n, int64_t g, int64_t i, float *s, float row_bias) {
   const c2c_attention_params &p = tile.p;
   if (tile.run.absorbed)
     for (int64_t t = 0; t < n; ++t) s[t] += row_bias;
-  for (int64_t t = n; t < BLOCK; ++t) s[t] = -INF;
-  if (p.softcap > 0.0f)
-    for (int64_t t = 0; t < BLOCK; t += LANES) store(s + t, vtanh(load(s + t) * (1.0f / p.softcap)) * p.softcap);
-  for (int64_t t = n; t < BLOCK; ++t) s[t] = -INF;
+  for (int64_t t = 0; p.softcap > 0.0f && t < n; t += LANES)
+    store(s + t, vtanh(load(s + t) * (1.0f / p.softcap)) * p.softcap);
   if (tile.gated)
-    for (int64_t t = 0; t < n; ++t) s[t] += tile.gates[g * BLOCK + t];
+    for (int64_t t = 0; t < n; ++t) s[t] += tile.gates[g * tile.block + t];
   if (!tile.run.segment && p.mask.data) {
     const c2c_tensor &mask = p.mask;
     int64_t offset =
@@ -80,20 +84,28 @@ static void adjust_row(const Tile &tile, int64_t j, int64_t n, int64_t g, int64_
   }
 }
 
-// Scores of a row become weights relative to its state's new maximum; returns the factor for its sums so far.
-static float softmax_row(float *s, SoftmaxState &state) {
+// Scores of n tokens times `scale` become weights relative to their state's new maximum, zeros up to a whole vector
+// behind them; returns the factor for the row's sums so far.
+static float softmax_row(float *s, int64_t n, float scale, SoftmaxState &state) {
+  const int64_t padded = round_up(n, LANES);
+  for (int64_t t = n; t < padded; ++t) s[t] = -INF;
+  auto score = [&](int64_t t) __attribute__((always_inline)) {
+    V x = load(s + t) * scale;
+    keep_in_register(x);  // rounded as the maximum is: a fused difference may be half an ulp of the score above 0
+    return x;
+  };
   V largest = set1(-INF);
   VI broken = {};
-  for (int64_t t = 0; t < BLOCK; t += LANES) {
-    V x = load(s + t);
+  for (int64_t t = 0; t < padded; t += LANES) {
+    const V x = score(t);
     largest = vmax(x, largest);
     broken |= x != x;
   }
   float factor = state.update(any(broken) ? __builtin_nanf("") : largest_of(largest));
   const V base = set1(state.max == -INF ? 0.0f : state.max);
   V total = {};
-  for (int64_t t = 0; t < BLOCK; t += LANES) {
-    V weight = vexp(load(s + t) - base);
+  for (int64_t t = 0; t < padded; t += LANES) {
+    V weight = vexp(score(t) - base);
     store(s + t, weight);
     total += weight;
   }
@@ -101,12 +113,55 @@ static float softmax_row(float *s, SoftmaxState &state) {
   return factor;
 }
 
-// Scores of row r and tokens j .. j + n become weights; raises the row's sums to the new maximum.
-static void weights_of_row(const Tile &tile, int64_t j, int64_t n, int64_t r, float row_bias, TileScratch &x) {
-  float *const s = x.s + r * BLOCK, *const acc = x.acc + r * tile.run.value_ld;
-  adjust_row(tile, j, n, r / tile.queries, r % tile.queries, s, row_bias);
-  const float factor = softmax_row(s, x.state[r]);
-  for (int64_t d = 0; factor != 1.0f && d < tile.run.value_ld; ++d) acc[d] *= factor;
+// Scores s[row][BLOCK] of tokens j .. j + n, to be multiplied by `scale`, become weights; raises the rows' sums to the
+// new maxima.
+static void weights_of_block(const Tile &tile, int64_t j, int64_t n, float scale, float *s, TileScratch &x) {
+  const bool adjusted = adjusts(tile);
+  for (int64_t r = 0; r < tile.rows; ++r, s += BLOCK) {
+    if (adjusted) {
+      for (int64_t t = 0; scale != 1.0f && t < n; t += LANES) store(s + t, load(s + t) * scale);
+      adjust_row(tile, j, n, r / tile.queries, r % tile.queries, s, x.row_bias[r]);
+    }
+    const float factor = softmax_row(s, n, adjusted ? 1.0f : scale, x.state[r]);
+    float *const acc = x.acc + r * tile.run.value_ld;
+    for (int64_t d = 0; factor != 1.0f && d < tile.run.value_ld; ++d) acc[d] *= factor;
+  }
+}
+
+struct Tokens {
+  int64_t j, n;  // from the j-th one on, so many; 0: none
+};
+
+// Whether a block's products come before the values of the block before it are weighed: its softmax, a chain of
+// dependent steps, then has them to go on beside. With 16 registers, whose loops ask for tokens of both in an order of
+// their own (rows_beside.h), it costs 5 % of the rate from memory.
+constexpr bool PRODUCTS_AHEAD = LANES == 16;
+
+// All blocks of a tile that some row sees: dot(block, before, s) finds scores s[row][BLOCK], to be multiplied by
+// `scale`; weigh(block, after, weights) adds weighted values. `before` is the block that is weighed next, `after` the
+// first token whose product comes next.
+template <class Dot, class Weigh>
+static ALWAYS_INLINE void stream_blocks(Tile &tile, float scale, TileScratch &x, Dot dot, Weigh weigh) {
+  auto enter = [&](int64_t j) {
+    for (; j < tile.end; j += tile.block) {
+      const int64_t n = least(tile.block, tile.end - j);
+      if (tile.enter_block(j, n)) return Tokens{j, n};
+    }
+    return Tokens{tile.end, 0};
+  };
+  float *scores = x.s, *others = x.s + tile.rows * BLOCK;
+  Tokens block = enter(tile.begin);
+  if (PRODUCTS_AHEAD && block.n) dot(block, block, scores);
+  while (block.n) {
+    if (!PRODUCTS_AHEAD) dot(block, block, scores);
+    weights_of_block(tile, block.j, block.n, scale, scores, x);
+    const Tokens next = enter(block.j + tile.block);
+    if (PRODUCTS_AHEAD && next.n) dot(next, block, others);
+    weigh(block, next.j + (PRODUCTS_AHEAD ? next.n : 0), scores);
+    float *const weighed = scores;
+    scores = others, others = weighed;
+    block = next;
+  }
 }
 
 static void load_scales(const c2c_tensor &scale, int64_t b, int64_t head, int64_t j, int64_t n, float *to) {
@@ -169,22 +224,20 @@ static void stream_pairs(Tile &tile, TileScratch &x) {
   const bf16 *keys = (const bf16 *)at(*run.key, tile.b, tile.group);
   const bf16 *values = (const bf16 *)at(*run.value, tile.b, tile.group);
   const int64_t key_stride = run.key->stride[2], value_stride = run.value->stride[2];
-  bf16 *const q = (bf16 *)x.panels, *const weights = x.weight_tiles;
+  bf16 *const q = (bf16 *)x.panels, *const packed = x.weight_tiles;
   narrow(q, x.q, tile.rows * run.key_ld);
-  for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
-    const int64_t n = least(BLOCK, tile.end - j);
-    if (!tile.enter_block(j, n)) continue;
-    const bf16 *const value = values + j * value_stride;
-    dot_pairs(q, run.key_ld, tile.rows, keys + j * key_stride, key_stride, n, run.key_dim, x.s, BLOCK, value);
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      float *const s = x.s + r * BLOCK;
-      for (int64_t t = 0; t < BLOCK; t += LANES) store(s + t, load(s + t) * tile.p.scale);
-      weights_of_row(tile, j, n, r, 0.0f, x);
-      for (int64_t t = 0; t < BLOCK; t += DEPTH) store_packed(weights + r * BLOCK + t, (V)load_32(s + t, DEPTH));
-    }
-    weigh_pairs(weights, BLOCK, tile.rows, value, value_stride, n, run.value_dim, x.acc, run.value_ld,
-                keys + (j + n) * key_stride);
-  }
+  auto dot = [&](Tokens block, Tokens before, float *s) {
+    dot_pairs(q, run.key_ld, tile.rows, keys + block.j * key_stride, key_stride, block.n, run.key_dim, s, BLOCK,
+              values + before.j * value_stride);
+  };
+  auto weigh = [&](Tokens block, int64_t after, const float *weights) {
+    for (int64_t r = 0; r < tile.rows; ++r)
+      for (int64_t t = 0; t < block.n; t += DEPTH)
+        store_packed(packed + r * BLOCK + t, (V)load_32(weights + r * BLOCK + t, DEPTH));
+    weigh_pairs(packed, BLOCK, tile.rows, values + block.j * value_stride, value_stride, block.n, run.value_dim, x.acc,
+                run.value_ld, keys + after * key_stride);
+  };
+  stream_blocks(tile, tile.p.scale, x, dot, weigh);
 }
 #else
 static void stream_pairs(Tile &, TileScratch &) {}
@@ -193,53 +246,54 @@ static void stream_pairs(Tile &, TileScratch &) {}
 static void stream_tile(Tile &tile, TileScratch &x) {
   const Run &run = tile.run;
   const bool across = tile.rows > STREAM_ROWS;
-  const bool alike = run.parts == 1 && run.key_dim == run.value_dim && run.key->dtype == run.value->dtype;
-  for (int64_t j = tile.begin; j < tile.end; j += BLOCK) {
-    int64_t n = least(BLOCK, tile.end - j);
-    if (!tile.enter_block(j, n)) continue;
-    Upcoming values_ahead = upcoming_tokens(run, *run.value, run.value_dim, tile.b, tile.group, j, n);
-    Upcoming keys_ahead =
-        upcoming_tokens(run, *run.key, run.key_dim, tile.b, tile.group, j + BLOCK, least(BLOCK, tile.end - j - BLOCK));
+  const Turn first =
+      run.parts == 1 && run.key_dim == run.value_dim && run.key->dtype == run.value->dtype ? Turn::FIRST : Turn::ALONE;
+  auto scaled = [&](const c2c_tensor &scale, int64_t head, Tokens block, const float *from, float *to, bool add) {
+    load_scales(scale, tile.b, head, block.j, block.n, x.scales);
+    for (int64_t r = 0; r < tile.rows * BLOCK; r += BLOCK)
+      for (int64_t t = 0; t < block.n; ++t) {
+        const float product = from[r + t] * x.scales[t];
+        to[r + t] = add ? to[r + t] + product : product;
+      }
+  };
+  auto dot = [&](Tokens block, Tokens before, float *s) {
+    Upcoming values_ahead = upcoming_tokens(run, *run.value, run.value_dim, tile.b, tile.group, before.j, before.n);
     for (int64_t part = 0; part < run.parts; ++part) {
       const int64_t head = run.absorbed ? part : tile.group;
-      const void *keys = at(*run.key, tile.b, head, j);
-      const void *next =
-          part + 1 < run.parts ? at(*run.key, tile.b, head + 1, j) : at(*run.value, tile.b, run.absorbed ? 0 : head, j);
+      const void *keys = at(*run.key, tile.b, head, block.j);
+      const void *next = part + 1 < run.parts ? at(*run.key, tile.b, head + 1, block.j)
+                                              : at(*run.value, tile.b, run.absorbed ? 0 : head, before.j);
       const float *q = x.q + part * run.key_dim;
-      float *const dots = run.key_scale ? x.scaled : x.s;
+      float *const dots = run.key_scale ? x.scaled : s;
       const bool add = part > 0 && !run.key_scale;
       if (across)
-        dot_across(tile, head, j, n, q, dots, add, x, values_ahead);
+        dot_across(tile, head, block.j, block.n, q, dots, add, x, values_ahead);
       else
-        dot_tokens(q, run.key_ld, tile.rows, run.key->dtype, keys, run.key->stride[2], n, run.key_dim, dots, BLOCK, add,
-                   next, alike ? Turn::FIRST : Turn::ALONE);
-      if (!run.key_scale) continue;
-      load_scales(*run.key_scale, tile.b, head, j, n, x.scales);
-      for (int64_t r = 0; r < tile.rows; ++r)
-        for (int64_t t = 0; t < n; ++t) {
-          const float dot = x.scaled[r * BLOCK + t] * x.scales[t];
-          x.s[r * BLOCK + t] = part > 0 ? x.s[r * BLOCK + t] + dot : dot;
-        }
+        dot_tokens(q, run.key_ld, tile.rows, run.key->dtype, keys, run.key->stride[2], block.n, run.key_dim, dots,
+                   BLOCK, add, next, first);
+      if (run.key_scale) scaled(*run.key_scale, head, block, dots, s, part > 0);
     }
-    for (int64_t r = 0; r < tile.rows; ++r) weights_of_row(tile, j, n, r, x.row_bias[r], x);
+  };
+  auto weigh = [&](Tokens block, int64_t after, const float *weights) {
+    Upcoming keys_ahead =
+        upcoming_tokens(run, *run.key, run.key_dim, tile.b, tile.group, after, least(tile.block, tile.end - after));
     for (int64_t part = 0; part < run.parts; ++part) {
       const int64_t head = run.absorbed ? part : tile.group;
-      const void *values = at(*run.value, tile.b, head, j);
-      const void *next = part + 1 < run.parts ? at(*run.value, tile.b, head + 1, j)
-                                              : at(*run.key, tile.b, run.absorbed ? 0 : head, j + n);
-      const float *weights = x.s;
+      const void *values = at(*run.value, tile.b, head, block.j);
+      const void *next = part + 1 < run.parts ? at(*run.value, tile.b, head + 1, block.j)
+                                              : at(*run.key, tile.b, run.absorbed ? 0 : head, after);
+      const float *used = weights;
       if (run.value_scale) {
-        load_scales(*run.value_scale, tile.b, head, j, n, x.scales);
-        for (int64_t r = 0; r < tile.rows; ++r)
-          for (int64_t t = 0; t < n; ++t) x.scaled[r * BLOCK + t] = x.s[r * BLOCK + t] * x.scales[t];
-        weights = x.scaled;
+        scaled(*run.value_scale, head, block, weights, x.scaled, false);
+        used = x.scaled;
       }
       float *const acc = x.acc + part * run.value_dim;
       if (across)
-        weigh_across(tile, head, j, n, weights, acc, x, keys_ahead);
+        weigh_across(tile, head, block.j, block.n, used, acc, x, keys_ahead);
       else
-        weigh_tokens(weights, BLOCK, tile.rows, run.value->dtype, values, run.value->stride[2], n, run.value_dim, acc,
-                     run.value_ld, next, alike ? Turn::SECOND : Turn::ALONE);
+        weigh_tokens(used, BLOCK, tile.rows, run.value->dtype, values, run.value->stride[2], block.n, run.value_dim,
+                     acc, run.value_ld, next, first == Turn::FIRST ? Turn::SECOND : Turn::ALONE);
     }
-  }
+  };
+  stream_blocks(tile, 1.0f, x, dot, weigh);
 }

@@ -32,7 +32,6 @@ struct Ahead {
   // Asks for what follows tokens j .. j + TOKENS.
   template <int TOKENS, int BYTES>
   ALWAYS_INLINE void ask(int64_t j) const {
-    if (!steps) return;
     const char *from = place(j);
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t, from += stride)
@@ -42,18 +41,19 @@ struct Ahead {
 };
 
 // s[r][j] (+)= dots of ROWS rows and n tokens, BYTES of each: products(token, sums) gives a vector of partial sums a
-// row.
-template <int ROWS, int BYTES, class T, class F>
+// row. Sixteen tokens are one straight piece of code, so that loads of the next ones begin before sums are folded.
+template <int ROWS, int BYTES, bool ASKS, class T, class F>
 static ALWAYS_INLINE void dot_each(const T *tokens, int64_t stride, int64_t n, float *s, int64_t lds, bool add,
-                                   const void *next, F products) {
-  const Ahead ahead(tokens, stride, n, BYTES, next);
+                                   const Ahead &ahead, F products) {
   auto four = [&](int64_t j, V(&sum)[4][ROWS]) __attribute__((always_inline)) {
-    ahead.ask<4, BYTES>(j);
+    if constexpr (ASKS) ahead.ask<4, BYTES>(j);
+#pragma GCC unroll 4
     for (int t = 0; t < 4; ++t, tokens += stride) products(tokens, sum[t]);
   };
   int64_t j = 0;
   for (; j + 16 <= n; j += 16) {
     V sums[4][ROWS];
+#pragma GCC unroll 4
     for (int part = 0; part < 4; ++part) {
       V sum[4][ROWS];
       four(j + 4 * part, sum);
@@ -89,7 +89,7 @@ static ALWAYS_INLINE void dot_each(const T *tokens, int64_t stride, int64_t n, f
 }
 
 // s[r][j] (+)= x[r] . token[j] over VECTORS whole vectors, for ROWS rows and n tokens.
-template <int ROWS, int VECTORS, class T>
+template <bool ASKS, int ROWS, int VECTORS, class T>
 static void dot_chunk(const float *x, int64_t ldx, const T *tokens, int64_t stride, int64_t n, float *s, int64_t lds,
                       bool add, const void *next) {
   V row[ROWS][VECTORS];
@@ -108,7 +108,9 @@ static void dot_chunk(const float *x, int64_t ldx, const T *tokens, int64_t stri
       for (int v = 1; v < VECTORS; ++v) sum[r] = row[r][v] * k[v] + sum[r];
     }
   };
-  dot_each<ROWS, VECTORS * LANES *(int)sizeof(T)>(tokens, stride, n, s, lds, add, next, products);
+  constexpr int BYTES = VECTORS * LANES * sizeof(T);
+  const Ahead ahead(tokens, stride, n, BYTES, next);
+  dot_each<ROWS, BYTES, ASKS>(tokens, stride, n, s, lds, add, ahead, products);
 }
 
 // s[r][j] (+)= x[r] . token[j] for tokens wider than registers hold: each is read through once, rows beside it.
@@ -142,7 +144,7 @@ static void dot_wide(const float *x, int64_t ldx, const T *tokens, int64_t strid
 }
 
 // acc[r] += sum_j p[r][j] token[j] over VECTORS whole vectors, for ROWS rows.
-template <int ROWS, int VECTORS, class T>
+template <bool ASKS, int ROWS, int VECTORS, class T>
 static void weigh_chunk(const float *p, int64_t ldp, const T *tokens, int64_t stride, int64_t n, float *acc,
                         int64_t lda, const void *next) {
   constexpr int BYTES = VECTORS * LANES * sizeof(T);
@@ -153,7 +155,7 @@ static void weigh_chunk(const float *p, int64_t ldp, const T *tokens, int64_t st
     Order<T>::arrange(sum[r]);
   }
   for (int64_t j = 0; j < n; ++j, tokens += stride) {
-    ahead.ask<1, BYTES>(j);
+    if constexpr (ASKS) ahead.ask<1, BYTES>(j);
     V value[VECTORS];
     Order<T>::load_token(tokens, value);
     share(value, Count<ROWS>{});
@@ -198,6 +200,15 @@ static ALWAYS_INLINE void with_chunk(int64_t rows, int64_t vectors, F f) {
   });
 }
 
+// Calls f(Count<whether anything is asked for>): a loop that only might ask reads a quarter slower.
+template <class F>
+static ALWAYS_INLINE void with_asking(const void *next, F f) {
+  if (next && stream_ahead() > 0)
+    f(Count<1>{});
+  else
+    f(Count<0>{});
+}
+
 // What a chunk of a pass over tokens asks for beyond its last one: its part of `next`, where no chunk is left that will
 // read these tokens' next dimensions; nothing where rows before have had the tokens fetched.
 template <class T>
@@ -219,9 +230,11 @@ static ALWAYS_INLINE void dot_whole(const float *x, int64_t ldx, int64_t rows, c
   } else {
     each_chunk(rows, whole, [&](int64_t row, int64_t count, int64_t first, int64_t vectors) {
       const void *after = after_chunk(token, next, row, first + vectors * LANES, whole);
-      with_chunk(count, vectors, [&](auto r, auto v) {
-        dot_chunk<decltype(r)::value, decltype(v)::value>(x + row * ldx + first, ldx, token + first, stride, n,
-                                                          s + row * lds, lds, add || first > 0, after);
+      with_asking(after, [&](auto asks) {
+        with_chunk(count, vectors, [&](auto r, auto v) {
+          dot_chunk<asks.value, r.value, v.value>(x + row * ldx + first, ldx, token + first, stride, n, s + row * lds,
+                                                  lds, add || first > 0, after);
+        });
       });
     });
   }
@@ -233,9 +246,11 @@ static ALWAYS_INLINE void weigh_whole(const float *p, int64_t ldp, int64_t rows,
                                       int64_t n, int64_t whole, float *acc, int64_t lda, const void *next, Turn) {
   each_chunk(rows, whole, [&](int64_t row, int64_t count, int64_t first, int64_t vectors) {
     const void *after = after_chunk(token, next, row, first + vectors * LANES, whole);
-    with_chunk(count, vectors, [&](auto r, auto v) {
-      weigh_chunk<decltype(r)::value, decltype(v)::value>(p + row * ldp, ldp, token + first, stride, n,
-                                                          acc + row * lda + first, lda, after);
+    with_asking(after, [&](auto asks) {
+      with_chunk(count, vectors, [&](auto r, auto v) {
+        weigh_chunk<asks.value, r.value, v.value>(p + row * ldp, ldp, token + first, stride, n, acc + row * lda + first,
+                                                  lda, after);
+      });
     });
   });
 }

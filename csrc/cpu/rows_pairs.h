@@ -10,7 +10,7 @@ static ALWAYS_INLINE __m512bh load_pairs(const bf16 *p) { return (__m512bh)(*(co
 static ALWAYS_INLINE V add_pairs(V sum, __m512bh a, __m512bh b) { return (V)_mm512_dpbf16_ps((__m512)sum, a, b); }
 
 // s[r][j] (+)= x[r] . token[j] over VECTORS vectors of 32, for ROWS rows and n tokens.
-template <int ROWS, int VECTORS>
+template <bool ASKS, int ROWS, int VECTORS>
 static void dot_pairs_chunk(const bf16 *x, int64_t ldx, const bf16 *tokens, int64_t stride, int64_t n, float *s,
                             int64_t lds, bool add, const void *next) {
   __m512bh row[ROWS][VECTORS];
@@ -27,7 +27,8 @@ static void dot_pairs_chunk(const bf16 *x, int64_t ldx, const bf16 *tokens, int6
       for (int v = 0; v < VECTORS; ++v) sum[r] = add_pairs(sum[r], row[r][v], (__m512bh)k[v]);
     }
   };
-  dot_each<ROWS, VECTORS * 64>(tokens, stride, n, s, lds, add, next, products);
+  const Ahead ahead(tokens, stride, n, VECTORS * 64, next);
+  dot_each<ROWS, VECTORS * 64, ASKS>(tokens, stride, n, s, lds, add, ahead, products);
 }
 
 // Columns of 32 numbers as two vectors of sums hold them, which meet pairs that were interleaved within quarters:
@@ -45,7 +46,7 @@ static ALWAYS_INLINE void join_quarters(V &low, V &high) {
 }
 
 // acc[r] += sum_j p[r][j] token[j] over VECTORS vectors of 32, for ROWS rows. p[r][n] is 0 where n is odd.
-template <int ROWS, int VECTORS>
+template <bool ASKS, int ROWS, int VECTORS>
 static void weigh_pairs_chunk(const bf16 *p, int64_t ldp, const bf16 *tokens, int64_t stride, int64_t n, float *acc,
                               int64_t lda, const void *next) {
   const Ahead ahead(tokens, stride, n, VECTORS * 64, next);
@@ -76,12 +77,11 @@ static void weigh_pairs_chunk(const bf16 *p, int64_t ldp, const bf16 *tokens, in
       }
     }
   };
-  int64_t j = 0;
-  for (; j + 2 <= n; j += 2) {
-    ahead.ask<2, VECTORS * 64>(j);
+  for (int64_t j = 0; j + 2 <= n; j += 2) {
+    if constexpr (ASKS) ahead.ask<2, VECTORS * 64>(j);
     weigh(j, true);
   }
-  if (j < n) weigh(j, false);
+  if (n % 2) weigh(n - 1, false);
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < VECTORS; ++v) {
       join_quarters(sum[r][v][0], sum[r][v][1]);
@@ -89,31 +89,36 @@ static void weigh_pairs_chunk(const bf16 *p, int64_t ldp, const bf16 *tokens, in
     }
 }
 
-// f(first row, Count<rows>, first dimension, Count<vectors of 32>, what to ask for afterwards) over a token's `dim`.
+// f(Count<asks>, first row, Count<rows>, first dimension, Count<vectors of 32>, what to ask for afterwards) over a
+// token's `dim`.
 template <class F>
 static ALWAYS_INLINE void each_pairs_chunk(int64_t rows, int64_t dim, const bf16 *tokens, const void *next, F f) {
   each_chunk(rows, dim, [&](int64_t row, int64_t count, int64_t first, int64_t vectors) {
     const void *after = after_chunk(tokens, next, row, first + vectors * LANES, dim);
-    with_chunk(count, vectors, [&](auto r, auto v) {
-      constexpr int VECTORS = decltype(v)::value / 2;
-      if constexpr (VECTORS > 0) f(row, r, first, Count<VECTORS>{}, after);
+    with_asking(after, [&](auto asks) {
+      with_chunk(count, vectors, [&](auto r, auto v) {
+        constexpr int VECTORS = v.value / 2;
+        if constexpr (VECTORS > 0) f(asks, row, r, first, Count<VECTORS>{}, after);
+      });
     });
   });
 }
 
 static void dot_pairs(const bf16 *x, int64_t ldx, int64_t rows, const bf16 *tokens, int64_t stride, int64_t n,
                       int64_t dim, float *s, int64_t lds, const void *next) {
-  each_pairs_chunk(rows, dim, tokens, next, [&](int64_t row, auto r, int64_t first, auto v, const void *after) {
-    dot_pairs_chunk<decltype(r)::value, decltype(v)::value>(x + row * ldx + first, ldx, tokens + first, stride, n,
-                                                            s + row * lds, lds, first > 0, after);
-  });
+  each_pairs_chunk(rows, dim, tokens, next,
+                   [&](auto asks, int64_t row, auto r, int64_t first, auto v, const void *after) {
+                     dot_pairs_chunk<asks.value, r.value, v.value>(x + row * ldx + first, ldx, tokens + first, stride,
+                                                                   n, s + row * lds, lds, first > 0, after);
+                   });
 }
 
 static void weigh_pairs(const bf16 *p, int64_t ldp, int64_t rows, const bf16 *tokens, int64_t stride, int64_t n,
                         int64_t dim, float *acc, int64_t lda, const void *next) {
-  each_pairs_chunk(rows, dim, tokens, next, [&](int64_t row, auto r, int64_t first, auto v, const void *after) {
-    weigh_pairs_chunk<decltype(r)::value, decltype(v)::value>(p + row * ldp, ldp, tokens + first, stride, n,
-                                                              acc + row * lda + first, lda, after);
-  });
+  each_pairs_chunk(rows, dim, tokens, next,
+                   [&](auto asks, int64_t row, auto r, int64_t first, auto v, const void *after) {
+                     weigh_pairs_chunk<asks.value, r.value, v.value>(p + row * ldp, ldp, tokens + first, stride, n,
+                                                                     acc + row * lda + first, lda, after);
+                   });
 }
 #endif

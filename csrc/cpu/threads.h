@@ -3,6 +3,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include <atomic>
+#include <new>
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -87,6 +90,49 @@ static inline int thread_number() {
   return 0;
 #endif
 }
+
+// Jobs 0 .. count for the threads of a team. Each thread has a run of them that is the same in every call, so that what
+// it reads may lie in a cache of its own from the call before; one that is done takes the last ones of the others'
+// runs.
+class Shares {
+ public:
+  Shares(int64_t count, int threads) : runs(threads), threads_(threads) {
+    if (!runs.data) return;
+    for (int64_t t = 0; t < threads; ++t)
+      new (&runs.data[t].left) std::atomic<uint64_t>(pack(count * t / threads, count * (t + 1) / threads));
+  }
+
+  bool allocated() const { return runs.data != nullptr; }
+
+  // f(job) for every job that no other thread takes; called once by each thread of the team.
+  template <class F>
+  void each(int thread, F f) {
+    for (int t = 0; t < threads_; ++t) {
+      std::atomic<uint64_t> &left = runs.data[(thread + t) % threads_].left;
+      uint64_t seen = left.load(std::memory_order_relaxed);
+      while (first(seen) < last(seen)) {
+        const bool own = t == 0;
+        const uint64_t after = own ? pack(first(seen) + 1, last(seen)) : pack(first(seen), last(seen) - 1);
+        if (!left.compare_exchange_weak(seen, after, std::memory_order_relaxed)) continue;
+        f(own ? first(seen) : last(seen) - 1);
+        seen = left.load(std::memory_order_relaxed);
+      }
+    }
+  }
+
+ private:
+  struct Run {
+    std::atomic<uint64_t> left;  // first and end of what nobody has taken
+    char apart[56];              // threads do not share a cache line
+  };
+
+  static uint64_t pack(int64_t first, int64_t end) { return (uint64_t)first << 32 | (uint64_t)end; }
+  static int64_t first(uint64_t packed) { return packed >> 32; }
+  static int64_t last(uint64_t packed) { return packed & 0xffffffffu; }
+
+  Array<Run> runs;
+  int threads_;
+};
 
 // Threads of the parallel region that runs: the system may give fewer than were asked for.
 static inline int team_size() {
