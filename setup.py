@@ -72,6 +72,18 @@ def cuda_archs():
     return archs
 
 
+def launching(source, archs):
+    """The architectures that launch a file's kernels: *_large.cu needs blocks of 163 KiB of shared memory, *_small.cu is
+    for those whose blocks have 99 (csrc/cuda/launch.h), and prefill of 90 has kernels of its own."""
+    name = os.path.basename(source)
+    large = [arch for arch in archs if arch not in ("86", "89") and int(arch) < 120]
+    if name == "prefill_large.cu":
+        return [arch for arch in large if arch != "90"]
+    if name.endswith("_small.cu"):
+        return [arch for arch in archs if arch not in large]
+    return large if name.endswith("_large.cu") else archs
+
+
 class Nvcc:
     """The CUDA compiler. Objects are kept in build/cuda, named by what they are made of."""
 
@@ -107,15 +119,16 @@ class Nvcc:
                 found += re.findall(rf'{option}([^" ]+)', line)
         return None
 
-    def flags(self, archs):
-        codes = ",".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[0]}"])
-        return [*NVCC_FLAGS, "-gencode", f"arch=compute_{archs[0]},code=[{codes}]"]
+    def flags(self, archs, launching=None):
+        """Of PTX for the first of these, and code for those that launch a file's kernels (default: all)."""
+        codes = [f"sm_{arch}" for arch in (archs if launching is None else launching)]
+        return [*NVCC_FLAGS, "-gencode", f"arch=compute_{archs[0]},code=[{','.join([*codes, f'compute_{archs[0]}'])}]"]
 
     def flags_of(self, source, archs):
         """Files *_wgmma.cu have code for sm_90a, which no other architecture runs; without 90, kernels left empty."""
         if source.endswith("_wgmma.cu") and "90" in archs:
             return [*NVCC_FLAGS, "-gencode", "arch=compute_90a,code=sm_90a", "-DC2C_SM_90A"]
-        return self.flags(archs)
+        return self.flags(archs, launching(source, archs))
 
     def objects(self, sources, archs):
         """Compiles the sources, as many at once as there are jobs, and returns the objects. After `refusal`."""

@@ -28,7 +28,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = (80, 90)
 FILES = {
     "decode": "decode.cu", "combine": "decode.cu", "absorb_bf16": "absorb_bf16.cu", "absorb_f16": "absorb_f16.cu",
-    "prefill": "prefill.cu", "prefill_wgmma": "prefill_wgmma.cu",
+    "prefill": "prefill_large.cu", "prefill_small": "prefill_small.cu", "prefill_wgmma": "prefill_wgmma.cu",
     "project": "project.cu", "project_wgmma": "project_wgmma.cu",
     "fuse_table": "fuse_table.cu", "fuse_bf16": "fuse_bf16.cu", "fuse_f16": "fuse_f16.cu",
     "merge": "states.cu", "quantize": "states.cu",
@@ -37,6 +37,8 @@ FILES = {
 
 def file_of(kernel: str) -> str:
     """The source of a kernel."""
+    if kernel.endswith("_64x512"):  # of fuse_kv
+        return f"{kernel.removeprefix('c2c_').removesuffix('_64x512')}_large.cu"
     first, _, rest = kernel.removeprefix("c2c_").partition("_")
     return FILES.get(f"{first}_{rest.removeprefix('combine_').partition('_')[0]}") or FILES[first]
 

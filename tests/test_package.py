@@ -174,10 +174,25 @@ class TestBuildSwitches:
             import runpy, setuptools
             setuptools.setup = lambda **options: None
             made = runpy.run_path({str(ROOT / "setup.py")!r})
-            flags = [made["Nvcc"]().flags_of(name, made["cuda_archs"]()) for name in ("prefill_wgmma.cu", "prefill.cu")]
+            flags = [made["Nvcc"]().flags_of(name, made["cuda_archs"]()) for name in ("prefill_wgmma.cu", "decode.cu")]
             print(["arch=compute_90a,code=sm_90a" in each and "-DC2C_SM_90A" in each for each in flags])"""
         told = run([sys.executable, "-c", code], ROOT, C2C_CUDA_ARCHS=archs)
         assert told.stdout.strip() == wanted, told.stderr
+
+    @pytest.mark.parametrize(("name", "wanted"), [
+        ("prefill_large", ["80", "87", "100"]), ("prefill_small", ["86", "89", "120"]),
+        ("decode", ["80", "86", "87", "89", "90", "100", "120"]),
+    ])  # fmt: skip
+    def test_code_is_made_for_architectures_that_launch_it(self, name, wanted):
+        """What they launch: tests/cuda_backend/test_choice.py. PTX is there for later ones."""
+        code = f"""if True:
+            import json, runpy, setuptools
+            setuptools.setup = lambda **options: None
+            made = runpy.run_path({str(ROOT / "setup.py")!r})
+            print(json.dumps(made["Nvcc"]().flags_of("csrc/cuda/{name}.cu", made["cuda_archs"]())[-1]))"""
+        told = run([sys.executable, "-c", code], ROOT, C2C_CUDA_ARCHS="80,86,87,89,90,100,120")
+        codes = ",".join([*(f"sm_{arch}" for arch in wanted), "compute_80"])
+        assert json.loads(told.stdout) == f"arch=compute_80,code=[{codes}]", told.stderr
 
     def test_missing_compiler_is_one_clear_line(self, tmp_path):
         folders = ["--build-temp", tmp_path, "--build-lib", tmp_path]

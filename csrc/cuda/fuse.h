@@ -100,7 +100,7 @@ constexpr int FUSE_TABLE_SMALL = 256, FUSE_TABLE_LARGE = 3072;
 static_assert(sizeof(FuseHalf) <= 8 * FUSE_TABLE_SMALL, "a row fits");
 
 // Tiles: rows (tokens) x columns of a product that a program forms.
-enum FuseShape { FUSE_16x32, FUSE_16x128, FUSE_64x128, FUSE_64x256, FUSE_64x512 };
+enum FuseShape { FUSE_16x32, FUSE_16x128, FUSE_64x128, FUSE_64x256 };
 
 // A kernel as the host launches it.
 struct FuseKernel {
@@ -110,6 +110,8 @@ struct FuseKernel {
 };
 FuseKernel fuse_kernel_f16(FuseShape shape);
 FuseKernel fuse_kernel_bf16(FuseShape shape);
+FuseKernel large_fuse_kernel_f16();  // 64 x 512, for blocks that may have 144 KiB of shared memory
+FuseKernel large_fuse_kernel_bf16();
 const void *fuse_table_kernel(bool large);
 
 }  // namespace c2c

@@ -172,17 +172,16 @@ c2c_status_code fuse_groups(const c2c_fuse_params &p, std::vector<FuseGroup> &gr
 
 FuseKernel fuse_kernel_of(const FuseGroup &group, int capability) {
   const c2c_fuse_half &h = *group.like;
-  const auto kernel = [&](FuseShape shape) {
-    return h.receiver.dtype == C2C_BF16 ? fuse_kernel_bf16(shape) : fuse_kernel_f16(shape);
-  };
+  const bool bf16 = h.receiver.dtype == C2C_BF16;
+  const auto kernel = [&](FuseShape shape) { return bf16 ? fuse_kernel_bf16(shape) : fuse_kernel_f16(shape); };
   // Tokens are read once per tile of columns: as wide a tile as leaves enough programs.
   const int64_t rows = h.batch * h.len, halves = static_cast<int64_t>(group.halves.size());
   const auto fills = [&](int64_t columns) {
     return h.hidden >= columns && halves * divided(rows, 64) * divided(h.hidden, columns) >= FILLS;
   };
   if (rows <= 16) return kernel(rows > 4 || fills(128) ? FUSE_16x128 : FUSE_16x32);
-  // The widest takes 144 KiB of shared memory.
-  return kernel(has_large_blocks(capability) && fills(512) ? FUSE_64x512 : fills(256) ? FUSE_64x256 : FUSE_64x128);
+  if (has_large_blocks(capability) && fills(512)) return bf16 ? large_fuse_kernel_bf16() : large_fuse_kernel_f16();
+  return kernel(fills(256) ? FUSE_64x256 : FUSE_64x128);
 }
 
 std::vector<FusePart> fuse_parts(const FuseGroup &group, const FuseKernel &kernel) {
