@@ -40,6 +40,8 @@ void plan(AbsorbDecode &a) {
     d.split_tokens[number] = raw_split_tokens(all_rows(p), size_of(p.run[number].key_type));
   }
   plan_decode(d);
+  a.dim = 64;
+  while (a.dim < std::max(p.head_dim, p.value_dim)) a.dim *= 2;
   a.direct_splits = d.splits;
   a.result_pitch = (p.value_dim + 7) / 8 * 8 + 8;
   a.row_tiles = static_cast<int32_t>((all_rows(p) + ABSORB_ROWS - 1) / ABSORB_ROWS);
@@ -77,6 +79,7 @@ int64_t divide(AbsorbDecode &a, void *workspace) {
     Absorbed &s = a.absorption.segment[i];
     if (!s.splits) continue;
     pieces.take(s.query, rows * s.key.width * 2);
+    if (p.dtype == C2C_F16) pieces.take(s.fold_scales, rows * (s.key.width / FOLD_COLUMNS) * 4);
     pieces.take(s.shift, rows * 4);
     pieces.take(s.sums, rows * s.splits * s.value.width * 2);
     pieces.take(s.scales, rows * s.splits * ABSORB_WARPS * 4);
@@ -95,8 +98,8 @@ uint64_t number_of_call() {
   return (x ^ x >> 31) & ~uint64_t{1};
 }
 
-uint32_t split_shared(const AbsorbDecode &a, int dim, int groups) {
-  int bytes = decode_shared(dim);
+uint32_t split_shared(const AbsorbDecode &a, int groups) {
+  int bytes = decode_shared(a.dim);
   for (int i = 0; i < a.absorption.count; ++i) {
     const Absorbed &s = a.absorption.segment[i];
     bytes = std::max(bytes, s.slots * s.slot_bytes + groups * EXCHANGE_BYTES);
@@ -137,22 +140,20 @@ c2c_status_code launch_absorb(const Attention &p, const Absorption &absorption, 
                          int64_t{p.batch} * p.kv_heads * a.decode.row_tiles * a.direct_splits;
   if (!p.batch || !all_rows(p)) return C2C_OK;
   if (blocks > INT32_MAX || p.batch * all_rows(p) > INT32_MAX) return C2C_UNSUPPORTED;
-  const AbsorbVariant *variant = p.dtype == C2C_BF16 ? absorb_bf16 : absorb_f16;
-  const AbsorbVariant &combine = variant[3];
-  while (variant->dim < std::max(p.head_dim, p.value_dim)) ++variant;
+  const AbsorbKernels &kernels = p.dtype == C2C_BF16 ? absorb_bf16 : absorb_f16;
   const int groups = all_rows(p) > 16 ? 2 : 1;
   if (blocks) {
-    const Launch split{variant->kernel,
-                       variant->name,
+    const Launch split{kernels.split,
+                       kernels.split_name,
                        static_cast<uint32_t>(blocks),
                        static_cast<uint32_t>(groups * ABSORB_WARPS * 32),
-                       split_shared(a, variant->dim, groups),
+                       split_shared(a, groups),
                        &a,
                        sizeof a};
     if (c2c_status_code code = run(split, context)) return code;
   }
-  const Launch merge{combine.kernel,
-                     combine.name,
+  const Launch merge{kernels.combine,
+                     kernels.combine_name,
                      static_cast<uint32_t>(p.batch * p.kv_heads),
                      ABSORB_COMBINE_THREADS,
                      combine_shared(a),

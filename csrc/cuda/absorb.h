@@ -39,11 +39,12 @@ struct AbsorbedSide {
 // A segment whose projectors are absorbed, beside its Run.
 struct Absorbed {
   AbsorbedSide key, value;
-  void *query;      // [batch, rows of all heads, key.width] of the query's dtype: queries through the key projector
-  float *shift;     // [batch, rows]: q . b, where there is a key bias
-  void *sums;       // [batch, rows, splits, value.width] f16, to be multiplied by `scales`
-  float *scales;    // [batch, splits, ABSORB_WARPS, rows]: powers of two, of each quarter of the columns
-  uint64_t *marks;  // [batch, pieces]: how far the folding of each piece is
+  void *query;         // [batch, rows of all heads, key.width] of the query's dtype: queries through the key projector
+  float *fold_scales;  // [batch, rows, key.width / FOLD_COLUMNS]: powers of two to multiply it by; null but in float16
+  float *shift;        // [batch, rows]: q . b, where there is a key bias
+  void *sums;          // [batch, rows, splits, value.width] f16, to be multiplied by `scales`
+  float *scales;       // [batch, splits, ABSORB_WARPS, rows]: powers of two, of each quarter of the columns
+  uint64_t *marks;     // [batch, pieces]: how far the folding of each piece is
   int32_t splits;
   int32_t pieces;             // of the queries' folding, of a batch row: KV heads x FOLD_COLUMNS columns
   int32_t number;             // of its run
@@ -60,6 +61,7 @@ struct AbsorbDecode {
   Decode decode;
   Absorption absorption;
   uint64_t call;          // a number of the call's own, even
+  int32_t dim;            // that head dims are padded to: 64, 128 or 256
   int32_t pieces;         // of a batch row, all segments
   int32_t raw_blocks;     // of a batch row: splits of all absorbed segments x row_tiles
   int32_t row_tiles;      // of the rows of all heads
@@ -72,12 +74,13 @@ struct AbsorbDecode {
 // KiB of sm_86, sm_89 and sm_120.
 constexpr int DEEP_RING = 8, SHALLOW_RING = 4;  // shallow where a half stage has 16 KiB
 
-// A kernel that splits, for head dims up to `dim`; combine's last, with dim 0.
-struct AbsorbVariant {
-  int dim;
-  const void *kernel;
-  const char *name;
+// The two kernels of a dtype.
+struct AbsorbKernels {
+  const void *split;
+  const char *split_name;
+  const void *combine;
+  const char *combine_name;
 };
-extern const AbsorbVariant absorb_bf16[4], absorb_f16[4];
+extern const AbsorbKernels absorb_bf16, absorb_f16;
 
 }  // namespace c2c

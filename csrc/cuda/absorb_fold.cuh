@@ -82,6 +82,41 @@ __device__ __forceinline__ int fold_place(int row, int four) {
   return row * 16 + ((four >> 2 | (four & 3) << 2) ^ (row & 1) << 2);
 }
 
+// Factors by which sums are divided and multiplied, powers of two: the largest comes to 2^14, so that float16 holds 11
+// bits of all that is not below 2^-28 of it.
+__device__ __forceinline__ void powers_of_two(float largest, float &down, float &up) {
+  const int exponent = max(static_cast<int>(__float_as_uint(largest) >> 23) - 127, -100);
+  down = __uint_as_float(static_cast<uint32_t>(127 + 14 - exponent) << 23);
+  up = __uint_as_float(static_cast<uint32_t>(127 - 14 + exponent) << 23);
+}
+
+__device__ __forceinline__ float inverse_power(float x) { return __uint_as_float(0x7f000000u - __float_as_uint(x)); }
+
+__device__ __forceinline__ float largest_of(const float4 &x) {
+  return fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+}
+
+__device__ __forceinline__ void multiply_by(float4 &x, float factor) {
+  x.x *= factor, x.y *= factor, x.z *= factor, x.w *= factor;
+}
+
+// Where the power of two for FOLD_COLUMNS folded columns of a row, among them `column`, lies.
+__device__ __forceinline__ float *fold_scale(const Absorbed &s, int64_t row, int column) {
+  return s.fold_scales + row * (s.key.width / FOLD_COLUMNS) + column / FOLD_COLUMNS;
+}
+
+// Eight lanes have the FOLD_COLUMNS folded columns of a row, which float16 may be too narrow for: they become ones that
+// it holds, and a power of two.
+__device__ __forceinline__ void scale_folded(float4 &low, float4 &high, float *scale) {
+  float largest = fmaxf(largest_of(low), largest_of(high)), down, up;
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  powers_of_two(largest, down, up);
+  multiply_by(low, down);
+  multiply_by(high, down);
+  if (scale) store_relaxed(scale, up);
+}
+
 // Rows first_row .. + 15 of a KV head through columns `column` .. + 63. `shared`: FOLD_SHARED bytes.
 template <typename T>
 __device__ __forceinline__ void fold_rows(const Attention &p, const Absorbed &s, int batch, int kv_head, int first_row,
@@ -122,11 +157,13 @@ __device__ __forceinline__ void fold_rows(const Attention &p, const Absorbed &s,
         sums[i].x += x.x, sums[i].y += x.y, sums[i].z += x.z, sums[i].w += x.w;
       }
     const bool swapped = eight & 1;
-    const float4 low = swapped ? sums[1] : sums[0], high = swapped ? sums[0] : sums[1];
+    float4 low = swapped ? sums[1] : sums[0], high = swapped ? sums[0] : sums[1];
+    const int64_t at = static_cast<int64_t>(batch) * p.q_heads * p.q_len + to;
+    if constexpr (Precision<T>::NARROW)
+      scale_folded(low, high, to >= 0 && eight == 0 ? fold_scale(s, at, column) : nullptr);
     if (to >= 0)
       store_relaxed_16(
-          static_cast<char *>(s.query) +
-              2 * ((static_cast<int64_t>(batch) * p.q_heads * p.q_len + to) * s.key.width + column + 8 * eight),
+          static_cast<char *>(s.query) + 2 * (at * s.key.width + column + 8 * eight),
           make_uint4(pack<T>(low.x, low.y), pack<T>(low.z, low.w), pack<T>(high.x, high.y), pack<T>(high.z, high.w)));
   }
   __syncthreads();

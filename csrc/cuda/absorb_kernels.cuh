@@ -20,8 +20,21 @@ __device__ __forceinline__ int direct_run(const AbsorbDecode &a, int &split) {
   }
 }
 
-// Grid: batch x pieces of folding, batch x raw_blocks, batch x KV heads x tiles of 16 rows x splits in receiver space.
+// Block `block` of those of runs in receiver space, of head dims up to DIM.
 template <typename T, int DIM>
+__device__ __noinline__ void direct_block(const AbsorbDecode &a, int block) {
+  if (threadIdx.x >= Teams<DIM>::COUNT * Teams<DIM>::THREADS) return;
+  const Attention &p = a.decode.attention;
+  int split = block % a.direct_splits;
+  block /= a.direct_splits;
+  const int number = direct_run(a, split), first_row = block % a.decode.row_tiles * ROWS;
+  block /= a.decode.row_tiles;
+  decode_split<T, DIM>(a.decode, number, split, block / p.kv_heads, block % p.kv_heads, first_row);
+}
+
+// Grid: batch x pieces of folding, batch x raw_blocks, batch x KV heads x tiles of 16 rows x splits in receiver space.
+// One kernel for all head dims: what a kernel calls is assembled anew for each.
+template <typename T>
 __device__ __forceinline__ void absorb_decode(const AbsorbDecode &a) {
   extern __shared__ __align__(128) char shared[];
   const Attention &p = a.decode.attention;
@@ -38,36 +51,24 @@ __device__ __forceinline__ void absorb_decode(const AbsorbDecode &a) {
     return;
   }
   block -= p.batch * a.pieces;
-  if (block < p.batch * a.raw_blocks) {
-    absorb_split<T>(a, block / a.raw_blocks, block % a.raw_blocks, shared);
-    return;
-  }
+  if (block < p.batch * a.raw_blocks) return absorb_split<T>(a, block / a.raw_blocks, block % a.raw_blocks, shared);
   block -= p.batch * a.raw_blocks;
-  if (threadIdx.x >= Teams<DIM>::COUNT * Teams<DIM>::THREADS) return;
-  int split = block % a.direct_splits;
-  block /= a.direct_splits;
-  const int number = direct_run(a, split), first_row = block % a.decode.row_tiles * ROWS;
-  block /= a.decode.row_tiles;
-  decode_split<T, DIM>(a.decode, number, split, block / p.kv_heads, block % p.kv_heads, first_row);
+  if (a.dim == 64) return direct_block<T, 64>(a, block);
+  if (a.dim == 128) return direct_block<T, 128>(a, block);
+  direct_block<T, 256>(a, block);
 }
 
 }  // namespace c2c
 
-#define ABSORB_KERNEL(name, T, DIM) \
-  extern "C" __global__ void __launch_bounds__(c2c::ABSORB_THREADS, 1) \
-      c2c_absorb_##name##_##DIM(const __grid_constant__ c2c::AbsorbDecode a) { \
-    c2c::absorb_decode<T, DIM>(a); \
-  }
 #define ABSORB_KERNELS(name, T) \
-  ABSORB_KERNEL(name, T, 64) \
-  ABSORB_KERNEL(name, T, 128) \
-  ABSORB_KERNEL(name, T, 256) \
+  extern "C" __global__ void __launch_bounds__(c2c::ABSORB_THREADS, 1) \
+      c2c_absorb_##name(const __grid_constant__ c2c::AbsorbDecode a) { \
+    c2c::absorb_decode<T>(a); \
+  } \
   extern "C" __global__ void __launch_bounds__(c2c::ABSORB_COMBINE_THREADS, 2) \
       c2c_absorb_combine_##name(const __grid_constant__ c2c::AbsorbDecode a) { \
     c2c::absorb_combine<T>(a); \
   } \
-  const c2c::AbsorbVariant c2c::absorb_##name[4] = { \
-      {64, reinterpret_cast<const void *>(&c2c_absorb_##name##_64), "c2c_absorb_" #name "_64"}, \
-      {128, reinterpret_cast<const void *>(&c2c_absorb_##name##_128), "c2c_absorb_" #name "_128"}, \
-      {256, reinterpret_cast<const void *>(&c2c_absorb_##name##_256), "c2c_absorb_" #name "_256"}, \
-      {0, reinterpret_cast<const void *>(&c2c_absorb_combine_##name), "c2c_absorb_combine_" #name}};
+  const c2c::AbsorbKernels c2c::absorb_##name = { \
+      reinterpret_cast<const void *>(&c2c_absorb_##name), "c2c_absorb_" #name, \
+      reinterpret_cast<const void *>(&c2c_absorb_combine_##name), "c2c_absorb_combine_" #name};

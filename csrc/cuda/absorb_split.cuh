@@ -16,15 +16,38 @@ struct RawTile {
   float sum[2 * MOST_STEPS][4];   // fragments of 16 rows x this warp's columns of values
   SoftmaxState state[2];          // of rows lane / 4 and + 8; sums are those of this lane's columns
   float shift[2];                 // q . b of these rows
+  float scale[2];                 // of products of these rows: powers of two where T is float16, unused else
 };
 
 // A quarter of the columns, in steps of 16.
 __device__ __forceinline__ int steps_of(const AbsorbedSide &side) { return side.width / ABSORB_WARPS / 16; }
 __device__ __forceinline__ int raw_part() { return threadIdx.x / WARP % ABSORB_WARPS; }
 
+// Folded columns of this warp have a power of two for each FOLD_COLUMNS: makes it the larger one for all, and returns
+// it.
+__device__ __forceinline__ float join_scales(const Absorbed &s, int64_t row, int half, RawTile &tile) {
+  static_assert(MOST_STEPS * 16 <= 2 * FOLD_COLUMNS, "a warp's columns have two powers of two at most");
+  const int columns = steps_of(s.key) * 16;
+  const float *const scales = fold_scale(s, row, raw_part() * columns);
+  if (columns <= FOLD_COLUMNS) return scales[0];
+  const float larger = fmaxf(scales[0], scales[1]);
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const __half2 factor = __float2half2_rn(scales[part] * inverse_power(larger));
+#pragma unroll
+    for (int k = 0; k < MOST_STEPS / 2; ++k)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        __half2 &pair = reinterpret_cast<__half2 &>(tile.query[part * (MOST_STEPS / 2) + k][half + 2 * i]);
+        pair = __hmul2(pair, factor);
+      }
+  }
+  return larger;
+}
+
 // Fragments of the folded queries of rows rows[0] and rows[1], -1 for none. Of bytes, products 2j and 2j + 1 take
 // columns 32 j + 8 c + 0, 1, 2, 3 and + 4, 5, 6, 7: see load_queries of decode.cuh.
-template <bool BYTES>
+template <typename T, bool BYTES>
 __device__ __forceinline__ void load_folded(const Absorbed &s, int64_t first_row, const int (&rows)[2], RawTile &tile) {
   const int lane = threadIdx.x % WARP, steps = steps_of(s.key);
 #pragma unroll
@@ -42,6 +65,8 @@ __device__ __forceinline__ void load_folded(const Absorbed &s, int64_t first_row
       tile.query[2 * j + 1][2 + half] = words[3];
     }
     tile.shift[half] = rows[half] >= 0 && s.key.bias ? s.shift[first_row + rows[half]] : 0.0f;
+    if constexpr (Precision<T>::NARROW)
+      tile.scale[half] = rows[half] >= 0 ? join_scales(s, first_row + rows[half], half, tile) : 1.0f;
   }
 }
 
@@ -156,6 +181,9 @@ __device__ __forceinline__ void stream_raw(const Attention &p, const Absorbed &s
     char *slot = ring.take();
     score_raw<T, BYTES>(s.key, tile, slot, BYTES && s.key.scale.data ? ring.scales_of(slot, false) : nullptr,
                         w.run.key_type == C2C_F8E4M3, scores);
+    if constexpr (Precision<T>::NARROW)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) scores[i / 4][i % 4] *= tile.scale[i % 4 / 2];
     exchange_scores<false>(exchange, scores);
     slot = ring.take();  // and all have left their products
     exchange_scores<true>(exchange, scores);
@@ -171,14 +199,6 @@ __device__ __forceinline__ void stream_raw(const Attention &p, const Absorbed &s
                              w.run.value_type == C2C_F8E4M3);
   }
   cp_async_wait<0>();
-}
-
-// Factors by which sums are divided and multiplied, powers of two: the largest comes to 2^14, so that float16 holds 11
-// bits of all that is not below 2^-28 of it.
-__device__ __forceinline__ void powers_of_two(float largest, float &down, float &up) {
-  const int exponent = max(static_cast<int>(__float_as_uint(largest) >> 23) - 127, -100);
-  down = __uint_as_float(static_cast<uint32_t>(127 + 14 - exponent) << 23);
-  up = __uint_as_float(static_cast<uint32_t>(127 - 14 + exponent) << 23);
 }
 
 // Leaves what the warp has found: max and sum of every row, sums in float16. `first_row`: the batch row's first.
@@ -265,7 +285,7 @@ __device__ __noinline__ void absorb_tokens(const AbsorbDecode &a, int place, int
     Ring<BYTES> ring(s, w, shared);
     ring.start();
     if (!folded) wait_until_folded(marks, s.pieces, a.call);
-    load_folded<BYTES>(s, base, numbers, tile);
+    load_folded<T, BYTES>(s, base, numbers, tile);
     stream_raw<T, BYTES>(p, s, w, rows, ring, reinterpret_cast<float4 *>(shared + s.slots * s.slot_bytes), tile);
   }
   write_raw<BYTES>(a.decode, s, base, numbers, split, a.decode.first_split[s.number] + split, tile);

@@ -57,6 +57,25 @@ def test_attention(name, arch):
     assert len(names) == 2 and names[0].startswith("c2c_absorb_") and names[1].startswith("c2c_absorb_combine_")
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("heads", "quantised"), [(2, False), (8, False), (8, True)])
+def test_folded_queries_beyond_float16(heads, quantised, arch):
+    """Queries through a projector that float16 does not hold, of tokens as small; beside columns with the reverse."""
+    call = build(Plan(F16, 1, 2, 3, 2, 20, 64, 64, strided=False, segments=[raw(70, heads, quantised=quantised)]), 5)
+    (segment,) = call["segments"]
+    large = torch.tensor([2.0**11, 2.0**-7]).repeat_interleave(64).repeat(heads // 2)
+    call["query"], segment.key_proj = call["query"] * 64, (segment.key_proj * large).to(F16)
+    small = large.reciprocal().view(1, heads, 1, 64)
+    if quantised:
+        segment.key_scale = segment.key_scale * small[..., 0]
+    else:
+        segment.key = (segment.key * small).to(F16)
+    folded = call["query"].double().unflatten(1, (2, 3)).flatten(2, 3) @ segment.key_proj.double()
+    assert folded.abs().max() > 2 * torch.finfo(F16).max
+    assert reference_call(call, torch.float64)[0].isfinite().all()
+    check({**call, "strategy": "absorb"}, arch)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_float8(dtype):
     call = build(Plan(dtype, 2, 2, 2, 1, 40, 64, 64, segments=[raw(70, quantised=True), raw(20, 8, quantised=True)]), 3)
