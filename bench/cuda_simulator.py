@@ -115,18 +115,19 @@ class Ran(NamedTuple):
 class Simulator:
     """Runs what the `cuda` backend launches from PTX for compute capability `arch`; keeps it in `ran`.
 
-    `checks`: options of ptxsim's launches beside CHECKS.
+    `maps`: whether its driver makes tensor maps. `checks`: options of ptxsim's launches beside CHECKS.
     """
 
-    def __init__(self, arch: int, **checks: Any) -> None:
-        self.arch = arch
+    def __init__(self, arch: int, *, maps: bool = True, **checks: Any) -> None:
+        self.arch, self.maps = arch, maps
         self.checks = {**CHECKS, **checks}
         self.ran: list[Ran] = []
 
     def __call__(self, launch: cuda.Launch) -> None:
+        params = parameters(launch) if self.maps else launch.unmapped
         counters = module(file_of(launch.kernel), self.arch).launch(
-            launch.kernel, launch.grid, launch.block, [parameters(launch)], dynamic_shared=launch.shared,
-            ranges=launch.tensors, **self.checks,
+            launch.kernel, launch.grid, launch.block, [params], dynamic_shared=launch.shared, ranges=launch.tensors,
+            **self.checks,
         )  # fmt: skip
         self.ran.append(Ran(launch, counters))
 

@@ -36,11 +36,13 @@ py::tuple maps_of(const c2c::Launch &launch) {
 }
 
 // An executor that hands every launch to a Python function: name, grid, block, shared memory, parameters as bytes,
-// maps.
+// maps, and parameters as they are where no map can be made.
 c2c_status_code tell(const c2c::Launch &launch, void *function) {
+  const std::vector<char> unmapped = c2c::with_maps(launch, [](const c2c::TileMap &, c2c::MapSlot &) { return false; });
   (*static_cast<const py::function *>(function))(
       launch.name, launch.grid, launch.block, launch.shared,
-      py::bytes(static_cast<const char *>(launch.params), static_cast<size_t>(launch.params_size)), maps_of(launch));
+      py::bytes(static_cast<const char *>(launch.params), static_cast<size_t>(launch.params_size)), maps_of(launch),
+      py::bytes(unmapped.data(), unmapped.size()));
   return C2C_OK;
 }
 
@@ -126,6 +128,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("most_states") = c2c::MAX_STATES;
   m.def("unavailable", &c2c_cuda_unavailable);
   m.def("error", &c2c_cuda_error);
+  m.def("unmapped", &c2c_cuda_unmapped);
   m.def("attention_workspace", &attention_workspace);
   m.def("merged_attention", &merged_attention);
   m.def("attention_launches", &attention_launches);

@@ -8,6 +8,7 @@ cut to the tensor, an index outside of it reads zeros, a gate that is not above 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..segment import Rope, SegmentTensors
-from . import Backend, cost, cuda_fuse, kernels, native, reference_fuse, triton_record
+from . import Backend, cost, cuda_fuse, kernels, logger, native, reference_fuse, triton_record
 
 try:
     from .. import _cuda
@@ -59,7 +60,8 @@ class TileMap(NamedTuple):
 class Launch(NamedTuple):
     """One kernel launch, before it happens: the kernel's name in PTX and its one parameter, a struct.
 
-    `maps` are missing in the struct. `tensors` are those that it points into.
+    `maps` are missing in the struct; `unmapped` is the struct where the driver makes none. `tensors` are those that it
+    points into.
     """
 
     kernel: str
@@ -68,6 +70,7 @@ class Launch(NamedTuple):
     shared: int
     params: bytes
     maps: tuple[TileMap, ...]
+    unmapped: bytes
     tensors: tuple[Tensor, ...]
 
 
@@ -262,6 +265,12 @@ _REFUSALS: dict[str, Callable[..., str]] = {
 }
 
 
+@functools.cache
+def _tell_unmapped() -> None:
+    """Says so once: results are the same, copies are slower."""
+    logger.debug("cuda: the driver makes no tensor map of some keys and values, which warps copy instead")
+
+
 def _run(operator: str, subject: Tensor, size: int, launches, run, tensors: list[Tensor | None]) -> None:
     """Workspace, device guard and current stream for one operator; its status as an exception that names `subject`.
 
@@ -274,13 +283,15 @@ def _run(operator: str, subject: Tensor, size: int, launches, run, tensors: list
         capability, executor = taken
         present = (workspace, *(tensor for tensor in tensors if tensor is not None))
 
-        def tell(name: str, grid: int, block: int, shared: int, params: bytes, maps: tuple) -> None:
-            executor(Launch(name, grid, block, shared, params, tuple(map(TileMap._make, maps)), present))
+        def tell(name: str, grid: int, block: int, shared: int, params: bytes, maps: tuple, unmapped: bytes) -> None:
+            executor(Launch(name, grid, block, shared, params, tuple(map(TileMap._make, maps)), unmapped, present))
 
         status = launches(workspace.data_ptr(), capability, tell)
     else:
         with torch.cuda.device(device):
             status = run(workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+        if _cuda.unmapped():
+            _tell_unmapped()
     code = status & 0xFF
     if code == _CUDA_ERROR:
         raise RuntimeError(f"{operator} on cuda: {_cuda.error()}; tensor {tuple(subject.shape)} on {device}")

@@ -22,19 +22,19 @@ c2c_status_code failed(const char *what, cudaError_t error) {
   return C2C_CUDA_ERROR;
 }
 
-// The launch's parameters with its maps in their slots.
-bool with_maps(const Launch &launch, std::vector<char> &params) {
+}  // namespace
+
+std::vector<char> with_maps(const Launch &launch, Encoder encoder) {
   const char *const bytes = static_cast<const char *>(launch.params);
-  params.assign(bytes, bytes + launch.params_size);
+  std::vector<char> params(bytes, bytes + launch.params_size);
   for (int32_t i = 0; i < launch.map_count; ++i) {
+    if (!launch.maps[i].data) continue;
     MapSlot slot{};
-    if (launch.maps[i].data && !encode(launch.maps[i], slot)) return false;
+    if (!encoder(launch.maps[i], slot)) params[launch.mapped_at + i / 2] = 0;
     memcpy(params.data() + launch.maps_at + i * sizeof slot, &slot, sizeof slot);
   }
-  return true;
+  return params;
 }
-
-}  // namespace
 
 c2c_status_code run_on_stream(const Launch &launch, void *stream) {
   // 48 KiB need no leave, static shared memory (16 KiB at most) among them.
@@ -44,10 +44,7 @@ c2c_status_code run_on_stream(const Launch &launch, void *stream) {
     if (error != cudaSuccess) return failed(launch.name, error);
   }
   std::vector<char> params;
-  if (launch.map_count && !with_maps(launch, params)) {
-    last_error = std::string(launch.name) + ": the driver makes no tensor map of its keys or values";
-    return C2C_CUDA_ERROR;
-  }
+  if (launch.map_count) params = with_maps(launch, encode);
   void *arguments[] = {launch.map_count ? params.data() : const_cast<void *>(launch.params)};
   const cudaError_t error = cudaLaunchKernel(launch.kernel, dim3(launch.grid), dim3(launch.block), arguments,
                                              launch.shared, static_cast<cudaStream_t>(stream));

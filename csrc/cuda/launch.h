@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include <vector>
+
 #include "c2c.h"
 #include "tile_map.h"
 
@@ -17,8 +19,15 @@ struct Launch {
   int64_t params_size;
   const TileMap *maps = nullptr;  // [map_count], nullable: who runs the launch makes them
   int32_t map_count = 0;
-  int64_t maps_at = 0;  // of the MapSlots in params, bytes
+  int64_t maps_at = 0;    // of the MapSlots in params, bytes
+  int64_t mapped_at = 0;  // of an int8 for every two maps: whether the kernel copies by them
 };
+
+// The driver's map, or another's; false where it makes none.
+using Encoder = bool (*)(const TileMap &map, MapSlot &slot);
+
+// The launch's parameters with its maps in their slots. Where one is not made, its pair is not copied by.
+std::vector<char> with_maps(const Launch &launch, Encoder encoder);
 
 // Runs a launch. `context` is passed through.
 using Executor = c2c_status_code (*)(const Launch &launch, void *context);

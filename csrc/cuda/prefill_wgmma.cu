@@ -94,10 +94,10 @@ c2c_status_code launch_prefill_wgmma(const Attention &p, Executor run, void *con
       maps[2 * number] = map_of(tokens.key, p.head_dim, tokens.len, p, v.tokens);
       maps[2 * number + 1] = map_of(tokens.value, p.value_dim, tokens.len, p, v.tokens);
     }
-    return run(
-        {v.kernel, v.name, static_cast<uint32_t>(blocks), static_cast<uint32_t>(v.threads),
-         static_cast<uint32_t>(v.shared), &mapped, sizeof mapped, maps, 2 * p.runs, offsetof(MappedAttention, maps)},
-        context);
+    return run({v.kernel, v.name, static_cast<uint32_t>(blocks), static_cast<uint32_t>(v.threads),
+                static_cast<uint32_t>(v.shared), &mapped, sizeof mapped, maps, 2 * p.runs,
+                offsetof(MappedAttention, maps), offsetof(MappedAttention, mapped)},
+               context);
   }
   return C2C_UNSUPPORTED;
 }

@@ -218,6 +218,8 @@ C2C_API c2c_status c2c_quantize_cuda(const c2c_quantize_params *params, void *st
 C2C_API const char *c2c_cuda_unavailable(void);
 // The last error of the CUDA runtime in this thread and the kernel that met it, as words.
 C2C_API const char *c2c_cuda_error(void);
+// How many tensor maps the driver has refused to make so far: attention copies those keys and values without, slower.
+C2C_API int64_t c2c_cuda_unmapped(void);
 
 // The instruction set in use: "avx512_bf16", "avx512", "avx2", "baseline" or "neon". Chosen by cpuid on first use.
 C2C_API const char *c2c_cpu_isa(void);

@@ -76,10 +76,10 @@ class Simulator(cuda_simulator.Simulator):
         )  # fmt: skip
 
 
-def attend(call: dict, arch: int, **options: Any) -> tuple[tuple, Simulator]:
+def attend(call: dict, arch: int, maps: bool = True, **options: Any) -> tuple[tuple, Simulator]:
     """`merged_attention` with the arguments that `attention_cases.build` makes: out, lse and mass, and the launches."""
     options = {name: value for name, value in call.items() if name not in ("query", "key", "value")} | options
-    with Simulator(arch).installed() as simulated:
+    with Simulator(arch, maps=maps).installed() as simulated:
         results = c2c.merged_attention(
             call["query"], call["key"], call["value"], **options, return_lse=True, return_mass=True, backend="cuda"
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_cases import Plan, SegmentPlan, build, reference_call
 from error_rule import assert_as_exact
-from simulated import ARCHS, Simulator, attend, missing
+from simulated import ARCHS, DEVICE, Simulator, attend, missing
 
 import c2c_kernels as c2c
 
@@ -76,6 +76,18 @@ def test_an_own_cache_off_16_bytes_before_a_segment_that_is_copied():
     oracle, theirs = reference_call(call, torch.float64), reference_call(call, BF16, BF16)
     for which, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
         assert_as_exact(which, mine, torchs, exact)
+
+
+@pytest.mark.skipif(bool(DEVICE), reason="a device's driver makes maps")
+@pytest.mark.parametrize("name", ["plain_64", "plain_256"])
+def test_where_the_driver_makes_no_map_warps_copy(name):
+    """The same bits, and no byte by way of a map."""
+    call = build(PLANS[name], 5)
+    usual, unmapped = attend(call, 90), attend(call, 90, maps=False)
+    assert unmapped[1].names() == usual[1].names()
+    assert all(ran.launch.maps for ran in usual[1].ran)
+    for mine, theirs in zip(unmapped[0], usual[0], strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
