@@ -19,11 +19,13 @@ struct ProjectTile {
 };
 
 struct ProjectPlace {
-  int batch, token, end, group;  // first token of the tile, valid tokens, first group of 8 columns
+  int batch, token, end;  // first token of the tile, valid tokens
+  int group, groups;      // first group of 8 columns, and how many there are from it on
 
   // Of this block among those of its half.
   __device__ __forceinline__ ProjectPlace(const Projection &p, const ProjectHalf &half, int block) {
     group = block % half.column_tiles * (ProjectTile::N / 8);
+    groups = half.kv_heads * (half.head_columns / 8) - group;
     block /= half.column_tiles;
     token = block % p.token_tiles * ProjectTile::M;
     batch = block / p.token_tiles;
@@ -159,12 +161,15 @@ __device__ __forceinline__ void multiply_stage(float (&products)[2][8][4], uint3
   }
 }
 
-// products = tokens weights^T over the whole width: while a step is multiplied the next one is on its way.
+// products = tokens weights^T over the whole width: while a step is multiplied the next one is on its way. Of tiles
+// that are not WHOLE warps without a token or a column multiply nothing.
 template <typename T, bool WHOLE>
 __device__ __forceinline__ void multiply(float (&products)[2][8][4], ProjectCopy<T, ProjectTile> &copy,
-                                         const ProjectHalf &half, int batch, int width, int steps, uint32_t stages) {
+                                         const ProjectHalf &half, const ProjectPlace &place, int width, int steps,
+                                         uint32_t stages) {
   using Tile = ProjectTile;
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, batch = place.batch;
+  const bool busy = WHOLE || (place.token + warp % 4 * 32 < place.end && warp / 4 * 8 < place.groups);
   uint32_t to = stages + threadIdx.x / Tile::CHUNKS * Tile::ROW + threadIdx.x % Tile::CHUNKS * 16;
   uint32_t tokens = stages + Tile::STAGE + (warp % 4 * 32 + lane % 16) * Tile::ROW + lane / 16 * 16;
   uint32_t weights =
@@ -182,7 +187,7 @@ __device__ __forceinline__ void multiply(float (&products)[2][8][4], ProjectCopy
     __syncthreads();
     if (left > 1) copy.template next<WHOLE>(half, batch, width, to);
     cp_async_commit();
-    multiply_stage<T>(products, tokens, weights);
+    if (busy) multiply_stage<T>(products, tokens, weights);
   }
 }
 
@@ -225,34 +230,50 @@ __device__ __forceinline__ void finish_tile(const Projection &p, const ProjectHa
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void project(const Projection &p) {
-  using Tile = ProjectTile;
+// The half that a block works on, and its number among that half's blocks.
+struct ProjectBlock {
+  const ProjectHalf &half;
+  int number;
+
+  __device__ __forceinline__ ProjectBlock(const Projection &p)
+      : half(p.half[static_cast<int>(blockIdx.x) >= p.blocks[0]]),
+        number(static_cast<int>(blockIdx.x) - (static_cast<int>(blockIdx.x) >= p.blocks[0] ? p.blocks[0] : 0)) {}
+};
+
+// A tile. `multiply_all` leaves its products in the shared memory that it is given.
+template <typename T, typename Tile, typename F>
+__device__ __forceinline__ void project_tile(const Projection &p, F multiply_all) {
   extern __shared__ __align__(1024) char shared[];
-  const bool is_value = static_cast<int>(blockIdx.x) >= p.blocks[0];
-  const ProjectHalf &half = p.half[is_value];
-  const ProjectPlace place(p, half, static_cast<int>(blockIdx.x) - (is_value ? p.blocks[0] : 0));
+  const ProjectBlock block(p);
+  const ProjectHalf &half = block.half;
+  const ProjectPlace place(p, half, block.number);
   const int width = half.heads * half.dim;
   const int steps = place.token < place.end ? (width + Tile::K - 1) / Tile::K : 0;
   ProjectCopy<T, Tile> copy(half, place, width);
-  float products[2][8][4] = {};
-  if (copy.whole)
-    multiply<T, true>(products, copy, half, place.batch, width, steps, shared_address(shared));
-  else
-    multiply<T, false>(products, copy, half, place.batch, width, steps, shared_address(shared));
-  __syncthreads();
-  stage_products(reinterpret_cast<float *>(shared), products);
+  multiply_all(shared, copy, half, place, width, steps, shared_address(shared));
   __syncthreads();
   finish_tile(p, half, place, reinterpret_cast<const float *>(shared));
 }
 
+template <typename T>
+__device__ __forceinline__ void project(const Projection &p) {
+  project_tile<T, ProjectTile>(p, [](char *shared, auto &copy, const auto &...rest) {
+    float products[2][8][4] = {};
+    if (copy.whole)
+      multiply<T, true>(products, copy, rest...);
+    else
+      multiply<T, false>(products, copy, rest...);
+    __syncthreads();
+    stage_products(reinterpret_cast<float *>(shared), products);
+  });
+}
+
 // Halves without a projector: a thread takes two groups of columns of one token.
 __device__ __forceinline__ void copy_tokens(const Projection &p) {
-  const bool is_value = static_cast<int>(blockIdx.x) >= p.blocks[0];
-  const ProjectHalf &half = p.half[is_value];
+  const ProjectBlock block(p);
+  const ProjectHalf &half = block.half;
   const int units = half.kv_heads * (half.head_columns / 16);
-  const int64_t number =
-      int64_t{static_cast<int>(blockIdx.x) - (is_value ? p.blocks[0] : 0)} * blockDim.x + threadIdx.x;
+  const int64_t number = int64_t{block.number} * blockDim.x + threadIdx.x;
   const int unit = static_cast<int>(number % units);
   const int64_t row = number / units;
   if (row >= int64_t{p.batch} * p.len) return;

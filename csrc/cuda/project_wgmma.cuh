@@ -18,12 +18,14 @@ struct ProjectWgmmaTile : ProjectTile {
   static_assert(M * PRODUCT_ROW * 4 <= SHARED, "products fit");
 };
 
-// products = tokens weights^T over the whole width: while a step is multiplied the next ones are on their way.
-template <typename T, bool WHOLE>
-__device__ __forceinline__ void multiply_groups(float (&products)[16][4], ProjectCopy<T, ProjectWgmmaTile> &copy,
-                                                const ProjectHalf &half, int batch, int width, int steps,
-                                                uint32_t stages) {
+// products = tokens weights^T over the whole width, of 8 N columns: while a step is multiplied the next ones are on
+// their way.
+template <typename T, bool WHOLE, int N>
+__device__ __forceinline__ void multiply_groups(float (&products)[N][4], ProjectCopy<T, ProjectWgmmaTile> &copy,
+                                                const ProjectHalf &half, const ProjectPlace &place, int width,
+                                                int steps, uint32_t stages) {
   using Tile = ProjectWgmmaTile;
+  const int batch = place.batch;
   const int row = threadIdx.x / Tile::CHUNKS;
   const uint32_t mine = row * Tile::ROW + swizzled(row, threadIdx.x % Tile::CHUNKS) * 16;
   int to = 0, from = 0;  // stages
@@ -69,24 +71,19 @@ __device__ __forceinline__ void stage_products(float *shared, const float (&prod
 
 template <typename T>
 __device__ __forceinline__ void project_wgmma(const Projection &p) {
-  using Tile = ProjectWgmmaTile;
-  extern __shared__ __align__(1024) char shared[];
-  const bool is_value = static_cast<int>(blockIdx.x) >= p.blocks[0];
-  const ProjectHalf &half = p.half[is_value];
-  const ProjectPlace place(p, half, static_cast<int>(blockIdx.x) - (is_value ? p.blocks[0] : 0));
-  const int width = half.heads * half.dim;
-  const int steps = place.token < place.end ? (width + Tile::K - 1) / Tile::K : 0;
-  ProjectCopy<T, Tile> copy(half, place, width);
-  float products[16][4] = {};
-  if (copy.whole)
-    multiply_groups<T, true>(products, copy, half, place.batch, width, steps, shared_address(shared));
-  else
-    multiply_groups<T, false>(products, copy, half, place.batch, width, steps, shared_address(shared));
-  cp_async_wait<0>();
-  __syncthreads();
-  stage_products(reinterpret_cast<float *>(shared), products);
-  __syncthreads();
-  finish_tile(p, half, place, reinterpret_cast<const float *>(shared));
+  project_tile<T, ProjectWgmmaTile>(
+      p, [](char *shared, auto &copy, const ProjectHalf &half, const ProjectPlace &place, const auto &...rest) {
+        float products[16][4] = {};
+        if (copy.whole)
+          multiply_groups<T, true>(products, copy, half, place, rest...);
+        else if (place.groups > 8)
+          multiply_groups<T, false>(products, copy, half, place, rest...);
+        else
+          multiply_groups<T, false>(reinterpret_cast<float (&)[8][4]>(products), copy, half, place, rest...);
+        cp_async_wait<0>();
+        __syncthreads();
+        stage_products(reinterpret_cast<float *>(shared), products);
+      });
 }
 
 }  // namespace c2c
