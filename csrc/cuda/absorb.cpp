@@ -56,14 +56,14 @@ void plan(AbsorbDecode &a) {
   }
 }
 
-// Hands out a workspace in pieces of 16 bytes.
+// Hands out a workspace in pieces that begin a sector.
 struct Pieces {
   char *data;
   int64_t used = 0;
   template <typename T>
   void take(T *&to, int64_t bytes) {
     to = data ? reinterpret_cast<T *>(data + used) : nullptr;
-    used += (bytes + 15) / 16 * 16;
+    used += round_up(bytes, 32);
   }
 };
 

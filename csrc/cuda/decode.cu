@@ -56,6 +56,9 @@ int64_t states_of(const Decode &d) {
   return d.attention.batch * d.attention.kv_heads * rows_of(d.attention) * d.splits;
 }
 
+// Bytes of the states in the workspace; sums lie behind them and begin a sector.
+int64_t states_bytes(const Decode &d) { return round_up(states_of(d) * static_cast<int64_t>(sizeof(float2)), 32); }
+
 }  // namespace
 
 void plan_decode(Decode &d) {
@@ -77,7 +80,7 @@ int64_t decode_workspace(const Attention &p) {
   Decode d{};
   d.attention = p;
   plan_decode(d);
-  return states_of(d) * (static_cast<int64_t>(sizeof(float2)) + static_cast<int64_t>(sizeof(float)) * p.value_dim);
+  return states_bytes(d) + states_of(d) * static_cast<int64_t>(sizeof(float)) * p.value_dim;
 }
 
 c2c_status_code launch_decode(const Attention &p, void *workspace, int, Executor run, void *context) {
@@ -85,7 +88,7 @@ c2c_status_code launch_decode(const Attention &p, void *workspace, int, Executor
   d.attention = p;
   plan_decode(d);
   d.states = static_cast<float2 *>(workspace);
-  d.sums = reinterpret_cast<float *>(d.states + states_of(d));
+  d.sums = reinterpret_cast<float *>(static_cast<char *>(workspace) + states_bytes(d));
   const int64_t rows = p.batch * p.kv_heads * rows_of(p),
                 blocks = int64_t{p.batch} * p.kv_heads * d.row_tiles * d.splits;
   if (!rows) return C2C_OK;

@@ -18,7 +18,6 @@ constexpr int64_t FILLS = 96;                           // programs that keep a 
 constexpr int ALIGNMENT = 256;
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int64_t round_up(int64_t n, int64_t to) { return divided(n, to) * to; }
 
 int64_t sharer_width(const c2c_fuse_half &h) { return h.sharer_heads * h.sharer_dim; }
 int64_t receiver_width(const c2c_fuse_half &h) { return h.kv_heads * h.dim; }

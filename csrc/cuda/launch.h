@@ -39,6 +39,8 @@ c2c_status_code run_on_stream(const Launch &launch, void *stream);
 // of 8.0 run. C2C_UNSUPPORTED below 80; c2c_cuda_error() says what.
 c2c_status_code current_capability(int &capability);
 
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // Whether a block may have 163 KiB of shared memory; 99 everywhere.
 constexpr bool has_large_blocks(int capability) { return capability != 86 && capability != 89 && capability < 120; }
 

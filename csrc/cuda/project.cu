@@ -30,8 +30,6 @@ namespace {
 
 constexpr int64_t MOST = INT32_MAX - 1024;
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // The tensors of keys or of values.
 struct Source {
   const c2c_tensor &raw, &proj, &proj_in, &bias, &scale, &out;
