@@ -73,8 +73,8 @@ def cuda_archs():
 
 
 def launching(source, archs):
-    """The architectures that launch a file's kernels: *_large.cu needs blocks of 163 KiB of shared memory, *_small.cu is
-    for those whose blocks have 99 (csrc/cuda/launch.h), and prefill of 90 has kernels of its own."""
+    """The architectures that launch a file's kernels: *_large.cu needs blocks of 163 KiB of shared memory, *_small.cu
+    is for those whose blocks have 99 (csrc/cuda/launch.h), and prefill of 90 has kernels of its own."""
     name = os.path.basename(source)
     large = [arch for arch in archs if arch not in ("86", "89") and int(arch) < 120]
     if name == "prefill_large.cu":
