@@ -6,11 +6,13 @@ What Triton's kernels do stands in the same table: static_gpu.py.
 from __future__ import annotations
 
 import functools
+import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import sass
 import static_cases
@@ -18,30 +20,12 @@ import torch
 from cuda_simulator import Ran, Simulator, file_of, ptx
 from static_records import Figures, Kernel, products
 
+from c2c_kernels.backends import ENVIRONMENT_VARIABLE
+
 SECTOR = 32  # bytes
 REGISTERS, WARPS_OF_SM = 65536, 64
 SHARED_OF_SM = {80: 164 * 1024, 90: 228 * 1024}
 UNCHECKED = {"race": False, "uninit": "off", "global_race": False}  # the tests run the checks
-
-CASES = (
-    "decode Qwen3-0.6B bfloat16 own=4096",
-    "decode SmolLM2-135M bfloat16 own=1000",
-    "decode-materialised Qwen3-0.6B bfloat16 own=512 shared=8192 int8",
-    "decode-materialised Qwen3-0.6B bfloat16 own=512 shared=8192 e4m3",
-    "decode-absorbed Qwen3-0.6B < Qwen2.5-0.5B bfloat16 own=512 shared=4096",
-    "decode-absorbed Qwen3-0.6B < Llama-3.2-1B bfloat16 own=512 shared=4096",
-    "decode-absorbed SmolLM2-135M < Gemma-3-270M bfloat16 own=512 shared=4096",
-    "decode-int8 Qwen3-0.6B < Llama-3.2-1B bfloat16 own=512 shared=4096",
-    "prefill Qwen3-0.6B bfloat16 q_len=512 own=512",
-    "prefill Qwen3-0.6B bfloat16 q_len=2048 own=2048",
-    "prefill SmolLM2-135M bfloat16 q_len=2048 own=2048",
-    "prefill Gemma-3-270M bfloat16 q_len=2048 own=2048",
-    "project Qwen3-0.6B < Llama-3.2-1B bfloat16 shared=512",
-    "merge SmolLM2-135M bfloat16 q_len=64 states=8",
-    "quantise Qwen3-0.6B bfloat16 own=512",
-    "fuse Qwen3-0.6B < Qwen2.5-0.5B bfloat16 own=64",
-    "fuse Qwen3-0.6B < Qwen2.5-0.5B bfloat16 own=64 layers=28",
-)
 
 
 class Usage(NamedTuple):
@@ -101,16 +85,30 @@ def kernel(ran: Ran, arch: int) -> Kernel:
     )  # fmt: skip
 
 
+def takes(case: static_cases.StaticCase) -> bool:
+    """Whether the case is one for these kernels; others are Triton's alone."""
+    return case.shape.dtype == "bfloat16" and not case.shape.gradients
+
+
 def figures(case: static_cases.StaticCase, arch: int) -> Figures:
-    """Simulates a case, compares the result with the reference, and counts."""
+    """Simulates a case, compares the result with the reference, and counts.
+
+    A case that the backend refuses, or whose result is wrong, has a problem in place of figures.
+    """
     made = static_cases.task(case, case.simulated)
-    with torch.no_grad(), Simulator(arch, **UNCHECKED).installed() as simulated:
-        problem = made.problem()
+    by_name = mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "cuda"})  # so that none goes to another backend
+    try:
+        with by_name, torch.no_grad(), Simulator(arch, **UNCHECKED).installed() as simulated:
+            problem = made.problem()
+    except ValueError as error:
+        if "backend asked for. cuda: " not in str(error):
+            raise
+        return Figures(case.name, arch, problem=f"refused: {error}", backend="cuda")
     if problem:
         return Figures(case.name, arch, problem=f"wrong: {problem}", backend="cuda")
     kernels = tuple(kernel(ran, arch) for ran in simulated.ran)
     moved = sum(each.sectors for each in kernels) * SECTOR
     flops = sum(each.flops for each in kernels)
-    cut = f"{case.heads} of {case.shape.receiver.kv_heads} KV heads" if case.heads else ""
+    cut = f"{case.heads} of {case.shape.receiver.kv_heads} KV heads" if case.heads else made.cut
     over = round(moved / made.least.bytes, 4), round(flops / made.least.flops, 4) if made.least.flops else 0.0
     return Figures(case.name, arch, cut, "", kernels, *over, backend="cuda")
