@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from c2c_kernels import corpus
 from c2c_kernels.cli import outputs, pairs, texts
+from c2c_kernels.cli.asking import ask_all
+from c2c_kernels.cli.cache import sha256
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.progress import stage
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
 _MADE_UP = "made-up"
 _NONE = "none"
-_ANSWER_TOKENS = 24
 
 
 def add_parser(commands: Any) -> None:
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
     evaluation = Evaluation(
         {
             "projector": options.projector,
+            "projector_sha256": sha256(Path(options.projector)),
             **{role: identity.name for role, identity in identities.items()},
             "hashes": {role: [identity.model, identity.tokenizer] for role, identity in identities.items()},
             "corpus": corpus.digest(documents),
@@ -183,21 +185,7 @@ def _score(
 def _ask(
     reader: Reader, name: str, questions: Sequence[corpus.Question], options: argparse.Namespace, evaluation: Evaluation
 ) -> None:
-    from c2c_kernels.cli.answers import answer
-    from c2c_kernels.cli.prompts import split_prompt
-    from c2c_kernels.evaluate import ask
-
-    model, tokenizer = reader.receiver, reader.receiver_tokenizer
-    with stage(f"questions: {name}", len(questions)) as update:
-        result = ask(
-            reader,
-            questions,
-            lambda text, question: split_prompt(tokenizer, text, question),
-            lambda ids: answer(model, tokenizer, ids, _ANSWER_TOKENS).text,
-            name=name,
-            seed=options.seed,
-            update=update,
-        )
+    result = ask_all(reader, questions, name=name, seed=options.seed)
     evaluation.answers.append(result)
     print(_answer_text(result), flush=True)
 
@@ -218,7 +206,8 @@ def _answer_text(result: AnswerResult) -> str:
     lines = [f"questions, {result.name}: {int(result.asked.sum())} about {len(result.asked)} texts; answered right"]
     for arm in ARMS:
         relative = f"   of the text's {result.relative(arm):.1%}" if arm != "text" else ""
-        lines.append(f"  {arm:<11} {result.accuracy(arm):.1%}{relative}")
+        exact = f"   nothing but the answer {result.accuracy(arm, exact=True).value:.1%}"
+        lines.append(f"  {arm:<11} {result.accuracy(arm):.1%}{relative}{exact}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from c2c_kernels.cli import known_pairs, outputs, pairs
+from c2c_kernels.cli import evaluated, known_pairs, outputs, pair_facts, pairs
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.pair_documents import AskedDocument, choose, parts, shown
 from c2c_kernels.cli.progress import stage
@@ -36,6 +36,7 @@ class Role:
     document: AskedDocument
     own: AskedDocument | None
     mismatched: AskedDocument
+    facts: bool  # whether those of made-up texts are asked for too
 
 
 def asked_for(options: argparse.Namespace) -> bool:
@@ -100,10 +101,11 @@ def _roles(options: argparse.Namespace) -> list[Role]:
     receiver = options.receiver or known_pairs.PAIRS[there].receiver
     *read, other = choose(options.document, options.question, count)
     if not options.swap:
-        return [Role(projectors[0], sharer, receiver, read[0], None, other)]
+        facts = options.document is None and options.question is None
+        return [Role(projectors[0], sharer, receiver, read[0], None, other, facts)]
     return [
-        Role(projectors[0], sharer, receiver, read[0], read[1], other),
-        Role(projectors[1], receiver, sharer, read[1], read[0], other),
+        Role(projectors[0], sharer, receiver, read[0], read[1], other, False),
+        Role(projectors[1], receiver, sharer, read[1], read[0], other, False),
     ]
 
 
@@ -134,10 +136,11 @@ class _Direction:
     options: argparse.Namespace
 
     def measure(self) -> Direction:
-        """Reads, projects, answers in four ways, and scores the document's end."""
+        """Asks for facts, reads, projects, answers in four ways, and scores the document's end."""
         from c2c_kernels.cli.pair_report import Direction
 
         role, reader = self.role, self.reader
+        facts = pair_facts.ask_facts(reader) if role.facts else None
         with torch.inference_mode():
             with stage(f"{_short(role.sharer)} reads {role.document.name}"):
                 caches = {"cache": self._read(role.document.text), "mismatched": self._read(role.mismatched.text)}
@@ -169,6 +172,8 @@ class _Direction:
             projected_bytes=_bytes([tensor for segment in segments for tensor in (segment.key, segment.value)]),
             questions=rows,
             loss=loss,
+            facts=facts,
+            evaluated=evaluated.find(role.projector),
         )
 
     def _read(self, text: str) -> tuple[Any, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from c2c_kernels.cli import pair_facts
 from c2c_kernels.cli.pair_report import ARMS, HEADINGS, OWN, Direction, PairOutcome
 
 _COLOURS = dict(zip(ARMS, ("tab:grey", "tab:green", "tab:blue", "tab:orange"), strict=True))
@@ -44,14 +45,20 @@ def _losses(axis: Any, found: Direction) -> None:
 
 
 def _right(axis: Any, found: Direction) -> None:
-    kinds = [kind for kind in ("gist", "fact") if found.right("text", kind)[1]]
-    for number, kind in enumerate(kinds):
+    shares = {
+        f"{kind} questions": [right / of for right, of in (found.right(arm, kind) for arm in ARMS)]
+        for kind in ("gist", "fact")
+        if found.right("text", kind)[1]
+    }
+    if found.facts is not None:
+        counted = pair_facts.right(found.facts)
+        shares["facts of\nmade-up texts"] = [counted[arm] / len(found.facts.answers) for arm in ARMS]
+    for number, heights in enumerate(shares.values()):
         for at, arm in enumerate(ARMS):
-            right, of = found.right(arm, kind)
-            axis.bar(number + (at - 1.5) * 0.2, right / of, 0.2, color=_COLOURS[arm])
-    if not kinds:
+            axis.bar(number + (at - 1.5) * 0.2, heights[at], 0.2, color=_COLOURS[arm])
+    if not shares:
         axis.text(0.5, 0.5, "no known answers", ha="center", transform=axis.transAxes)
-    axis.set_xticks(range(len(kinds)), [f"{kind} questions" for kind in kinds])
+    axis.set_xticks(range(len(shares)), list(shares))
     axis.set_ylim(0, 1.05)
     axis.set_title("share answered right", fontsize=10)
     axis.grid(axis="y", alpha=0.3)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from c2c_kernels.cli import evaluated, pair_facts
 from c2c_kernels.cli.answers import Answer
 from c2c_kernels.cli.pair_documents import Asked
 from c2c_kernels.cli.report import bar, layer_shares, size
+
+if TYPE_CHECKING:
+    from c2c_kernels.evaluate import AnswerResult
 
 ARMS = ("none", "text", "cache", "mismatched")
 HEADINGS = {
@@ -69,6 +73,8 @@ class Direction:
         projected_bytes: of the projected keys and values in all layers.
         questions: answered.
         loss: None where the document is too short to be cut.
+        facts: questions about made-up texts, as an evaluation asks them; None where another document was asked for.
+        evaluated: what `c2c-kernels evaluate` wrote about the projector; None where that is not known.
     """
 
     sharer: str
@@ -85,6 +91,8 @@ class Direction:
     projected_bytes: int
     questions: list[PairRow]
     loss: LossRow | None
+    facts: AnswerResult | None
+    evaluated: dict[str, Any] | None
 
     def right(self, arm: str, kind: str) -> tuple[int, int]:
         """How many answers to questions of this kind are right, of how many that can be told."""
@@ -117,7 +125,7 @@ def _direction(found: Direction) -> dict[str, Any]:
     moved = {"none": 0, "text": found.document_bytes, **found.cache_bytes}
     loss = found.loss
     return {
-        **_plain(found, "questions", "loss", "cache_bytes"),
+        **_plain(found, "questions", "loss", "cache_bytes", "facts", "evaluated"),
         "bytes_moved": moved,
         "questions": [
             {
@@ -132,6 +140,8 @@ def _direction(found: Direction) -> dict[str, Any]:
             for row in found.questions
         ],
         "loss": loss and {**asdict(loss), "recovered": {arm: loss.recovered(arm) for arm in ("cache", "mismatched")}},
+        "facts": found.facts and found.facts.as_json(),
+        "evaluated": found.evaluated and evaluated.figures(found.evaluated),
     }
 
 
@@ -149,6 +159,10 @@ def print_report(outcome: PairOutcome) -> None:
     for found in outcome.directions:
         console.print()
         console.print(Text(f"{found.receiver} answers from what {found.sharer} has read", "bold"))
+        if found.facts is not None:
+            _print_facts(console, found, found.facts)
+            console.print()
+            console.print("a longer text, which is none of those that questions are trained or evaluated on:")
         console.print(
             f"{found.sharer} read {found.document}: {found.tokens} tokens in {found.seconds:.1f} s, projected into the "
             f"receiver's space in {found.project_seconds:.1f} s, once for all questions (maps: {found.projector})"
@@ -163,6 +177,21 @@ def print_report(outcome: PairOutcome) -> None:
     console.print()
     for line in _notes(outcome):
         console.print(line, style="dim")
+
+
+def _print_facts(console: Any, found: Direction, facts: AnswerResult) -> None:
+    """Every question with its answers, how many are right, and what an evaluation found of more of them."""
+    table = _table(f"facts of {len(facts.asked)} short made-up texts", found)
+    for row in pair_facts.rows(facts):
+        table.add_row(*row, end_section=True)
+    console.print()
+    console.print(table)
+    if found.evaluated is None:
+        console.print(f"no evaluation of {found.projector} is known: `c2c-kernels evaluate` makes one")
+        return
+    console.print("by `c2c-kernels evaluate`, on what neither fit nor training has seen, with 95% intervals:")
+    for line in evaluated.lines(evaluated.figures(found.evaluated)):
+        console.print(f"  {line}")
 
 
 def _table(title: str, found: Direction) -> Any:

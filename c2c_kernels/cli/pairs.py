@@ -55,7 +55,7 @@ def load_pair(
         unseen: documents that the projector must not have been fitted on; looked at before a model is loaded.
         threads: of torch; None: as they are.
         dtype: of the models.
-        backend: of the receiver's attention; None: the fastest.
+        backend: of the receiver's attention and of the maps; None: the fastest.
         maps: dtype of the maps; None: that of the models.
         known: models that were loaded before, by what they were asked for by; new ones are added.
 
@@ -86,4 +86,4 @@ def load_pair(
         enable(known[receiver][0], backend=backend)
     except (ValueError, TypeError) as error:
         raise CommandError(f"{path}: {error}") from error
-    return Reader(known[sharer][0], known[receiver][0], known[sharer][1], known[receiver][1], projector)
+    return Reader(known[sharer][0], known[receiver][0], known[sharer][1], known[receiver][1], projector, backend)

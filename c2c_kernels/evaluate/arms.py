@@ -28,6 +28,7 @@ class Reader:
         sharer, receiver: models, the receiver one that `enable` has patched.
         sharer_tokenizer, receiver_tokenizer: fast tokenizers.
         projector: from the sharer's cache to the receiver's.
+        backend: of its kernels; None for the fastest.
     """
 
     sharer: Any
@@ -35,6 +36,7 @@ class Reader:
     sharer_tokenizer: Any
     receiver_tokenizer: Any
     projector: CacheProjector
+    backend: str | None = None
 
     def read(self, ids: Sequence[int]) -> SharedContext:
         """What the receiver has read itself."""
@@ -43,7 +45,8 @@ class Reader:
     def project(self, text: str, head: Sequence[int]) -> SharedContext:
         """What the sharer has read of `text`, in the receiver's space, after the receiver's own `head`."""
         ours = (self.receiver, self.receiver_tokenizer)
-        return project_text(self.projector, text, (self.sharer, self.sharer_tokenizer), ours, head=head)
+        theirs = (self.sharer, self.sharer_tokenizer)
+        return project_text(self.projector, text, theirs, ours, head=head, backend=self.backend)
 
 
 class Projections:

@@ -78,6 +78,10 @@ class AnswerResult:
         row = (self.exact if exact else self.right)[ARMS.index(arm)]
         return interval(lambda weights: weights @ row / (weights @ self.asked), len(self.asked))
 
+    def count_right(self, arm: str) -> int:
+        """How many questions were answered right."""
+        return int(self.right[ARMS.index(arm)].sum())
+
     def relative(self, arm: str) -> Interval:
         """Accuracy over that of the receiver that has read the text; NaN where that one is never right."""
         row, text = self.right[ARMS.index(arm)], self.right[ARMS.index("text")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -15,12 +16,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from c2c_kernels import CacheProjector
+from c2c_kernels import CacheProjector, corpus
 from c2c_kernels.alignment import token_spans
-from c2c_kernels.cli import known_pairs, main
+from c2c_kernels.cli import evaluated, known_pairs, main, pair_facts
 from c2c_kernels.cli.gguf_tokenizer import load_tokenizer
 from c2c_kernels.cli.models import load_model
 from c2c_kernels.cli.pair_documents import ABOUT_ANY_TEXT, Asked, packaged, parts
+from c2c_kernels.evaluate import ARMS as EVALUATION_ARMS
+from c2c_kernels.evaluate import AnswerResult
 from c2c_kernels.identity import identify
 from c2c_kernels.integrations.transformers import cache_shape, read_tokens
 from c2c_kernels.projectors import Source
@@ -272,6 +275,76 @@ def test_the_report_and_the_picture(folders, projectors, tmp_path, capsys):
     assert "mismatched: the sharer has read another text" in said
     assert (tmp_path / "p.png").read_bytes().startswith(_PNG)
     assert station.name not in said
+
+
+@torch.no_grad()
+def test_facts_are_asked_as_an_evaluation_asks_them(folders, projectors, tmp_path, capsys):
+    """Where no document is named: every question in the demo's arms, and what an evaluation of the file found."""
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(Path(projectors["base", "chat"]).read_bytes())
+    way = ["--sharer", folders["base"], "--receiver", folders["chat"], "--projector", str(path)]
+    share = {"value": 0.5, "low": 0.254, "high": 0.75}
+    arms = dict.fromkeys(("alone", "text", "projected", "mismatched", "noise"), share)
+    found = {
+        "projector_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "loss": [{"name": "handbook", "documents": 7, "recovered": arms, "by_document": {}}],
+        "questions": [{"name": "made-up", "questions": 9, "accuracy": arms, "relative": arms, "answers": []}],
+    }
+    path.with_suffix(".json").write_text(json.dumps(found))
+    outcome = _demo(capsys, *way, "--max-new-tokens", "1")
+    [direction] = outcome["directions"]
+    assert direction["evaluated"]["loss"] == [{"name": "handbook", "documents": 7, "recovered": arms}]
+    facts = direction["facts"]
+    wanted = corpus.made_up(12, seed=1, split="held-out")
+    assert [(a["question"], a["answer"]) for a in facts["answers"]] == [(q.question, q.answer) for q in wanted]
+    hand, text, rest = ByHand(folders, projectors, "base", "chat"), wanted[0].context, Asked(wanted[0].question)
+    prompt = parts(hand.receiver[1], text, rest)
+    for arm, cache in (
+        ("text", read_tokens(hand.receiver[0], [*prompt.head, *hand.ids(text)])),
+        ("projected", hand.projected(prompt.head, text)),
+    ):
+        written = answer(hand.receiver[0], hand.receiver[1], cache, prompt.rest)
+        assert facts["answers"][0]["written"][arm] == written, arm
+    path.with_suffix(".json").write_text(json.dumps({**found, "projector_sha256": "0" * 64}))
+    assert main(["demo", *way, "--max-new-tokens", "1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "facts of 4 short made-up texts" in said and re.search(r"right │ \d+ of 12 │ \d+ of 12 │", said)
+    assert f"no evaluation of {path} is known" in said.replace("- ", "-")
+
+
+def answer(model, tokenizer, cache: DynamicCache, rest: list[int]) -> str:
+    """Greedy, 24 tokens at most, by a model that is not patched."""
+    ids, written = list(rest), []
+    while len(written) < 24 and (not written or written[-1] != model.generation_config.eos_token_id):
+        written.append(int(model(torch.tensor([ids]), past_key_values=cache).logits[0, -1].argmax()))
+        ids = written[-1:]
+    return tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+def test_what_is_said_of_facts_and_of_an_evaluation():
+    answers = [
+        {"question": "Who?", "answer": "Ada", "written": dict(zip(EVALUATION_ARMS, written, strict=True))}
+        for written in (("Bo", "It is\n Ada", "It is Ada.", "Bo", "x"), ("Bo", "Ada", "Bo", "Bo", "x"))
+    ]
+    right = torch.tensor([[0, 0], [0, 1], [1, 0], [0, 0], [0, 0]], dtype=torch.float64)
+    facts = AnswerResult("", right, right, torch.ones(2, dtype=torch.float64), tuple(answers))
+    assert pair_facts.rows(facts) == [
+        ["Who? (Ada)", "Bo", "It is Ada", "It is Ada. (right)", "Bo"],
+        ["Who? (Ada)", "Bo", "Ada (right)", "Bo", "Bo"],
+        ["right", "0 of 2", "1 of 2", "1 of 2", "0 of 2"],
+    ]
+    assert facts.count_right("projected") == 1
+    shares = {arm: {"value": 0.1 * at, "low": 0.0, "high": 1.0} for at, arm in enumerate(EVALUATION_ARMS)}
+    assert evaluated.lines(
+        {
+            "loss": [{"name": "manual", "documents": 20, "recovered": shares}],
+            "questions": [{"questions": 30, "accuracy": shares}],
+        }
+    ) == [
+        "20 manual pages: 20% [0, 100] of the loss gap recovered, through a mismatched cache 30% [0, 100]",
+        "30 questions about made-up texts: 20% [0, 100] right, with the text 10% [0, 100], through a mismatched cache "
+        "30% [0, 100]",
+    ]
 
 
 def test_a_document_that_is_too_short_to_be_cut(folders, projectors, tmp_path, capsys):
