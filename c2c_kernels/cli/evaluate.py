@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from c2c_kernels import corpus
-from c2c_kernels.cli import outputs, pairs, texts
-from c2c_kernels.cli.asking import ask_all
+from c2c_kernels.cli import lengths, outputs, pairs, texts
+from c2c_kernels.cli.asking import ANSWER_TOKENS, ask_all
 from c2c_kernels.cli.cache import sha256
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.progress import stage
@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
     from c2c_kernels.evaluate import Evaluation
 
     pieces = _pieces(reader, documents, options)
+    _check_lengths(reader, pieces, sets, options)
     identities = {role: getattr(reader.projector, f"{role}_identity") for role in ("sharer", "receiver")}
     evaluation = Evaluation(
         {
@@ -166,6 +167,29 @@ def _pieces(
             print(f"{name or 'documents'}: {short} of {len(part)} documents are too short and left out")
         found[name or "documents"] = pieces
     return found
+
+
+def _check_lengths(
+    reader: Reader,
+    pieces: dict[str, list[Piece]],
+    sets: Sequence[tuple[str, list[corpus.Question], list[corpus.Document]]],
+    options: argparse.Namespace,
+) -> None:
+    """CommandError where a context or a question is longer than a model's own."""
+    from c2c_kernels.cli.prompts import split_prompt
+
+    before = len(reader.projector.prefix)
+    for name, found in pieces.items():
+        what = f"--context {options.context}, {name}"
+        for piece in found:
+            lengths.check_read(reader, what, piece.context)
+            tokens = before + len(piece.context_ids) + len(piece.continuation_ids)
+            lengths.check_fits("receiver", reader.receiver, f"{what} and --continuation", tokens)
+    for name, questions, _ in sets:
+        for number, one in enumerate(questions, 1):
+            prompt = split_prompt(reader.receiver_tokenizer, one.context, one.question)
+            what = f"--questions {name}, the context of question {number}"
+            lengths.check_asked(reader, what, one.context, [prompt], ANSWER_TOKENS)
 
 
 def _score(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from c2c_kernels.cli import documents, outputs, pairs
+from c2c_kernels.cli import documents, lengths, outputs, pairs
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.progress import stage
 
@@ -68,6 +68,7 @@ def _look(reader: Reader, document: documents.Document, question: str, length: i
 
     projector, model, tokenizer = reader.projector, reader.receiver, reader.receiver_tokenizer
     prompt = split_prompt(tokenizer, document.text, question)
+    lengths.check_asked(reader, document.name, document.text, [prompt], length)
     with stage(f"the sharer reads {document.name}"):
         context = reader.project(document.text, prompt.head)
     with stage("answer"), session(model, context):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from c2c_kernels.cli import evaluated, known_pairs, outputs, pair_facts, pairs
+from c2c_kernels.cli import evaluated, known_pairs, lengths, outputs, pair_facts, pairs
 from c2c_kernels.cli.errors import CommandError
 from c2c_kernels.cli.pair_documents import AskedDocument, choose, parts, shown
 from c2c_kernels.cli.progress import stage
@@ -114,17 +114,8 @@ def _check_length(role: Role, reader: Reader, max_new_tokens: int) -> None:
     ours = reader.receiver_tokenizer
     before = 0 if role.own is None else len(ours(role.own.text + _BETWEEN, add_special_tokens=False).input_ids)
     for document in (role.document, role.mismatched):
-        _fits("sharer", reader.sharer, document.name, len(reader.sharer_tokenizer(document.text).input_ids))
         prompts = [parts(ours, document.text, asked) for asked in role.document.questions]
-        text = len(ours(document.text, add_special_tokens=False).input_ids)
-        longest = max(len(prompt.head) + len(prompt.rest) for prompt in prompts) + max_new_tokens
-        _fits("receiver", reader.receiver, f"{document.name}, question and answer", before + text + longest)
-
-
-def _fits(role: str, model: Any, what: str, tokens: int) -> None:
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room is not None and tokens > room:
-        raise CommandError(f"{what}: {tokens} tokens; the {role}'s context holds {room}: a shorter document is wanted")
+        lengths.check_asked(reader, document.name, document.text, prompts, max_new_tokens, before)
 
 
 @dataclass(frozen=True)

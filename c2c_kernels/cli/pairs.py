@@ -76,6 +76,9 @@ def load_pair(
     known = {} if known is None else known
     try:
         projector = CacheProjector.load(path).to(getattr(torch, maps or dtype)).eval()
+    except (ValueError, TypeError) as error:  # names the file itself
+        raise CommandError(str(error)) from error
+    try:
         if unseen:
             check_unseen(projector, unseen)
         for role, spec in (("sharer", sharer), ("receiver", receiver)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,63 @@ def test_bad_texts_and_files_are_refused_before_a_model_is_loaded(
     path.write_bytes(b"\x10\0\0\0")
     assert main(["evaluate", str(path), *extra]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def between(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A projector between two tiny models of 4,096 tokens, and what names them."""
+    from c2c_kernels.cli.models import load_model
+    from c2c_kernels.identity import identify
+    from c2c_kernels.integrations.transformers import cache_shape
+
+    loaded = [load_model(spec) for spec in models]
+    shapes = [cache_shape(model) for model, _ in loaded]
+    who = [identify(*one, spec) for one, spec in zip(loaded, models, strict=True)]
+    sources = [([Source("key", layer)], [Source("value", layer)]) for layer in range(shapes[1].layers)]
+    facts = {"corpus": {"texts": []}}
+    projector = CacheProjector(*shapes, sources, sharer_identity=who[0], receiver_identity=who[1], facts=facts)
+    path = tmp_path_factory.mktemp("between") / "p.safetensors"
+    projector.save(path)
+    return [str(path), "--sharer", models[0], "--receiver", models[1]]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            ["--context", "4097"],
+            r"--context 4097, long: 4\d+ tokens; the sharer's context holds 4096: a shorter",
+        ),
+        (
+            ["--context", "4000", "--continuation", "97"],
+            r"--context 4000, long and --continuation: 4097 tokens; the receiver's context holds 4096",
+        ),
+        (
+            ["--corpus", "none", "--questions", "{questions}"],
+            r"--questions .*asked.jsonl, the context of question 2: \d+ tokens; the sharer's context holds 4096",
+        ),
+    ],
+)
+def test_what_is_longer_than_a_models_context_is_refused_before_anything_is_read(
+    between: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, extra: list[str], message: str
+):
+    def read(*_: object) -> None:
+        raise AssertionError("something is read")
+
+    monkeypatch.setattr("c2c_kernels.evaluate.Reader.read", read)
+    monkeypatch.setattr("c2c_kernels.evaluate.Reader.project", read)
+    long = "the cat reads a book about boats " * 400
+    (tmp_path / "long.jsonl").write_text(
+        "\n".join(
+            json.dumps({"text": long + end, "split": "held-out", "collection": "long"}) for end in ("bees", "rain")
+        )
+    )
+    asked = [{"context": text, "question": "What?", "answer": "bees"} for text in ("the bees", f"{long} bees")]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    arguments = [part.format(questions=tmp_path / "asked.jsonl") for part in extra]
+    corpus_given = [] if "--corpus" in extra else ["--corpus", str(tmp_path / "long.jsonl"), "--questions", "none"]
+    assert main(["evaluate", *between, *corpus_given, *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.slow

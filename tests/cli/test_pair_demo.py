@@ -468,7 +468,7 @@ def test_other_models_and_long_documents_are_refused(folders, projectors, note_f
     for sharer, receiver in (("short", "base"), ("base", "short")):
         line = _failure(capsys, *_way(folders, projectors, sharer, receiver), "--document", note_files[0])
         role = "sharer" if sharer == "short" else "receiver"
-        assert re.search(rf"\d+ tokens; the {role}'s context holds 100: a shorter document is wanted", line), line
+        assert re.search(rf"\d+ tokens; the {role}'s context holds 100: a shorter text is wanted", line), line
 
 
 # the pair's own file
