@@ -122,6 +122,8 @@ def as_json(outcome: PairOutcome) -> dict[str, Any]:
 
 
 def _direction(found: Direction) -> dict[str, Any]:
+    from c2c_kernels.evaluate.results import without_nan
+
     moved = {"none": 0, "text": found.document_bytes, **found.cache_bytes}
     loss = found.loss
     return {
@@ -140,7 +142,7 @@ def _direction(found: Direction) -> dict[str, Any]:
             for row in found.questions
         ],
         "loss": loss and {**asdict(loss), "recovered": {arm: loss.recovered(arm) for arm in ("cache", "mismatched")}},
-        "facts": found.facts and found.facts.as_json(),
+        "facts": found.facts and without_nan(found.facts.as_json()),
         "evaluated": found.evaluated and evaluated.figures(found.evaluated),
     }
 

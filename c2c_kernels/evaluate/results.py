@@ -110,7 +110,7 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, NaN as None."""
-        return _without_nan(
+        return without_nan(
             {
                 **self.about,
                 "loss": [result.as_json() for result in self.losses],
@@ -119,9 +119,10 @@ class Evaluation:
         )
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Plain data that JSON can hold: None for NaN."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and value != value else value

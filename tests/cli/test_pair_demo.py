@@ -110,7 +110,11 @@ def note_files(tmp_path: Path) -> list[str]:
 
 def _demo(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     assert main(["demo", "--json", *arguments]) == 0
-    return json.loads(capsys.readouterr().out)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(capsys.readouterr().out, parse_constant=refuse)
 
 
 def _failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -295,6 +299,7 @@ def test_facts_are_asked_as_an_evaluation_asks_them(folders, projectors, tmp_pat
     [direction] = outcome["directions"]
     assert direction["evaluated"]["loss"] == [{"name": "handbook", "documents": 7, "recovered": arms}]
     facts = direction["facts"]
+    assert facts["relative"]["projected"] == {"value": None, "low": None, "high": None}, "the text is never right here"
     wanted = corpus.made_up(12, seed=1, split="held-out")
     assert [(a["question"], a["answer"]) for a in facts["answers"]] == [(q.question, q.answer) for q in wanted]
     hand, text, rest = ByHand(folders, projectors, "base", "chat"), wanted[0].context, Asked(wanted[0].question)
