@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -176,11 +177,7 @@ def _processes() -> Iterator[bool]:
 def _settings(options: argparse.Namespace) -> TrainOptions:
     from c2c_kernels.training import TrainOptions
 
-    names = (
-        "steps", "minutes", "batch", "question_batch", "accumulate", "question_weight", "repeat_weight",
-        "lr", "gate_lr", "context",
-        "continuation", "distill", "match", "average", "held_out", "validations", "seed", "checkpoint_seconds",
-    )  # fmt: skip
+    names = [field.name for field in dataclasses.fields(TrainOptions) if field.name in options]
     least = min(TrainOptions.least_context, options.context)
     return TrainOptions(**{name: getattr(options, name) for name in names}, least_context=least)
 

@@ -16,6 +16,7 @@ import torch
 import c2c_kernels as c2c
 from c2c_kernels import corpus
 from c2c_kernels.cli import main, prompts
+from c2c_kernels.training import TrainOptions
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,21 @@ def test_trains_on_text_and_questions(models, fitted, documents, questions, tmp_
     assert len(found["texts"]) == 20 + len({question.context for question in asked})
     assert projector.gate_logits is not None
     assert {path.name for path in tmp_path.iterdir()} == {"p.safetensors"}
+
+
+def test_every_number_reaches_the_run(models, fitted, documents, tmp_path, capsys):
+    """None of those that are given is the default."""
+    given = {
+        "batch": 2, "question_batch": 3, "accumulate": 1, "question_weight": 0.4, "repeat_weight": 0.2, "lr": 1e-3,
+        "bias_lr": 2e-3, "gate_lr": 3e-3, "context": 81, "continuation": 19, "distill": 0.6, "match": 0.1,
+        "average": 0.25, "held_out": 1, "validations": 2, "seed": 5, "checkpoint_seconds": 60.0,
+    }  # fmt: skip
+    assert all(getattr(TrainOptions, name) != value for name, value in given.items())
+    more = ["--corpus", str(documents), "--questions", "made-up", "--most-questions", "12", "--json"]
+    more += [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(arguments(models, fitted, tmp_path / "p.safetensors", *more)) == 0
+    options = json.loads(capsys.readouterr().out)["options"]
+    assert {name: options[name] for name in given} == given
 
 
 def test_says_what_it_did(models, fitted, documents, tmp_path, capsys):
