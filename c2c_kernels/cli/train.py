@@ -61,7 +61,7 @@ def add_parser(commands: Any) -> None:
         ("--question-weight", float, 0.3, "share of the batches that are questions"),
         ("--repeat-weight", float, 0.0, "share of the other batches in which pieces of the text are said again"),
         ("--most-questions", int, _MADE_UP_COUNT, "of each set"),
-        ("--bias-lr", float, 1e-2, "learning rate of the biases, in standard deviations"),
+        ("--bias-lr", float, 3e-3, "learning rate of the biases, in standard deviations"),
         ("--gate-lr", float, 1e-2, "learning rate of the gates"),
         ("--context", int, 480, "most receiver tokens read through the projector"),
         ("--continuation", int, 128, "tokens after it"),

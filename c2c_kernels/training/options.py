@@ -53,7 +53,7 @@ class TrainOptions:
     continuation: int = 128
     questions_per_text: int = 3
     lr: float = 4e-4
-    bias_lr: float = 1e-2
+    bias_lr: float = 3e-3
     gate_lr: float = 1e-2
     warmup: float = 0.03
     weight_decay: float = 0.0
