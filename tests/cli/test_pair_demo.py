@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 import re
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -495,14 +494,6 @@ def test_fit_makes_a_pairs_projector_where_the_demo_finds_it(folders, tmp_path, 
     assert (found["sharer"], found["receiver"]) == (folders["chat"], folders["base"])
     assert main(["fit", "--sharer", folders["chat"], "--corpus", "x"]) == 1
     assert "--receiver, --output missing: all of them, or --pair, are wanted" in capsys.readouterr().err
-
-
-def test_the_projector_that_ships_lies_beside_its_evaluation():
-    shipped = Path(str(resources.files("c2c_kernels") / "data" / "projectors" / "gemma3-smollm2.safetensors"))
-    found = evaluated.find(shipped)
-    assert found is not None, "another file than the one that was evaluated"
-    assert {one["name"]: one["documents"] for one in found["loss"]} == {"handbook": 20, "manual": 20, "fortunes": 20}
-    assert [one["questions"] for one in found["questions"]] == [120]
 
 
 @pytest.mark.slow
