@@ -123,6 +123,21 @@ def instruction_set(request):
 @pytest.mark.sanitize
 @pytest.mark.parametrize("instruction_set", available_sets(), indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [1, 17, 32, 145])
+def test_scales_of_any_sign(instruction_set, dtype, length):
+    """What fills a block up to whole vectors is hidden whatever scores are multiplied by."""
+    query, key, value = (torch.randn(1, heads, n, 64).to(dtype) for heads, n in ((2, 1), (1, length), (1, length)))
+    for scale in (-0.2, 0.0, -0.0, 0.3):
+        found = c2c.merged_attention(query, key, value, scale=scale, backend="cpu", return_lse=True)
+        exact = [x.double() for x in (query, key, value)]
+        wanted = c2c.merged_attention(*exact, scale=scale, backend="reference", return_lse=True)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("instruction_set", available_sets(), indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", PLANS)
 def test_every_instruction_set(name, dtype, instruction_set):
     assert _cpu.isa() == instruction_set

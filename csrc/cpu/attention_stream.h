@@ -87,10 +87,11 @@ static void adjust_row(const Tile &tile, int64_t j, int64_t n, int64_t g, int64_
 // Scores of n tokens times `scale` become weights relative to their state's new maximum, zeros up to a whole vector
 // behind them; returns the factor for the row's sums so far.
 static float softmax_row(float *s, int64_t n, float scale, SoftmaxState &state) {
-  const int64_t padded = round_up(n, LANES);
+  const int64_t padded = round_up(n, LANES), whole = n / LANES * LANES;
+  for (int64_t t = whole; t < n; ++t) s[t] *= scale;  // of any sign: what pads the last vector is not multiplied
   for (int64_t t = n; t < padded; ++t) s[t] = -INF;
   auto score = [&](int64_t t) __attribute__((always_inline)) {
-    V x = load(s + t) * scale;
+    V x = load(s + t) * (t < whole ? scale : 1.0f);
     keep_in_register(x);  // rounded as the maximum is: a fused difference may be half an ulp of the score above 0
     return x;
   };
