@@ -4,6 +4,11 @@
 
 constexpr int ROW_VECTORS = 16;  // of 32 registers hold rows (dot_chunk) or their sums (weigh_chunk)
 constexpr int CHUNK = 8;         // vectors of a token at a time
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int STRAIGHT = 1;  // with checks on every load straight code, and both forms of it, take minutes to compile
+#else
+constexpr int STRAIGHT = 4;  // steps of a loop that become one piece of code
+#endif
 
 // A token that several rows use is read once: the compiler would read it for each of them.
 template <int ROWS, int VECTORS>
@@ -47,13 +52,13 @@ static ALWAYS_INLINE void dot_each(const T *tokens, int64_t stride, int64_t n, f
                                    const Ahead &ahead, F products) {
   auto four = [&](int64_t j, V(&sum)[4][ROWS]) __attribute__((always_inline)) {
     if constexpr (ASKS) ahead.ask<4, BYTES>(j);
-#pragma GCC unroll 4
+#pragma GCC unroll STRAIGHT
     for (int t = 0; t < 4; ++t, tokens += stride) products(tokens, sum[t]);
   };
   int64_t j = 0;
   for (; j + 16 <= n; j += 16) {
     V sums[4][ROWS];
-#pragma GCC unroll 4
+#pragma GCC unroll STRAIGHT
     for (int part = 0; part < 4; ++part) {
       V sum[4][ROWS];
       four(j + 4 * part, sum);
@@ -203,7 +208,9 @@ static ALWAYS_INLINE void with_chunk(int64_t rows, int64_t vectors, F f) {
 // Calls f(Count<whether anything is asked for>): a loop that only might ask reads a quarter slower.
 template <class F>
 static ALWAYS_INLINE void with_asking(const void *next, F f) {
-  if (next && stream_ahead() > 0)
+  if constexpr (STRAIGHT == 1)
+    f(Count<1>{});
+  else if (next && stream_ahead() > 0)
     f(Count<1>{});
   else
     f(Count<0>{});
