@@ -207,7 +207,7 @@ def reference_call(call: dict, dtype: torch.dtype, arithmetic: torch.dtype | Non
         call["is_causal"],
         call["query_positions"],
         call["lengths"],
-        call["query"].shape[-1] ** -0.5,
+        call.get("scale", call["query"].shape[-1] ** -0.5),
         window,
         call["segment_window"] or window,
         call["softcap"],

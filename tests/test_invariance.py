@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_cases import Plan, SegmentPlan, build, reference_call
 from error_rule import assert_as_exact
-from test_merged_attention import run
+from test_merged_attention import check_call, run
 
 import c2c_kernels as c2c
 from c2c_kernels import _cpu
@@ -126,13 +126,9 @@ def instruction_set(request):
 @pytest.mark.parametrize("length", [1, 17, 32, 145])
 def test_scales_of_any_sign(instruction_set, dtype, length):
     """What fills a block up to whole vectors is hidden whatever scores are multiplied by."""
-    query, key, value = (torch.randn(1, heads, n, 64).to(dtype) for heads, n in ((2, 1), (1, length), (1, length)))
+    call = build(Plan(dtype, 1, 1, 2, 1, length, 64, 64), 1)
     for scale in (-0.2, 0.0, -0.0, 0.3):
-        found = c2c.merged_attention(query, key, value, scale=scale, backend="cpu", return_lse=True)
-        exact = [x.double() for x in (query, key, value)]
-        wanted = c2c.merged_attention(*exact, scale=scale, backend="reference", return_lse=True)
-        for one, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.02)
+        check_call({**call, "scale": scale})
 
 
 @pytest.mark.sanitize
