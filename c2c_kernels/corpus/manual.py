@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,10 @@ from c2c_kernels.corpus.errors import CorpusError, UnfinishedError
 # Tables, equations, UTF-8 in and out; no colours, bold or underlining; lines as long as paragraphs, not hyphenated and
 # not justified. Without -U groff is in its safe mode: a page can neither run commands nor open files.
 _GROFF = ("groff", "-k", "-e", "-t", "-man", "-Tutf8", "-P-cbou", "-rLL=5000n", "-rHY=0", "-dAD=l")
+# Of each of groff's programs, of processor time: other work on the machine must not decide which pages a corpus has.
 _SECONDS = 60
+_MOST_WAITED = 1800  # by the clock
+_LIMITED = ("sh", "-c", 'ulimit -t "$1" && shift && exec "$@"', "groff")
 _RULE = re.compile(r"[\s─│┌┐└┘├┤┬┴┼═╞╡╪╤╧╒╕╘╛]*[─═][\s─│┌┐└┘├┤┬┴┼═╞╡╪╤╧╒╕╘╛]*")  # of a table
 
 
@@ -27,7 +31,7 @@ def to_text(path: Path) -> str:
     """The text of a manual page (`.gz` or not), without header and footer; empty for a page that names another one.
 
     Raises:
-        UnfinishedError: where groff takes longer than a minute, as it may on a machine with other work.
+        UnfinishedError: where groff takes more than a minute of processor time, or half an hour by the clock.
         CorpusError: where the file cannot be unpacked or groff fails.
     """
     try:
@@ -36,13 +40,23 @@ def to_text(path: Path) -> str:
         raise CorpusError(f"{path} cannot be unpacked: {error}") from error
     if re.match(rb"\s*\.so\s+\S+\s*$", source):
         return ""
+    before = _processor_seconds()
     try:
-        run = subprocess.run(_GROFF, input=source, capture_output=True, timeout=_SECONDS)
+        command = (*_LIMITED, str(_SECONDS), *_GROFF)
+        run = subprocess.run(command, input=source, capture_output=True, timeout=_MOST_WAITED)
     except subprocess.TimeoutExpired as error:
-        raise UnfinishedError(f"groff did not finish {path} within {_SECONDS} seconds") from error
+        raise UnfinishedError(f"groff did not finish {path} within {_MOST_WAITED} seconds") from error
+    if run.returncode != 0 and _processor_seconds() - before > 0.9 * _SECONDS:  # the limit's clock ticks more coarsely
+        raise UnfinishedError(f"groff did not finish {path} within {_SECONDS} seconds of processor time")
     if run.returncode != 0:
         raise CorpusError(f"groff fails on {path}: {run.stderr.decode(errors='replace').strip()[:200]}")
     return _tidy(run.stdout.decode(errors="replace"))
+
+
+def _processor_seconds() -> float:
+    """Of all programs that this process has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _tidy(output: str) -> str:

@@ -82,18 +82,33 @@ def test_a_damaged_manual_page_is_named(tmp_path: Path):
 
 
 def test_a_manual_page_that_takes_too_long_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    groff = tmp_path / "bin" / "groff"
-    groff.parent.mkdir()
-    groff.write_text("#!/bin/sh\nif grep -q slow; then exec sleep 60; fi\nprintf 'head\\n       page\\nfoot\\n'\n")
-    groff.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{groff.parent}:{os.environ['PATH']}")
+    _put_groff(tmp_path, monkeypatch, "if grep -q slow; then while :; do :; done; fi")
     monkeypatch.setattr(manual, "_SECONDS", 1)
     files = [tmp_path / name for name in ("a.3", "b.3", "c.3")]
     for file, text in zip(files, ("quick", "slow", "quick"), strict=True):
         file.write_text(text)
-    with pytest.raises(UnfinishedError, match=r"b\.3 within 1 seconds"):
+    with pytest.raises(UnfinishedError, match=r"b\.3 within 1 seconds of processor time"):
         manual.to_text(files[1])
     assert list(COLLECTIONS["manual"].convert(files)) == [("a.3", "page"), ("b.3", None), ("c.3", "page")]
+
+
+def test_a_manual_page_may_wait_for_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _put_groff(tmp_path, monkeypatch, "cat >/dev/null; sleep 2")
+    monkeypatch.setattr(manual, "_SECONDS", 1)
+    (tmp_path / "a.3").write_text("quick")
+    assert manual.to_text(tmp_path / "a.3") == "page"
+    monkeypatch.setattr(manual, "_MOST_WAITED", 1)
+    with pytest.raises(UnfinishedError, match=r"a\.3 within 1 seconds$"):
+        manual.to_text(tmp_path / "a.3")
+
+
+def _put_groff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    """A groff that does `first` and then prints a page."""
+    groff = tmp_path / "bin" / "groff"
+    groff.parent.mkdir()
+    groff.write_text(f"#!/bin/sh\n{first}\nprintf 'head\\n       page\\nfoot\\n'\n")
+    groff.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{groff.parent}:{os.environ['PATH']}")
 
 
 def test_without_groff_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
