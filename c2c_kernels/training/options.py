@@ -25,8 +25,9 @@ class TrainOptions:
         continuation: own tokens of the receiver that follow, at most; a window gives several continuations.
         questions_per_text: how many questions about one text are asked at once, at most.
         lr: learning rate of the maps' weights, in the coordinates of `training.coordinates`.
-        bias_lr: that of the biases, in standard deviations of what a map gives.
-        gate_lr: that of the gates.
+        bias_lr: that of the biases, in standard deviations of what a map gives; 0: what a map gives at the mean of what
+            it reads stays.
+        gate_lr: that of the gates' logits; 0: they stay, and a projector's temperature with them.
         warmup: share of the run in which the rates rise from 0; they fall to 0 along a cosine after it.
         weight_decay: of AdamW, towards 0.
         clip: largest norm of the gradient.
@@ -67,6 +68,10 @@ class TrainOptions:
     seed: int = 0
     checkpoint_seconds: float = 120.0
 
+    def temperatures(self, projector: CacheProjector) -> tuple[float, float]:
+        """Of the projector's gates at the start and at the end."""
+        return self.gate_temperature if self.gate_lr else (projector.gate_temperature,) * 2
+
     @property
     def window(self) -> int:
         """Receiver tokens of a window: context and the continuation after it."""
@@ -80,11 +85,11 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("minutes", "lr", "bias_lr", "gate_lr", "clip"):
+        for name in ("minutes", "lr", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a number above 0, got {value}")
-        for name in ("match", "weight_decay", "held_out", "validations", "checkpoint_seconds"):
+        for name in ("bias_lr", "gate_lr", "match", "weight_decay", "held_out", "validations", "checkpoint_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("distill", "question_weight", "repeat_weight"):

@@ -141,7 +141,6 @@ def train_projector(
     finally:
         if not was_enabled:
             disable(receiver.base_model)
-    projector.gate_temperature = options.gate_temperature[1]
     projector.facts = {**projector.facts, "training": _facts(run, examples, options, processes, projector)}
     if checkpoint is not None and processes.rank == 0:
         Path(checkpoint).unlink(missing_ok=True)
@@ -158,7 +157,8 @@ def _train(
     update: Update,
 ) -> _Run:
     projector, course, run = trainee.projector, Course(streams, options), _Run()
-    begun = _begun(projector, options) if options.average else []
+    heats = options.temperatures(projector)
+    begun = _begun(projector, heats[1]) if options.average else []
     restored = None if keeper is None else keeper.restore()
     coordinates = Coordinates(projector, _moments(trainee, streams) if restored is None else None)
     optimizer = _optimizer(projector, coordinates, options)
@@ -177,7 +177,7 @@ def _train(
         run.seconds = before + time.perf_counter() - began
         run.processor = processor + time.process_time()
         run.done = processes.from_first(_done(run, options))
-        projector.gate_temperature = temperature(run.done, options.gate_temperature)
+        projector.gate_temperature = temperature(run.done, heats)
         if run.done >= 1:
             _average(projector, begun, options.average)
         look = None
@@ -208,9 +208,9 @@ def _train(
 
 
 @torch.no_grad()
-def _begun(projector: CacheProjector, options: TrainOptions) -> list[Tensor]:
+def _begun(projector: CacheProjector, last: float) -> list[Tensor]:
     """What every parameter is before; logits of gates at the temperature that they will have, with the same gates."""
-    heat = options.gate_temperature[1] / projector.gate_temperature
+    heat = last / projector.gate_temperature
     return [p.clone() * (heat if p is projector.gate_logits else 1.0) for p in projector.parameters()]
 
 

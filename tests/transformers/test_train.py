@@ -24,6 +24,7 @@ from c2c_kernels.backends import native
 from c2c_kernels.fitting.texts import text_hashes
 from c2c_kernels.integrations.transformers import enable
 from c2c_kernels.training import Asked, Examples, TrainOptions, train_projector
+from c2c_kernels.training import train as module
 from c2c_kernels.training.batches import collate
 from c2c_kernels.training.course import rate, temperature
 from c2c_kernels.training.examples import Questions, Repeats, Texts
@@ -192,6 +193,29 @@ def test_what_is_frozen_stays_and_gates_move(models, tmp_path):
     again = c2c.CacheProjector.load(tmp_path / "p.safetensors")
     assert torch.equal(again.gates(), trained.gates())
     assert again.facts["training"]["options"]["lr"] == OPTIONS.lr
+
+
+@torch.no_grad()
+def test_biases_and_gates_can_hold_still(models, monkeypatch):
+    """What a map gives at the mean of what it reads stays, to the rounding of a sum of so many products."""
+    measured = []
+    measure = module._moments
+    monkeypatch.setattr(module, "_moments", lambda *given: measured.append(measure(*given)) or measured[-1])
+    with torch.enable_grad():
+        first = train(models)
+        second = train(models, first, options=replace(OPTIONS, bias_lr=0.0, gate_lr=0.0))
+    assert torch.equal(second.gates(), first.gates()) and second.gate_temperature == first.gate_temperature
+    for before, after in zip(first.maps, second.maps, strict=True):
+        for half in ("key", "value"):
+            mean = measured[-1].whitening(getattr(before, f"{half}_sources"))[0].mean
+            (proj, bias), (start, start_bias) = (
+                (getattr(maps, f"{half}_proj").flatten(0, 1), getattr(maps, f"{half}_bias").flatten())
+                for maps in (after, before)
+            )
+            assert not torch.equal(proj, start) and not torch.equal(bias, start_bias)
+            products = proj.abs().maximum(start.abs()) @ mean.abs() + bias.abs().maximum(start_bias.abs())
+            moved = (proj.double() @ mean.double() + bias) - (start.double() @ mean.double() + start_bias)
+            assert (moved.abs() <= 2 * len(mean) * torch.finfo(torch.float32).eps * products).all()
 
 
 def test_a_second_run_tells_of_the_first(models):
@@ -518,6 +542,8 @@ def test_an_evaluation_refuses_what_was_trained_on(models):
         ({"options": replace(OPTIONS, steps=0)}, "steps must be at least 1, got 0"),
         ({"options": replace(OPTIONS, lr=0.0)}, "lr must be a number above 0, got 0.0"),
         ({"options": replace(OPTIONS, lr=float("nan"))}, "lr must be a number above 0, got nan"),
+        ({"options": replace(OPTIONS, bias_lr=-1e-3)}, "bias_lr must be at least 0, got -0.001"),
+        ({"options": replace(OPTIONS, gate_lr=float("inf"))}, "gate_lr must be at least 0, got inf"),
         ({"options": replace(OPTIONS, distill=1.5)}, r"distill must be within 0\.\.1, got 1.5"),
         ({"options": replace(OPTIONS, match=-1.0)}, "match must be at least 0, got -1.0"),
         ({"options": replace(OPTIONS, warmup=1.0)}, "warmup must be at least 0 and below 1"),
