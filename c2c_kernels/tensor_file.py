@@ -23,7 +23,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) 
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.touch()
+        usual = partial.stat().st_mode
         save_file(dict(tensors), partial, metadata={_HEADER: json.dumps(header, ensure_ascii=False)})
+        partial.chmod(usual)  # safetensors 0.8 lets the owner alone read it
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

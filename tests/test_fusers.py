@@ -418,6 +418,11 @@ class TestFiles:
             made.save(tmp_path / "none" / "f.safetensors")
         assert not list(tmp_path.iterdir())
 
+    def test_others_may_read_what_they_may_read_of_any_new_file(self, tmp_path):
+        (tmp_path / "any").touch()
+        self.written(tmp_path / "f.safetensors")
+        assert (tmp_path / "f.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
     def test_loading_draws_no_random_numbers(self, tmp_path):
         self.written(tmp_path / "f.safetensors")
         state = torch.get_rng_state()
