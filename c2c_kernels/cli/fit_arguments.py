@@ -31,7 +31,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser, positive: Number, threads
     parser.add_argument("--layers", type=positive, default=3, metavar="N", help="sharer layers that a layer reads (3)")
     parser.add_argument("--before", type=positive, metavar="N", help="read the N tokens before the aligned one as well")
     parser.add_argument("--rank", type=positive, metavar="N", help="rank of the maps (default: full)")
-    parser.add_argument("--tokens", type=positive, metavar="N", help="tokens to fit at most (default: all)")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="tokens to fit, in whole windows (default: all)")
     parser.add_argument(
         "--window",
         type=positive,

@@ -41,7 +41,7 @@ class FitOptions:
         rank: of the maps, None for full matrices.
         tokens, strategy: see `CacheProjector`.
         window: receiver tokens of a piece of text that both models read at once.
-        most_tokens: receiver tokens to fit at most, None for the whole corpus.
+        most_tokens: receiver tokens to fit, to the end of the window that reaches them; None for the whole corpus.
         held_out: one document in so many is kept from the fit.
         held_out_tokens: how many tokens of those are read.
         chunk: windows between two additions to the moments.

@@ -65,8 +65,8 @@ def cut(
         tokenizer: the receiver's, fast.
         size: tokens of a window.
         held_out: one document in so many is kept from the fit, at least one: those with the smallest hashes.
-        held_out_tokens: how many tokens of those are read, at most.
-        most: tokens to fit at most, None for all: first windows of documents come first, documents by hash.
+        held_out_tokens: how many tokens of those are read, to the end of the window that reaches them.
+        most: the same for tokens to fit, None for all: first windows of documents come first, documents by hash.
 
     Raises:
         ValueError: for an empty document list, documents without text, and a corpus that leaves nothing to fit or to
