@@ -51,15 +51,16 @@ def run(options: argparse.Namespace) -> int:
     question = documents.choose_questions(asked, options.document is not None)[0]
     reader = pairs.load_pair(options.projector, options.sharer, options.receiver, threads=options.threads)
     try:
-        found = _look(reader, document, question, options.max_new_tokens)
+        found, answer = _look(reader, document, question, options.max_new_tokens)
     except (ValueError, TypeError) as error:
         raise CommandError(str(error)) from error
-    print(_text(found))
+    print(_text(found, answer))
     _write(found, options)
     return 0
 
 
-def _look(reader: Reader, document: documents.Document, question: str, length: int) -> Look:
+def _look(reader: Reader, document: documents.Document, question: str, length: int) -> tuple[Look, str]:
+    """The record of an answer, and the answer without special tokens."""
     from c2c_kernels.alignment import token_spans
     from c2c_kernels.cli.answers import answer
     from c2c_kernels.cli.prompts import split_prompt
@@ -77,7 +78,7 @@ def _look(reader: Reader, document: documents.Document, question: str, length: i
     spans = token_spans(whose, document.text, add_special_tokens=projector.tokens == "sharer")
     gates = projector.gates()
     with stage("look at the attention"):
-        return look(
+        found = look(
             model,
             context,
             prompt.rest,
@@ -92,6 +93,7 @@ def _look(reader: Reader, document: documents.Document, question: str, length: i
                 "question": question,
             },
         )
+    return found, given.text
 
 
 def words(spans: TokenSpans, text: str) -> list[str]:
@@ -105,10 +107,10 @@ def words(spans: TokenSpans, text: str) -> list[str]:
     return found
 
 
-def _text(found: Look) -> str:
+def _text(found: Look, answer: str) -> str:
     lines = [
         f"question: {found.about['question']}",
-        f"answer: {''.join(found.answer).strip()}",
+        f"answer: {answer}",
         f"attention on the sharer: {found.by_head.mean().item():.0%}",
     ]
     for piece, strongest, row in zip(found.answer, found.strongest(_STRONGEST), found.drawn_on, strict=True):

@@ -87,6 +87,8 @@ def test_the_words_of_an_answer_are_shown(identity: Path, tmp_path: Path, capsys
     command += ["--question", "What did the mayor cut the ribbon with?", "--max-new-tokens", "12"]
     assert main([*command, "--png", str(tmp_path / "a.png"), "--html", str(tmp_path / "a.html")]) == 0
     said = capsys.readouterr().out
+    assert re.search("^answer: .*fish knife.*$", said, flags=re.MULTILINE)
+    assert not re.search("^answer: .*<", said, flags=re.MULTILINE), "a special token"
     [line] = [line for line in said.splitlines() if "' knife'" in line.partition("drew")[0]]
     assert "' knife'" in line.partition("drew most on")[2] or "' fish'" in line.partition("drew most on")[2]
     assert (tmp_path / "a.png").stat().st_size > 10_000
