@@ -57,7 +57,7 @@ GPU = Machine(
     bandwidth=1.5e12, project=200e12, attend=100e12, stream=100e12, softmax_width=0, stream_rows=64, fused=False
 )
 CPU_BFLOAT16 = replace(CPU, project=370e9)  # where bfloat16 is multiplied by dot products of pairs
-CPU_TILES = replace(CPU, project=1150e9, attend=200e9, stream_rows=16)  # where it is multiplied by AMX
+CPU_TILES = replace(CPU, project=1000e9, attend=300e9, stream=120e9, stream_rows=16)  # where it is multiplied by AMX
 
 
 @dataclass(frozen=True)

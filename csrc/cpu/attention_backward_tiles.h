@@ -14,9 +14,9 @@ static bool differentiates_by_tiles(const Run &run, const c2c_attention_backward
 static void pack_backward_rows(const Tile &tile, BackwardScratch &x) {
   const Run &run = tile.run;
   pack_tile_columns((bf16 *)x.q_columns, x.q, run.key_ld, tile.rows, run.key_width);
-  pack_tile_pairs<false>((bf16 *)x.q_panels, x.q, run.key_ld, tile.rows, run.key_width);
+  pack_tile_pairs((bf16 *)x.q_panels, x.q, run.key_ld, tile.rows, run.key_width);
   pack_tile_columns((bf16 *)x.go_columns, x.go, run.value_ld, tile.rows, run.value_width);
-  pack_tile_pairs<false>((bf16 *)x.go_panels, x.go, run.value_ld, tile.rows, run.value_width);
+  pack_tile_pairs((bf16 *)x.go_panels, x.go, run.value_ld, tile.rows, run.value_width);
 }
 
 // x.s = scaled scores, x.dp = V dO^T of tokens j .. j + n; keys also turned, for the gradients of queries.
@@ -30,8 +30,8 @@ static void backward_products(const Tile &tile, int64_t j, int64_t n, BackwardSc
              (const bf16 *)x.go_columns, value_depth * PACKED, x.dp, ld, false);
   for (int64_t t = 0; t < n; ++t)
     for (int64_t r = 0; r < tile.rows; r += LANES) store(x.s + t * ld + r, load(x.s + t * ld + r) * tile.p.scale);
-  pack_tile_pairs<true>(x.turned_keys, (const bf16 *)at(*run.key, tile.b, tile.group, j), run.key->stride[2], n,
-                        run.key_dim);
+  pack_tile_turned(x.turned_keys, (const bf16 *)at(*run.key, tile.b, tile.group, j), run.key->stride[2], n,
+                   run.key_dim);
 }
 
 // grad[n][width] += s [n][rows] times packed pairs of rows, times `scale`; `sums` is scratch of [n, padded][ld_sums].
@@ -58,7 +58,7 @@ static void add_gradients(const Tile &tile, int64_t n, float *grad_key, float *g
   add_token_gradients(tile, n, x.s, ld, x.go_panels, run.value_width, x.v, run.value_ld, 1.0f, grad_value, x);
   add_token_gradients(tile, n, x.dp, ld, x.q_panels, run.key_width, x.k, run.key_ld, tile.p.scale, grad_key, x);
   const int64_t depth_tiles = div_up(n, DEPTH);
-  pack_tile_pairs<false>(x.weight_tiles, x.dp, ld, n, tile.rows);
+  pack_tile_pairs(x.weight_tiles, x.dp, ld, n, tile.rows);
   gemm_tiles(div_up(run.key_width, SIDE), div_up(tile.rows, SIDE), depth_tiles, packed_rows(x.turned_keys, depth_tiles),
              x.weight_tiles, depth_tiles * PACKED, x.grad_q, round_up(tile.rows, PANEL), true);
 }

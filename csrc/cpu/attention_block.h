@@ -18,7 +18,9 @@ static ALWAYS_INLINE Raise raise_max(const float *s, int64_t ld, int64_t n, V ol
   largest = vmax(largest * scale, old);
   largest = select(broken, largest + __builtin_nanf(""), largest);
   const V base = select(largest == set1(-INF), V{}, largest);
-  return {base, select(old == largest, set1(1.0f), vexp(old - base)), largest};
+  // Of a row that has seen nothing the sums are 0: any factor will do, and 1 costs nothing.
+  const VI unchanged = (old == largest) | (old == set1(-INF));
+  return {base, select(unchanged, set1(1.0f), vexp(old - base)), largest};
 }
 
 // Whether some of LANES rows' sums so far change.

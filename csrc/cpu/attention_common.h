@@ -2,17 +2,13 @@
 // Included inside an instruction set's namespace.
 
 // Tokens handled between two softmax updates. With 32 registers twice as many: sums are read and written once a block,
-// which was a tenth of prefill; with 16 a panel of the block's scores stays in the first-level cache. With AMX more
-// than 64 was not measured.
-#if defined(C2C_AMX)
-constexpr int64_t BLOCK = 64;
-#else
+// which was a tenth of prefill; with 16 a panel of the block's scores stays in the first-level cache.
 constexpr int64_t BLOCK = LANES == 16 ? 128 : 64;
-#endif
-constexpr int64_t LEAST_SPLIT = 128;    // tokens that are worth a thread of their own
-constexpr int64_t TILED_BLOCK = 256;    // the same where matrix tiles multiply (attention_tiles.h)
-constexpr int64_t STAGED_TOKENS = 512;  // projected between two rounds of attention
-constexpr int64_t TARGET_ROWS = 128;    // query rows of a register-blocked tile
+constexpr int64_t LEAST_SPLIT = 128;  // tokens that are worth a thread of their own
+constexpr int64_t MANY_ROWS = 32;     // from which on taking up and leaving a tile's sums costs more than some tokens
+constexpr int64_t TILED_BLOCK = 256;  // the same where matrix tiles multiply (attention_tiles.h)
+constexpr int64_t STAGED_TOKENS = 1024;  // projected between two rounds of attention
+constexpr int64_t TARGET_ROWS = 128;     // query rows of a register-blocked tile
 
 static ALWAYS_INLINE float *add_to(float *p, int64_t n) { return p ? p + n : nullptr; }
 
@@ -87,7 +83,8 @@ static ALWAYS_INLINE int64_t run_length(const Run &run, const c2c_attention_para
 // the batch nor the number of threads changes a result.
 static ALWAYS_INLINE int64_t split_count(const Run &run, int64_t length) {
   const int64_t jobs = run.groups * run.tiles, wanted = jobs >= 32 ? 1 : div_up(64, jobs);
-  return most<int64_t>(1, least(wanted, length / LEAST_SPLIT));
+  const int64_t shortest = run.group_heads * run.tile_queries < MANY_ROWS ? LEAST_SPLIT : 2 * LEAST_SPLIT;
+  return most<int64_t>(1, least(wanted, length / shortest));
 }
 
 constexpr int64_t FAR = (int64_t)1 << 62;  // beyond every index and position, and far from overflow

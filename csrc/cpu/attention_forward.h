@@ -111,6 +111,7 @@ static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b
   tile.prepare(x.lo, x.hi, x.coordinate, x.gates, length);
   const bool empty = tile.begin >= tile.end;
   const bool tiled = tile.rows > (run.absorbed ? STREAM_ROWS : FEW_ROWS) && reads_tiles(run, p);
+  const bool streamed = streams_tiles(run, p, tile.rows);
   const bool paired = reads_pairs(run, p, tile.rows);
   if (resume && empty) return;
   auto stored = [&](int64_t r) {
@@ -129,8 +130,10 @@ static void attend_part(const c2c_attention_params &p, const Run &run, int64_t b
     if (run.absorbed)
       load_folded(tile, x);
     else
-      load_queries(tile, x.q, run.key_ld, tiled || paired ? 1.0f : p.scale);
-    if (paired)
+      load_queries(tile, x.q, run.key_ld, streamed || tiled || paired ? 1.0f : p.scale);
+    if (streamed)
+      stream_by_tiles(tile, x);
+    else if (paired)
       stream_pairs(tile, x);
     else if (tiled)
       attend_by_tiles(tile, x);

@@ -161,9 +161,9 @@ static TileRows turned_values(const Tile &tile, int64_t j, int64_t n, TileScratc
   const Run &run = tile.run;
   const int64_t depth_tiles = div_up(n, DEPTH);
   for (int64_t part = 0; part < run.parts; ++part)
-    pack_tile_pairs<true>(x.value_tiles + part * run.value_dim * depth_tiles * DEPTH,
-                          (const bf16 *)at(*run.value, tile.b, run.absorbed ? part : tile.group, j),
-                          run.value->stride[2], n, run.value_dim);
+    pack_tile_turned(x.value_tiles + part * run.value_dim * depth_tiles * DEPTH,
+                     (const bf16 *)at(*run.value, tile.b, run.absorbed ? part : tile.group, j), run.value->stride[2], n,
+                     run.value_dim);
   return packed_rows(x.value_tiles, depth_tiles);
 }
 

@@ -32,6 +32,8 @@ namespace C2C_NAMESPACE {
 
 #include "attention_tiles.h"
 
+#include "attention_stream_tiles.h"
+
 #include "attention_forward.h"
 
 #include "normaliser.h"

@@ -98,9 +98,31 @@ static ALWAYS_INLINE void interleave(__m512i even, __m512i odd, V *first, V *sec
   *second = (V)_mm512_maskz_permutex2var_epi16(~0u, even, (__m512i)(low + 0x100010), odd);
 }
 
-// B from rows [depth][columns], or, where TURNED, A = R^T from rows R[depth][rows]: [columns / 16][depth / 32] tiles.
-template <bool TURNED, class T>
+// Row `row` of B's packed tiles, whose next 16 columns are `b_across` further on: two rows of `columns` numbers as
+// pairs, of which `there` are there (at most 0: none).
+template <class T>
+static ALWAYS_INLINE void pack_pair(bf16 *row, int64_t b_across, const T *rows, int64_t ld, int64_t there,
+                                    int64_t columns) {
+  for (int64_t n = 0; n < columns; n += 2 * SIDE, row += 2 * b_across) {
+    V first, second;
+    interleave(there > 0 ? load_32(rows + n, columns - n) : _mm512_setzero_si512(),
+               there > 1 ? load_32(rows + ld + n, columns - n) : _mm512_setzero_si512(), &first, &second);
+    store_packed(row, first);
+    if (columns - n > SIDE) store_packed(row + b_across, second);
+  }
+}
+
+// B from rows [depth][columns]: [columns / 16][depth / 32] tiles.
+template <class T>
 static void pack_tile_pairs(bf16 *to, const T *rows, int64_t ld, int64_t depth, int64_t columns) {
+  const int64_t b_across = div_up(depth, DEPTH) * PACKED;
+  for (int64_t k = 0; k < round_up(depth, DEPTH); k += 2)
+    pack_pair(to + k / DEPTH * PACKED + k % DEPTH * SIDE, b_across, rows + k * ld, ld, depth - k, columns);
+}
+
+// A = R^T from rows R[depth][rows]: [rows / 16][depth / 32] tiles.
+template <class T>
+static void pack_tile_turned(bf16 *to, const T *rows, int64_t ld, int64_t depth, int64_t columns) {
   const int64_t depth_tiles = div_up(depth, DEPTH);
   for (int64_t k = 0; k < depth; k += DEPTH)
     for (int64_t n = 0; n < columns; n += 2 * SIDE) {
@@ -113,7 +135,7 @@ static void pack_tile_pairs(bf16 *to, const T *rows, int64_t ld, int64_t depth, 
                    &block[1][i]);
       }
       for (int64_t half = 0; half < (columns - n > SIDE ? 2 : 1); ++half) {
-        if (TURNED) transpose(block[half]);
+        transpose(block[half]);
         bf16 *const tile = to + ((n / SIDE + half) * depth_tiles + k / DEPTH) * PACKED;
         for (int64_t i = 0; i < SIDE; ++i) store_packed(tile + i * DEPTH, block[half][i]);
       }

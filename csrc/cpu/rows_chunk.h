@@ -34,6 +34,12 @@ struct Ahead {
     return (const char *)((j < n - steps ? here : there) + j * stride);
   }
 
+  // Asks for what follows token j, `bytes` of it.
+  ALWAYS_INLINE void ask_token(int64_t j, int64_t bytes) const {
+    const char *const from = place(j);
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
+  }
+
   // Asks for what follows tokens j .. j + TOKENS.
   template <int TOKENS, int BYTES>
   ALWAYS_INLINE void ask(int64_t j) const {
@@ -205,10 +211,18 @@ static ALWAYS_INLINE void with_chunk(int64_t rows, int64_t vectors, F f) {
   });
 }
 
+// AVX-512 without BF16, and AMX, are Intel's, which asks: one form of every loop, which asks for what is there already
+// where nothing comes next.
+#if defined(C2C_AMX) || !defined(C2C_MATRIX_TILES)
+constexpr bool ALWAYS_ASKS = true;
+#else
+constexpr bool ALWAYS_ASKS = STRAIGHT == 1;
+#endif
+
 // Calls f(Count<whether anything is asked for>): a loop that only might ask reads a quarter slower.
 template <class F>
 static ALWAYS_INLINE void with_asking(const void *next, F f) {
-  if constexpr (STRAIGHT == 1)
+  if constexpr (ALWAYS_ASKS)
     f(Count<1>{});
   else if (next && stream_ahead() > 0)
     f(Count<1>{});

@@ -16,7 +16,7 @@ static inline float *allocate_floats(int64_t floats) {
 
 // A calling thread keeps one block between calls: a fresh one costs page faults, more than a small call itself.
 struct KeptBlock {
-  static constexpr int64_t LIMIT = 1 << 21;  // floats; larger blocks are returned to the system
+  static constexpr int64_t LIMIT = 1 << 22;  // floats; larger blocks are returned to the system
   float *data = nullptr;
   int64_t floats = 0;
   bool taken = false;

@@ -22,12 +22,24 @@ struct TileRegisters {
   TileRegisters &operator=(const TileRegisters &) = delete;
 };
 
-#define C2C_TILE_ZERO(t) asm volatile("tilezero %%tmm" #t::: "memory")
-#define C2C_TILE_LOAD(t, from, bytes) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"(from), "r"((int64_t)(bytes)) : "memory")
-#define C2C_TILE_STORE(t, to, bytes) \
-  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"(to), "r"((int64_t)(bytes)) : "memory")
-#define C2C_TILE_MULTIPLY(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")
+// ---- tile register T ----
+
+template <int T>
+static ALWAYS_INLINE void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(T) : "memory");
+}
+template <int T>
+static ALWAYS_INLINE void load_tile(const void *from, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(T) : "memory");
+}
+template <int T>
+static ALWAYS_INLINE void store_tile(void *to, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(T) : "memory");
+}
+template <int C, int A, int B>
+static ALWAYS_INLINE void multiply_tile() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B) : "memory");
+}
 
 // DOWN x ACROSS tiles of C.
 template <int DOWN, int ACROSS>
@@ -36,40 +48,35 @@ static ALWAYS_INLINE void multiply_tiles(int64_t depth_tiles, const bf16 *a, con
   const int64_t c_bytes = ldc * sizeof(float), a_bytes = rows.stride * sizeof(bf16);
   float *const below = c + SIDE * ldc;
   if (accumulate) {
-    C2C_TILE_LOAD(0, c, c_bytes);
-    if (ACROSS > 1) C2C_TILE_LOAD(1, c + SIDE, c_bytes);
-    if (DOWN > 1) C2C_TILE_LOAD(2, below, c_bytes);
-    if (DOWN > 1 && ACROSS > 1) C2C_TILE_LOAD(3, below + SIDE, c_bytes);
+    load_tile<0>(c, c_bytes);
+    if (ACROSS > 1) load_tile<1>(c + SIDE, c_bytes);
+    if (DOWN > 1) load_tile<2>(below, c_bytes);
+    if (DOWN > 1 && ACROSS > 1) load_tile<3>(below + SIDE, c_bytes);
   } else {
-    C2C_TILE_ZERO(0);
-    C2C_TILE_ZERO(1);
-    C2C_TILE_ZERO(2);
-    C2C_TILE_ZERO(3);
+    clear_tile<0>();
+    clear_tile<1>();
+    clear_tile<2>();
+    clear_tile<3>();
   }
   for (int64_t k = 0; k < depth_tiles; ++k, a += rows.along, b += PACKED) {
-    C2C_TILE_LOAD(4, a, a_bytes);
-    C2C_TILE_LOAD(6, b, 64);
-    C2C_TILE_MULTIPLY(0, 4, 6);
+    load_tile<4>(a, a_bytes);
+    load_tile<6>(b, 64);
+    multiply_tile<0, 4, 6>();
     if (ACROSS > 1) {
-      C2C_TILE_LOAD(7, b + b_across, 64);
-      C2C_TILE_MULTIPLY(1, 4, 7);
+      load_tile<7>(b + b_across, 64);
+      multiply_tile<1, 4, 7>();
     }
     if (DOWN > 1) {
-      C2C_TILE_LOAD(5, a + rows.down, a_bytes);
-      C2C_TILE_MULTIPLY(2, 5, 6);
-      if (ACROSS > 1) C2C_TILE_MULTIPLY(3, 5, 7);
+      load_tile<5>(a + rows.down, a_bytes);
+      multiply_tile<2, 5, 6>();
+      if (ACROSS > 1) multiply_tile<3, 5, 7>();
     }
   }
-  C2C_TILE_STORE(0, c, c_bytes);
-  if (ACROSS > 1) C2C_TILE_STORE(1, c + SIDE, c_bytes);
-  if (DOWN > 1) C2C_TILE_STORE(2, below, c_bytes);
-  if (DOWN > 1 && ACROSS > 1) C2C_TILE_STORE(3, below + SIDE, c_bytes);
+  store_tile<0>(c, c_bytes);
+  if (ACROSS > 1) store_tile<1>(c + SIDE, c_bytes);
+  if (DOWN > 1) store_tile<2>(below, c_bytes);
+  if (DOWN > 1 && ACROSS > 1) store_tile<3>(below + SIDE, c_bytes);
 }
-
-#undef C2C_TILE_ZERO
-#undef C2C_TILE_LOAD
-#undef C2C_TILE_STORE
-#undef C2C_TILE_MULTIPLY
 
 // C (+)= A B for so many tiles; columns of B's tiles are `b_across` elements apart, C's rows `ldc`.
 static void gemm_tiles(int64_t down, int64_t across, int64_t depth_tiles, const TileRows &a, const bf16 *b,

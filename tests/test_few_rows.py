@@ -1,0 +1,102 @@
+"""Few query rows over bfloat16 tokens: as many as a tile has, read in place, whatever their lengths and widths.
+
+Up to 16 rows of a stored head go through products of pairs, of tiles or of float32 vectors, by how many they are and by
+what the processor has. Every number of rows, and lengths that fill no whole tile, keep to the error rule.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from error_rule import assert_as_exact
+
+import c2c_kernels as c2c
+
+NAN = float("nan")
+
+
+def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape) * scale).bfloat16()
+
+
+def exact(tensors, segments, **call):
+    """The reference in float64, and in bfloat16 as PyTorch computes it."""
+    wide = [t.double() for t in tensors]
+    double = [
+        c2c.SharerSegment(
+            **{
+                name: (
+                    value.double()
+                    if isinstance(value, torch.Tensor) and value.is_floating_point()
+                    else tuple(part.double() for part in value)
+                    if isinstance(value, tuple)
+                    else value
+                )
+                for name, value in vars(segment).items()
+            }
+        )
+        for segment in segments
+    ]
+    oracle = c2c.merged_attention(*wide, double, backend="reference", return_lse=True, **call)
+    torchs = c2c.merged_attention(*tensors, segments, backend="reference", return_lse=True, **call)
+    return torchs, oracle
+
+
+def check(what, tensors, segments=(), **call):
+    found = c2c.merged_attention(*tensors, segments, backend="cpu", return_lse=True, **call)
+    torchs, oracle = exact(tensors, segments, **call)
+    for name, out, one, other in zip(("out", "lse"), found, torchs, oracle, strict=True):
+        assert_as_exact(f"{what}: {name}", out, one, other)
+
+
+@pytest.mark.parametrize("rows", range(1, 18))
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (96, 40), (128, 128), (24, 264)])
+def test_any_number_of_rows_and_any_length(rows, key_dim, value_dim):
+    torch.manual_seed(rows)
+    for length in (1, 15, 17, 63, 129, 300):
+        tensors = normal(2, 2 * rows, 1, key_dim), normal(2, 2, length, key_dim), normal(2, 2, length, value_dim)
+        check(f"{length} tokens", tensors, scale=key_dim**-0.5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 9, 14, 16, 17])
+@pytest.mark.parametrize(("heads", "dim"), [(1, 256), (2, 64), (3, 48), (5, 40)])
+def test_raw_tokens_of_several_heads(rows, heads, dim):
+    torch.manual_seed(rows)
+    width = heads * dim
+    for length in (1, 31, 200):
+        proj = [normal(1, 64, width, scale=width**-0.5) for _ in range(2)]
+        segment = c2c.SharerSegment(
+            normal(2, heads, length, dim),
+            normal(2, heads, length, dim),
+            *proj,
+            key_bias=normal(1, 64),
+            value_bias=normal(1, 64),
+            gate=torch.rand(2, rows, length),
+        )
+        tensors = normal(2, rows, 1, 64), normal(2, 1, 70, 64), normal(2, 1, 70, 64)
+        check(f"{length} tokens", tensors, [segment], strategy="absorb", scale=0.125)
+
+
+@pytest.mark.parametrize("rows", [2, 6, 16])
+def test_hidden_tokens_are_not_read(rows):
+    """Neither what lies beyond a row's length nor what its window has left behind."""
+    torch.manual_seed(rows)
+    query, key, value = normal(2, rows, 1, 64), normal(2, 1, 333, 64), normal(2, 1, 333, 64)
+    lengths = torch.tensor([333, 201])
+    call = {"lengths": lengths, "window": 150, "is_causal": True, "scale": 0.125, "backend": "cpu"}
+    whole = c2c.merged_attention(query, key, value, **call)
+    for row, length in enumerate(lengths.tolist()):
+        for tensor in (key, value):
+            tensor[row, :, length:] = NAN
+            tensor[row, :, : (length - 150) // 128 * 128] = NAN
+    assert torch.equal(c2c.merged_attention(query, key, value, **call), whole)
+
+
+@pytest.mark.parametrize("rows", [4, 11, 16])
+def test_strides_caps_masks_and_sinks(rows):
+    torch.manual_seed(rows)
+    query = normal(1, 1, rows, 64).transpose(1, 2)
+    cache = normal(1, 190, 2, 3, 64)
+    key, value = cache[:, :, 0, 1:2].transpose(1, 2), cache[:, :, 1, :1].transpose(1, 2)
+    mask = torch.rand(1, rows, 1, 190) < 0.7
+    check("capped", (query, key, value), softcap=5.0, sinks=torch.randn(rows), attn_mask=mask, scale=0.125)
