@@ -89,13 +89,7 @@ __device__ __forceinline__ void score_raw(const AbsorbedSide &side, const RawTil
         const uint2 bytes = *reinterpret_cast<const uint2 *>(
             keys + token * pitch + raw_chunk_at<true>(token, chunk, false) * 16 + lane % 2 * 8);
         const float scale = scales && head < side.heads ? scales[head * CHUNK + token] : 1.0f;
-        float x[4];
-        widen_bytes(bytes.x, e4m3, x);
-        mma_16816<T>(scores[half], tile.query[2 * j], pack<T>(x[0] * scale, x[1] * scale),
-                     pack<T>(x[2] * scale, x[3] * scale));
-        widen_bytes(bytes.y, e4m3, x);
-        mma_16816<T>(scores[half], tile.query[2 * j + 1], pack<T>(x[0] * scale, x[1] * scale),
-                     pack<T>(x[2] * scale, x[3] * scale));
+        multiply_bytes<T>(scores[half], tile.query[2 * j], tile.query[2 * j + 1], bytes, e4m3, scale);
       }
     }
   } else {
@@ -123,19 +117,12 @@ __device__ __forceinline__ void accumulate_raw(const AbsorbedSide &side, RawTile
     for (int j = 0; j < MOST_STEPS / 2; ++j) {
       if (2 * j >= steps) break;
       const int chunk = first + 2 * j + lane / 16, head = chunk * 16 / side.padded;
-      float x[4][4];  // token, column 32 j + 4 (lane / 4) + 0..3: column lane / 4 of products 4 j + 0..3
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = 2 * (lane % 4) + i % 2 + i / 2 * 8;
-        widen_bytes(*reinterpret_cast<const uint32_t *>(values + token * pitch +
-                                                        raw_chunk_at<true>(token, chunk, true) * 16 + lane / 4 % 4 * 4),
-                    e4m3, x[i]);
-        if (scales && head < side.heads)
-          for (float &each : x[i]) each *= scales[head * CHUNK + token];
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        mma_16816<T>(tile.sum[4 * j + i], weights, pack<T>(x[0][i], x[1][i]), pack<T>(x[2][i], x[3][i]));
+      accumulate_bytes<T>(
+          tile.sum + 4 * j, weights, e4m3, scales && head < side.heads,
+          [&](int token) {
+            return values + token * pitch + raw_chunk_at<true>(token, chunk, true) * 16 + lane / 4 % 4 * 4;
+          },
+          [&](int, int token) { return scales[head * CHUNK + token]; });
     }
   } else {
     const int token = lane % 16;

@@ -165,11 +165,7 @@ __device__ __forceinline__ void score(const Tile<T, DIM> &tile, const char *keys
         const int token = 8 * half + lane / 4, chunk = 2 * j + lane % 4 / 2;
         const uint2 bytes = *reinterpret_cast<const uint2 *>(keys + token * L::ROW +
                                                              L::chunk_at(token, chunk, false) * 16 + lane % 2 * 8);
-        float x[4];
-        widen_bytes(bytes.x, e4m3, x);
-        mma_16816<T>(scores[half], tile.query[2 * j], pack<T>(x[0], x[1]), pack<T>(x[2], x[3]));
-        widen_bytes(bytes.y, e4m3, x);
-        mma_16816<T>(scores[half], tile.query[2 * j + 1], pack<T>(x[0], x[1]), pack<T>(x[2], x[3]));
+        multiply_bytes<T>(scores[half], tile.query[2 * j], tile.query[2 * j + 1], bytes, e4m3, 1.0f);
       }
   } else {
     const int token = lane / 16 * 8 + lane % 8;
@@ -194,19 +190,11 @@ __device__ __forceinline__ void accumulate(Tile<T, DIM> &tile, const uint32_t (&
   if constexpr (BYTES) {
 #pragma unroll
     for (int j = 0; j < DIMS / 32; ++j) {
-      float x[4][4];  // token, dim 32 j + 4 (lane / 4) + 0..3: column lane / 4 of products 4 j + 0..3
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = 2 * (lane % 4) + i % 2 + i / 2 * 8, chunk = first_chunk + 2 * j + lane / 16;
-        widen_bytes(*reinterpret_cast<const uint32_t *>(values + token * L::ROW + L::chunk_at(token, chunk, true) * 16 +
-                                                        lane / 4 % 4 * 4),
-                    e4m3, x[i]);
-        if (scaled)
-          for (float &each : x[i]) each *= scales[i];
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        mma_16816<T>(tile.sum[4 * j + i], weights, pack<T>(x[0][i], x[1][i]), pack<T>(x[2][i], x[3][i]));
+      const int chunk = first_chunk + 2 * j + lane / 16;
+      accumulate_bytes<T>(
+          tile.sum + 4 * j, weights, e4m3, scaled,
+          [&](int token) { return values + token * L::ROW + L::chunk_at(token, chunk, true) * 16 + lane / 4 % 4 * 4; },
+          [&](int i, int) { return scales[i]; });
     }
   } else {
     const int token = lane % 16;
