@@ -20,6 +20,17 @@ __device__ __forceinline__ float load_float(const void *data, int64_t at, int ty
   return __half2float(static_cast<const __half *>(data)[at]);
 }
 
+// f with a pointer to the type that a tensor of floats has.
+template <typename F>
+__device__ __forceinline__ void with_floats(const void *data, int type, F f) {
+  if (type == C2C_F32)
+    f(static_cast<const float *>(data));
+  else if (type == C2C_BF16)
+    f(static_cast<const __nv_bfloat16 *>(data));
+  else
+    f(static_cast<const __half *>(data));
+}
+
 __device__ __forceinline__ int64_t load_integer(const void *data, int64_t at, int type) {
   return type == C2C_I32 ? static_cast<const int32_t *>(data)[at] : static_cast<const int64_t *>(data)[at];
 }
@@ -88,10 +99,13 @@ struct SoftmaxState {
   __device__ __forceinline__ float finish() const { return sum == 0.0f ? -INF : (max + log2f(sum)) * LN2; }
 };
 
-// Logit in base 2 of a raw product: cap(scale * product) * log2 e.
-__device__ __forceinline__ float capped(float product, float scale, float softcap) {
-  if (softcap == 0.0f) return product * (scale * LOG2E);
-  return tanhf(product * (scale / softcap)) * (softcap * LOG2E);
+// A score in base 2: softcap * tanh(z / softcap) with tanh x = 1 - 2 / (1 + e^2x), or x - x^3 / 3 where x is so small
+// that the former would lose z. `inner` and `outer`: before and behind tanh; inner takes z to 2 log2(e) x.
+__device__ __forceinline__ float capped(float z, float inner, float outer) {
+  constexpr float HALF_LN2 = LN2 / 2;
+  const float twice = z * inner, x = twice * HALF_LN2,
+              high = outer - __fdividef(2.0f * outer, 1.0f + exp2_approx(twice));
+  return fabsf(x) < 0.02f ? outer * fmaf(x * x, x * (-1.0f / 3), x) : high;
 }
 
 // What a number of an additive mask adds in base 2, finite where the number is: finfo.min hides nothing from a row that
@@ -102,7 +116,7 @@ __device__ __forceinline__ float additive(float mask) {
 }
 
 // log2 of a gate; one that is not above 0 closes its token.
-__device__ __forceinline__ float log_gate(float gate) { return gate > 0.0f ? log2f(gate) : -INF; }
+__device__ __forceinline__ float log_gate(float gate) { return gate > 0.0f ? log2_approx(gate) : -INF; }
 
 // A row of a tile: one query of one query head.
 struct Row {
@@ -159,30 +173,8 @@ __device__ __forceinline__ Column column_of(const Run &run, int batch, int kv_he
 }
 
 // Whether a row's place lets it see a token's.
-__device__ __forceinline__ bool in_sight(const Run &run, int64_t row_place, int64_t place, bool causal,
-                                         int64_t window) {
-  if (!run.placed) return true;
+__device__ __forceinline__ bool in_sight(int64_t row_place, int64_t place, bool causal, int64_t window) {
   return (!causal || place <= row_place) && (!window || place > row_place - window);
-}
-
-// The logit of a row and a token from their raw product, -inf where the row does not see the token.
-__device__ __forceinline__ float logit_of(const Attention &p, const Run &run, int number, int batch, const Row &row,
-                                          const Column &column, int token, float product) {
-  if (!column.inside || !row.inside) return -INF;
-  const bool causal = number ? run.causal : p.is_causal;
-  if (!in_sight(run, row.place, column.place, causal, number ? p.segment_window : p.window)) return -INF;
-  float z = capped(product * column.key_scale, p.scale, p.softcap);
-  if (run.gate.data)
-    z += log_gate(
-        load_float(run.gate.data, batch * run.gate.b + row.head * run.gate.h + token * run.gate.n, run.gate_type));
-  if (!number && p.mask.data) {
-    const int64_t at = batch * p.mask.b + row.head * p.mask.h + row.query * p.mask.n + token * p.mask_token;
-    if (p.mask_type == C2C_BOOL)
-      z = static_cast<const uint8_t *>(p.mask.data)[at] ? z : -INF;
-    else
-      z += additive(load_float(p.mask.data, at, p.mask_type));
-  }
-  return z;
 }
 
 // NARROW: numbers below 6e-8 are lost, so that a weight times a scale is not rounded to T.

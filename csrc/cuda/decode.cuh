@@ -256,15 +256,14 @@ __device__ __forceinline__ void stream(const Attention &p, const Work &w, const 
   Team::sync_all();
   load_queries<DIM, BYTES>(queries, tile.query);
   Team::sync_all();
-  fetch();
   int stage = 0;
   for (; token < w.last; token += step) {
+    fetch();
     cp_async_wait<L::STAGES - 1>();
     Team::sync();
     take_chunk<T, DIM, BYTES>(p, w, rows, token, stages + stage * L::STAGE, tile);
     stage = stage + 1 == L::STAGES ? 0 : stage + 1;
     Team::sync();
-    fetch();
   }
   cp_async_wait<0>();
 }

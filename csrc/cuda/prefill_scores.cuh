@@ -216,27 +216,14 @@ __device__ __forceinline__ void each_score(PrefillScores<Tile> &scores, int firs
   }
 }
 
-// Scores in base 2: softcap * tanh(z / softcap), absolutely as exact as z: tanh x = 1 - 2 / (1 + e^2x).
+// Scores in base 2, capped.
 template <typename Tile>
 __device__ __forceinline__ void scale_scores(const PrefillRun &run, PrefillScores<Tile> &scores) {
   const float inner = run.inner, outer = run.outer;
-  if (outer == 0.0f) {
+  if (outer == 0.0f)
     each_score(scores, 0, [&](float &z, int, int) { z *= inner; });
-  } else {
-    each_score(scores, 0,
-               [&](float &z, int, int) { z = outer - __fdividef(2.0f * outer, 1.0f + exp2_approx(z * inner)); });
-  }
-}
-
-// f with a pointer to the type that a tensor of floats has.
-template <typename F>
-__device__ __forceinline__ void with_floats(const void *data, int type, F f) {
-  if (type == C2C_F32)
-    f(static_cast<const float *>(data));
-  else if (type == C2C_BF16)
-    f(static_cast<const __nv_bfloat16 *>(data));
   else
-    f(static_cast<const __half *>(data));
+    each_score(scores, 0, [&](float &z, int, int) { z = capped(z, inner, outer); });
 }
 
 // Adds log2 of the gates. A lane's rows are 8 apart: of one head where the group divides 8. Tokens beyond the end are
@@ -312,7 +299,7 @@ __device__ __forceinline__ void hide_by_position(const Attention &p, const Prefi
     if (r == 0)
       position =
           load_integer(source.positions.data, first + min(at, end - 1) * source.positions.n, source.positions_type);
-    if (!in_sight(source, rows[r], position, source.causal, p.segment_window)) z = -INF;
+    if (!in_sight(rows[r], position, source.causal, p.segment_window)) z = -INF;
   });
 }
 

@@ -43,6 +43,17 @@ def test_attention(name, arch):
         assert_as_exact(which, mine, torchs, exact)
 
 
+@pytest.mark.parametrize("softcap", [20.0, 1e5])
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_a_softcap_of_any_size(q_len, softcap):
+    """40 queries go through the prefill kernel. A cap far above all scores changes none."""
+    call = build(Plan(BF16, 1, 1, 2, q_len, 70, 64, 64, is_causal=True, softcap=softcap, segments=[SegmentPlan(30)]), 6)
+    ours, _ = attend(call, 80)
+    oracle, theirs = reference_call(call, torch.float64), reference_call(call, BF16, BF16)
+    for which, mine, torchs, exact in zip(("out", "lse", "mass"), ours, theirs, oracle, strict=True):
+        assert_as_exact(which, mine, torchs, exact)
+
+
 @pytest.mark.parametrize("q_len", [1, 40])
 def test_lengths_have_a_stride(q_len):
     """Of the own cache, of a segment and of a projected one; 40 queries go through the prefill kernel."""
