@@ -114,6 +114,12 @@ __device__ __forceinline__ void finish_rows(const Attention &p, const PrefillPla
   if ((p.lse.data || p.mass.data) && row >= 0) finish_logs(p, place, row);
 }
 
+// `count` of two numbers side by side.
+static __device__ __noinline__ void store_two(void *to, int64_t at, int type, float x, float y, int count) {
+  if (count > 0) store_float(to, at, type, x);
+  if (count > 1) store_float(to, at + 1, type, y);
+}
+
 // Rows of out in another dtype than the query's.
 template <typename Tile>
 __device__ __forceinline__ void store_numbers(const Attention &p, const PrefillPlace &place,
@@ -123,12 +129,11 @@ __device__ __forceinline__ void store_numbers(const Attention &p, const PrefillP
     const int row = place.lane_row<Tile>(r), dim = thread() % 4 * 2;
     const bool inside = place.warp_row<Tile>() + thread_in<WARP>() / 4 + 8 * r < place.rows;
     const int64_t at = place.batch * p.out.b + place.head(p, row) * p.out.h + row / p.group * p.out.n + dim;
+    const int left = inside ? p.value_dim - dim : 0;
 #pragma unroll
     for (int d = 0; d < Tile::DT; ++d) {
       const float (&x)[4] = state.out[r / 2][d];
-      void *const out = const_cast<void *>(p.out.data);
-      if (inside && 8 * d + dim < p.value_dim) store_float(out, at + 8 * d, p.out_type, x[r % 2 * 2]);
-      if (inside && 8 * d + dim + 1 < p.value_dim) store_float(out, at + 8 * d + 1, p.out_type, x[r % 2 * 2 + 1]);
+      store_two(const_cast<void *>(p.out.data), at + 8 * d, p.out_type, x[r % 2 * 2], x[r % 2 * 2 + 1], left - 8 * d);
     }
   }
 }

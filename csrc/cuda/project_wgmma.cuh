@@ -30,7 +30,7 @@ __device__ __forceinline__ void multiply_groups(float (&products)[N][4], Project
   const uint32_t mine = row * Tile::ROW + swizzled(row, threadIdx.x % Tile::CHUNKS) * 16;
   int to = 0, from = 0;  // stages
   const auto after = [](int stage) { return stage + 1 == Tile::STAGES ? 0 : stage + 1; };
-#pragma unroll
+#pragma unroll 1
   for (int step = 0; step < Tile::STAGES - 1; ++step, to = after(to)) {
     if (step < steps) copy.template next<WHOLE>(half, batch, width, stages + to * Tile::STAGE + mine);
     cp_async_commit();
