@@ -262,6 +262,18 @@ class TestKernelsAlone:
         assert re.fullmatch(line, result.stdout), result.stdout
         assert result.returncode == 0
 
+    @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+    def test_cpp_example_with_the_cuda_kernels(self, build):
+        """Compiled and linked, to PTX alone; without a GPU it says what it misses."""
+        program, options = build / "convert_cache_cuda", [f"BUILD={build}", "CC=cc", "CXX=c++", "ARCH=compute_80"]
+        made = run(["make", "-j2", "-C", ROOT / "examples" / "cpp", *options, program], build)
+        assert made.returncode == 0, made.stderr
+        result = run([program], build)
+        if result.returncode:
+            assert re.fullmatch(r"no device: .*\n", result.stderr), result.stderr
+        else:
+            assert re.match("cuda: 77 tokens converted", result.stdout), result.stdout
+
     @pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="reads x86 instructions")
     def test_instruction_sets_share_no_inline_function(self, build):
         """Of several copies the linker keeps one: if that uses AVX, the baseline kernels would call it too."""

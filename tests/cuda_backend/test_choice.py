@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import sys
 from types import SimpleNamespace
@@ -64,6 +65,12 @@ def test_the_device_asked_about_is_the_tensors(monkeypatch):
     segment = SimpleNamespace(key=SimpleNamespace(is_cuda=True, device="cuda:1"))
     assert cuda.refusal("project_kv", True, segment, False) == "asked on cuda:1"
     assert entered == ["cuda:1", None]
+
+
+def test_a_device_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    found = dataclasses.replace(record(), available=True).refusal(torch.device("cuda:1"), BF16)
+    assert found == "needs compute capability 8.0 or later; cuda:1 has 7.5"
 
 
 @built
