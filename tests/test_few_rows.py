@@ -77,6 +77,17 @@ def test_raw_tokens_of_several_heads(rows, heads, dim):
         check(f"{length} tokens", tensors, [segment], strategy="absorb", scale=0.125)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 12, 16, 17, 40])
+def test_one_raw_token_has_all_bits_of_a_folded_query(rows):
+    """Where one token holds a row, log-sum-exp is its score, and shows what a folded query lost."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        proj = [normal(1, 128, 128, scale=128**-0.5) for _ in range(2)]
+        segment = c2c.SharerSegment(normal(1, 1, 1, 128), normal(1, 1, 1, 128), *proj)
+        tensors = normal(1, rows, 1, 128), normal(1, 1, 1, 128), normal(1, 1, 1, 128)
+        check(f"seed {seed}", tensors, [segment], strategy="absorb")
+
+
 @pytest.mark.parametrize("rows", [2, 6, 16])
 def test_hidden_tokens_are_not_read(rows):
     """Neither what lies beyond a row's length nor what its window has left behind."""

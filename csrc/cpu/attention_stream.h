@@ -21,7 +21,7 @@ struct TileScratch {
     const int64_t rows = round_up(run.group_heads * run.tile_queries, PANEL);
     const int64_t tiled = MATRIX_TILES && p.query.dtype == C2C_BF16 ? TILED_BLOCK : 0, block = most(BLOCK, tiled);
     q = carver.take(rows * run.key_ld);
-    panels = carver.take(rows * run.key_ld);
+    panels = carver.take(rows * run.key_ld * 3 / 2);  // as panels of floats, or as three terms of bfloat16
     s = carver.take(block * (rows + 16));
     scaled = carver.take(run.key_scale || run.value_scale ? BLOCK * FEW_ROWS : 0);
     scales = carver.take(BLOCK);

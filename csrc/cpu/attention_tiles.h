@@ -4,10 +4,10 @@
 // Scores are transposed as in attention_block.h, s[token][row] = K Q^T, and so are the sums, [value][row] = V^T P^T:
 // weights P, rounded to bfloat16 as PyTorch's attention rounds them, are packed where they are computed, tokens in
 // pairs. Queries are multiplied as they are stored and scores scaled afterwards; folded queries, which are float32, are
-// taken as the sum of two bfloat16 terms.
+// taken as the sum of three bfloat16 terms, which hold all their bits.
 
 #if defined(C2C_MATRIX_TILES)
-static int64_t query_terms(const Run &run) { return run.absorbed ? 2 : 1; }
+static int64_t query_terms(const Run &run) { return run.absorbed ? 3 : 1; }
 
 // Whether many rows attend to a run by tiles.
 static bool reads_tiles(const Run &run, const c2c_attention_params &p) {
@@ -21,16 +21,15 @@ static int64_t query_tiles_size(const Tile &tile) {
 
 static void pack_queries(const Tile &tile, TileScratch &x) {
   const Run &run = tile.run;
-  bf16 *const first = (bf16 *)x.panels;
-  pack_tile_columns(first, x.q, run.key_ld, tile.rows, run.key_width);
-  if (query_terms(run) == 1) return;
-  for (int64_t i = 0; i < tile.rows * run.key_ld; i += LANES) {
-    const V q = load(x.q + i);
-    bf16 term[LANES];
-    store(term, q);
-    store(x.q + i, q - load(term));
+  for (int64_t term = 0; term < query_terms(run); ++term) {
+    for (int64_t i = 0; term && i < tile.rows * run.key_ld; i += LANES) {
+      const V q = load(x.q + i);
+      bf16 before[LANES];
+      store(before, q);
+      store(x.q + i, q - load(before));
+    }
+    pack_tile_columns((bf16 *)x.panels + term * query_tiles_size(tile), x.q, run.key_ld, tile.rows, run.key_width);
   }
-  pack_tile_columns(first + query_tiles_size(tile), x.q, run.key_ld, tile.rows, run.key_width);
 }
 
 // Tokens j .. j + n of one head: where they lie, if they are whole tiles, else packed.
