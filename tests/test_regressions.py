@@ -246,3 +246,27 @@ def test_messages_name_the_segment(backend):
             bad = c2c.SharerSegment(key, key, proj, proj, **fields)
             with pytest.raises(ValueError, match=rf"segments\[1\].{name} has values outside"):
                 c2c.merged_attention(query, key, key, [good, bad], strategy=strategy, backend=backend)
+
+
+@pytest.mark.parametrize("queries", [1, 8])
+def test_scores_of_a_wide_sharer_are_not_one_chain_of_sums(queries):
+    """16 rows and more over eight sharer heads of 128: log-sum-exp was off by 1e-5, out by four times SDPA's error."""
+    torch.manual_seed(1)
+    query, key, value = 4 * torch.randn(1, 16, queries, 128), torch.randn(1, 8, 8, 128), torch.randn(1, 8, 8, 128)
+    tokens = [torch.randn(1, 8, 1024, 128) for _ in range(2)]
+    projectors = [torch.randn(8, 128, 1024) / 32 for _ in range(2)]
+
+    def attend(dtype, **call):
+        segment = c2c.SharerSegment(*(t.to(dtype) for t in (*tokens, *projectors)))
+        own = [t.to(dtype) for t in (query, key, value)]
+        return c2c.merged_attention(*own, [segment], strategy="absorb", return_lse=True, **call)
+
+    flat = [t.transpose(1, 2).reshape(1024, 1024) for t in tokens]
+    projected = [torch.einsum("nw,hdw->hnd", t, w)[None] for t, w in zip(flat, projectors, strict=True)]
+    caches = [torch.cat([shared, own], 2) for shared, own in zip(projected, (key, value), strict=True)]
+    torchs = torch.nn.functional.scaled_dot_product_attention(query, *caches, enable_gqa=True)
+    scores = query @ caches[0].repeat_interleave(2, 1).transpose(2, 3) * 128**-0.5
+    out, lse = attend(torch.float32, backend="cpu")
+    exact_out, exact_lse = attend(torch.float64, backend="reference")
+    assert_as_exact("out", out, torchs, exact_out)
+    assert_as_exact("lse", lse, scores.logsumexp(3), exact_lse)

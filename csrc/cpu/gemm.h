@@ -33,7 +33,8 @@ struct Upcoming {
   }
 };
 
-// Every element of C is one chain of multiply-adds over k, whatever the blocking: results do not depend on M or N.
+// Every element is one chain of multiply-adds over k, whatever the blocking: results do not depend on M or N. What is
+// added to C is summed by itself: a wide sum that comes in pieces is more exact than one chain.
 // VECTORS beyond two belong to the next panel.
 template <int ROWS, int VECTORS, bool UNIT>
 static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_stride, int64_t k_stride, const float *b,
@@ -44,7 +45,7 @@ static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_strid
   if (!line) line = (const char *)b;  // at hand already: asking for it costs nothing
   V sum[ROWS][VECTORS];
   for (int i = 0; i < ROWS; ++i)
-    for (int v = 0; v < VECTORS; ++v) sum[i][v] = accumulate ? load(c + i * ldc + v * LANES) : V{};
+    for (int v = 0; v < VECTORS; ++v) sum[i][v] = V{};
   if (UNIT) row_stride = 1;
   const float *next_panel = b + panel_stride;
   for (int64_t k = 0; k < K; ++k) {
@@ -66,7 +67,10 @@ static ALWAYS_INLINE void gemm_tile(int64_t K, const float *a, int64_t row_strid
     next_panel += b_stride;
   }
   for (int i = 0; i < ROWS; ++i)
-    for (int v = 0; v < VECTORS; ++v) store(c + i * ldc + v * LANES, sum[i][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      float *to = c + i * ldc + v * LANES;
+      store(to, accumulate ? load(to) + sum[i][v] : sum[i][v]);
+    }
 }
 
 template <int VECTORS, bool UNIT>
