@@ -5,7 +5,7 @@ Environment variables:
     C2C_CUDA_ARCHS=A,B  compute capabilities to compile for (default: 80,86,89,90,100,120); PTX of the first is added,
                         and with 90 the kernels of sm_90a
     NVCC=PATH           the CUDA compiler (default: nvcc on PATH, or in $CUDA_HOME/bin)
-    C2C_SANITIZE=A,B    -fsanitize=A,B with -O1 and debug information, in a build folder of its own
+    C2C_SANITIZE=A,B    -fsanitize=A,B with -O1 and line numbers, in a build folder of its own
     MAX_JOBS=N          files compiled at once (default: one per core)
     CXX, CXXFLAGS, LDFLAGS as for any C++ extension
 Kernels choose their instruction sets inside their own files, so every file is compiled with the same flags.
@@ -192,7 +192,7 @@ def sanitizers():
 def optimisation():
     names = sanitizers()
     if names:
-        return ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={names}", "-fno-sanitize-recover=all"]
+        return ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={names}", "-fno-sanitize-recover=all"]
     return ["-O3", "-g0"]
 
 

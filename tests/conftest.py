@@ -14,12 +14,27 @@ settings.register_profile("fresh", **_COMMON)
 settings.load_profile("fresh" if os.environ.get("C2C_FRESH_EXAMPLES") == "1" else "fixed")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+_PROCESSES = "triton_backend/test_processes.py"  # a process for each of its tests, some of them minutes long
+
+
 def pytest_collection_modifyitems(items):
-    """For pytest-xdist's `--dist loadgroup`: a file's tests share a process, and so its fixtures, if not said else."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    """The longest first: they are what a worker of pytest-xdist would be waited for at the end."""
+    items.sort(key=lambda item: _PROCESSES not in item.nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadfile`, in which a file's tests share a process, and so its fixtures: but for those that start one."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if _PROCESSES in nodeid else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -8,44 +8,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import reference_call
 from error_rule import assert_as_exact
 
 import c2c_kernels as c2c
 
 NAN = float("nan")
+NAMES = "attn_mask query_positions lengths window segment_window softcap sinks"
+ABSENT = {**dict.fromkeys(NAMES.split()), "is_causal": False, "strategy": "auto"}
 
 
 def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(shape) * scale).bfloat16()
 
 
-def exact(tensors, segments, **call):
-    """The reference in float64, and in bfloat16 as PyTorch computes it."""
-    wide = [t.double() for t in tensors]
-    double = [
-        c2c.SharerSegment(
-            **{
-                name: (
-                    value.double()
-                    if isinstance(value, torch.Tensor) and value.is_floating_point()
-                    else tuple(part.double() for part in value)
-                    if isinstance(value, tuple)
-                    else value
-                )
-                for name, value in vars(segment).items()
-            }
-        )
-        for segment in segments
-    ]
-    oracle = c2c.merged_attention(*wide, double, backend="reference", return_lse=True, **call)
-    torchs = c2c.merged_attention(*tensors, segments, backend="reference", return_lse=True, **call)
-    return torchs, oracle
-
-
-def check(what, tensors, segments=(), **call):
-    found = c2c.merged_attention(*tensors, segments, backend="cpu", return_lse=True, **call)
-    torchs, oracle = exact(tensors, segments, **call)
-    for name, out, one, other in zip(("out", "lse"), found, torchs, oracle, strict=True):
+def check(what, tensors, segments=(), **options):
+    call = {**ABSENT, **dict(zip(("query", "key", "value"), tensors, strict=True)), "segments": segments, **options}
+    found = c2c.merged_attention(**call, backend="cpu", return_lse=True)
+    oracle, torchs = (reference_call(call, dtype) for dtype in (torch.float64, torch.bfloat16))
+    for name, out, one, other in zip(("out", "lse"), found, torchs, oracle, strict=False):
         assert_as_exact(f"{what}: {name}", out, one, other)
 
 

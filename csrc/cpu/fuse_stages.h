@@ -171,8 +171,8 @@ static void leave(const FuseTile &tile, int64_t row, int64_t n, FuseScratch &x) 
   if (!tile.streamed) {
     for (int64_t r = 0; r < n; r += LANES)
       transpose_rows(x.products + r * FUSE_TOKENS, FUSE_TOKENS, least<int64_t>(LANES, n - r), tile.padded(),
-                     x.piece + r, FUSE_ROWS);
-    projected = x.piece;
+                     x.turned + r, FUSE_ROWS);
+    projected = x.turned;
   }
   const c2c_tensor &gate = half.gate;
   for (int64_t t = 0; t < tile.count; ++t, projected += FUSE_ROWS) {

@@ -55,7 +55,7 @@ static void carve_tile(Carver &carver, const c2c_fuse_half &half, FuseTile &tile
 // One thread's own memory.
 struct FuseScratch {
   float *products;  // [FUSE_ROWS][FUSE_TOKENS], or [FUSE_TOKENS][FUSE_ROWS] of streamed tokens
-  float *piece;     // the same, of a piece of the width
+  float *turned;    // [FUSE_TOKENS][FUSE_ROWS] products on their way out
   float *rows;      // weight rows in float32, or tokens as rows
   float *inverse;   // [FUSE_TOKENS] 1 / rms
   float *bias, *norm, *side_norm, *residual;  // [FUSE_ROWS] of the rows at hand
@@ -63,7 +63,7 @@ struct FuseScratch {
   // `widest`: of all vectors that the threads' tiles hold.
   FuseScratch(Carver &carver, int64_t widest) {
     products = carver.take(FUSE_ROWS * FUSE_TOKENS);
-    piece = carver.take(FUSE_ROWS * FUSE_TOKENS);
+    turned = carver.take(FUSE_ROWS * FUSE_TOKENS);
     rows = carver.take(most<int64_t>(LANES, TILE_ROWS) * round_up(widest, LANES));
     inverse = carver.take(FUSE_TOKENS);
     bias = carver.take(FUSE_ROWS);
@@ -158,13 +158,9 @@ static void multiply_columns(const FuseTile &tile, const c2c_tensor &weights, in
       w = x.rows;
     }
     Upcoming next = following_rows(weights, width, row + r + rows, least(together, n - r - rows));
-    float *const sums = x.products + r * FUSE_TOKENS;
-    for (int64_t k = 0; k < width; k += PIECE) {
+    for (int64_t k = 0; k < width; k += PIECE)
       gemm(rows, tokens, least(PIECE, width - k), w + k, ld, 1, operand + k * PANEL, PANEL, width * PANEL,
-           k ? x.piece : sums, FUSE_TOKENS, false, &next);
-      for (int64_t i = 0; k && i < rows * FUSE_TOKENS; i += FUSE_TOKENS)
-        for (int64_t t = i; t < i + tokens; t += LANES) store(sums + t, load(sums + t) + load(x.piece + t));
-    }
+           x.products + r * FUSE_TOKENS, FUSE_TOKENS, k > 0, &next);
   }
 }
 

@@ -98,15 +98,22 @@ static ALWAYS_INLINE void interleave(__m512i even, __m512i odd, V *first, V *sec
   *second = (V)_mm512_maskz_permutex2var_epi16(~0u, even, (__m512i)(low + 0x100010), odd);
 }
 
+// Two rows as pairs, of which `there` are there (at most 0: none): their first 32 of `columns` numbers.
+template <class T>
+static ALWAYS_INLINE void interleave_rows(const T *rows, int64_t ld, int64_t there, int64_t columns, V *first,
+                                          V *second) {
+  interleave(there > 0 ? load_32(rows, columns) : _mm512_setzero_si512(),
+             there > 1 ? load_32(rows + ld, columns) : _mm512_setzero_si512(), first, second);
+}
+
 // Row `row` of B's packed tiles, whose next 16 columns are `b_across` further on: two rows of `columns` numbers as
-// pairs, of which `there` are there (at most 0: none).
+// pairs.
 template <class T>
 static ALWAYS_INLINE void pack_pair(bf16 *row, int64_t b_across, const T *rows, int64_t ld, int64_t there,
                                     int64_t columns) {
   for (int64_t n = 0; n < columns; n += 2 * SIDE, row += 2 * b_across) {
     V first, second;
-    interleave(there > 0 ? load_32(rows + n, columns - n) : _mm512_setzero_si512(),
-               there > 1 ? load_32(rows + ld + n, columns - n) : _mm512_setzero_si512(), &first, &second);
+    interleave_rows(rows + n, ld, there, columns - n, &first, &second);
     store_packed(row, first);
     if (columns - n > SIDE) store_packed(row + b_across, second);
   }
@@ -127,13 +134,8 @@ static void pack_tile_turned(bf16 *to, const T *rows, int64_t ld, int64_t depth,
   for (int64_t k = 0; k < depth; k += DEPTH)
     for (int64_t n = 0; n < columns; n += 2 * SIDE) {
       V block[2][LANES];
-      for (int64_t i = 0; i < SIDE; ++i) {
-        const int64_t row = k + 2 * i;
-        const T *even = rows + row * ld + n;
-        interleave(row < depth ? load_32(even, columns - n) : _mm512_setzero_si512(),
-                   row + 1 < depth ? load_32(even + ld, columns - n) : _mm512_setzero_si512(), &block[0][i],
-                   &block[1][i]);
-      }
+      for (int64_t i = 0; i < SIDE; ++i)
+        interleave_rows(rows + (k + 2 * i) * ld + n, ld, depth - k - 2 * i, columns - n, &block[0][i], &block[1][i]);
       for (int64_t half = 0; half < (columns - n > SIDE ? 2 : 1); ++half) {
         transpose(block[half]);
         bf16 *const tile = to + ((n / SIDE + half) * depth_tiles + k / DEPTH) * PACKED;

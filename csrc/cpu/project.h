@@ -107,7 +107,7 @@ struct ProjectScratch {
     inner = carver.take(half.rank ? TOKEN_TILE * round_up(half.rank, PANEL) : 0);
     panels = carver.take(TOKEN_TILE * width);
     products = carver.take(round_up(most(half.rank, half.out_dim), LANES) * TOKEN_TILE + STREAM_TOKENS * out);
-    piece = carver.take(most(half.width, half.rank) > PIECE ? WEIGHT_ROWS * TOKEN_TILE : 0);
+    piece = carver.take(MATRIX_TILES && most(half.width, half.rank) > PIECE ? TOKEN_TILE * PANEL : 0);
     turned = carver.take(LANES * out);
     weights = carver.take(WEIGHT_ROWS * width);
     row = carver.take(out);
@@ -126,15 +126,6 @@ static double project_work(const c2c_project_params &p, const Half &half) {
   return (double)p.batch * p.segment.len * p.kv_heads * half.out_dim * (half.proj->data ? half.width : 1);
 }
 
-// sums[rows][TOKEN_TILE] += piece, for whole panels of tokens.
-static void add_piece(float *sums, const float *piece, int64_t rows, int64_t tokens) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t t = 0; t < tokens; t += LANES) {
-      const int64_t place = r * TOKEN_TILE + t;
-      store(sums + place, load(sums + place) + load(piece + place));
-    }
-}
-
 // products[rows][TOKEN_TILE] = weights[rows][width] x tokens, with tokens packed in panels. A sum over the width is
 // made of sums over pieces of it, whatever the rows and tokens: its error grows with a piece, not with the width.
 static void multiply(const c2c_tensor &weights, const void *first, int64_t row_stride, int64_t rows, int64_t width,
@@ -150,13 +141,9 @@ static void multiply(const c2c_tensor &weights, const void *first, int64_t row_s
         widen_row(x.weights + i * ld, weights.dtype, from + i * row_stride * dtype_size(weights.dtype), width);
       w = x.weights;
     }
-    float *const sums = x.products + r * TOKEN_TILE;
-    for (int64_t k = 0; k < width; k += PIECE) {
-      const int64_t taken = least(PIECE, width - k);
-      float *const to = k ? x.piece : sums;
-      gemm(n, tokens, taken, w + k, ld, 1, panels + k * PANEL, PANEL, width * PANEL, to, TOKEN_TILE, false);
-      if (k) add_piece(sums, to, n, round_up(tokens, LANES));
-    }
+    for (int64_t k = 0; k < width; k += PIECE)
+      gemm(n, tokens, least(PIECE, width - k), w + k, ld, 1, panels + k * PANEL, PANEL, width * PANEL,
+           x.products + r * TOKEN_TILE, TOKEN_TILE, k > 0);
   }
 }
 

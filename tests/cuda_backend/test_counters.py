@@ -1,4 +1,7 @@
-"""What prefill, absorbed decode and project_kv do, counted by the simulator: products, shared memory, sectors."""
+"""What windows, absorbed decode and project_kv do, counted by the simulator: products, shared memory, sectors.
+
+The usual shapes, causal prefill among them, are held to limits by `bench/static_gpu.py --check`, which `.ci/run` runs.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +28,6 @@ def check_memory(counters) -> None:
     assert ideal >= 0.95 * done
     assert counters["global_store_bytes"] == 32 * counters["global_store_sectors"]
     assert counters["local_bytes"] == 0
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_causal_prefill(dim, arch):
-    """Within 10% of the products that the causal triangle needs."""
-    length = 2048
-    with Simulator(arch).installed() as simulated:
-        c2c.merged_attention(
-            numbers(1, 1, length, dim), numbers(1, 1, length, dim), numbers(1, 1, length, dim), is_causal=True,
-            backend="cuda",
-        )  # fmt: skip
-    (ran,) = simulated.ran
-    assert ran.counters["mma_flops"] <= 1.1 * 4 * dim * length * (length + 1) / 2
-    check_memory(ran.counters)
-    assert any(name.startswith("wgmma.mma_async") for name in ran.counters.ops) == (arch == 90)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -25,7 +25,7 @@ def check(plan: Plan, seed: int) -> None:
 
 
 @given(plans(max_length=65, max_queries=17), seeds)
-@settings(max_examples=examples(6))
+@settings(max_examples=examples(4))
 def test_gradients_match_reference(plan, seed):
     check(plan, seed)
 
@@ -38,15 +38,17 @@ def test_gradients_of_every_kind_of_input(dtype):
         SegmentPlan(9, 2, 8, 16, "low_rank", index=True, gate="head"),
         SegmentPlan(0),
     ]
+    heads = 1 if dtype == torch.float32 else 2  # products of three parts take the interpreter three times as long
     plan = Plan(
-        dtype, 2, 2, 3, 40, 90, 40, 24, is_causal=True, window=30, softcap=5.0, sinks=True, lengths=True, segments=parts
-    )
+        dtype, 2, heads, 3, 40, 90, 40, 24, is_causal=True, window=30, softcap=5.0, sinks=True, lengths=True,
+        segments=parts,
+    )  # fmt: skip
     check(plan, 2)
 
 
 def test_gradients_are_the_same_bits_on_every_run():
-    call = build(Plan(torch.float32, 1, 2, 2, 35, 70, 32, 32, segments=[SegmentPlan(40, gate="full", index=True)]), 4)
-    wanted = [torch.randn(1, 4, 35, 32), torch.randn(1, 4, 35), torch.randn(1, 4, 35, 2)]
+    call = build(Plan(torch.float32, 1, 1, 2, 35, 70, 32, 32, segments=[SegmentPlan(40, gate="full", index=True)]), 4)
+    wanted = [torch.randn(1, 2, 35, 32), torch.randn(1, 2, 35), torch.randn(1, 2, 35, 2)]
     wanted = there([w.double() for w in wanted])
     first, second = (operator_gradients(there(call), wanted, "triton") for _ in range(2))
     for name, gradient in first.items():

@@ -61,7 +61,7 @@ def running(request):
         yield {name: pool.submit(without_gpu, name) for name in chosen}
 
 
-# These start first, the longest before the others.
+# The longest before the others.
 _LONG = ("interpreted_forward.py", "interpreted_demo.py", "interpreted_invariance.py", "compiled_targets.py")
 _FILES = sorted(
     (path.name for start in ("interpreted", "compiled") for path in HERE.glob(f"{start}_*.py")),
@@ -70,7 +70,7 @@ _FILES = sorted(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in _FILES])
+@pytest.mark.parametrize("name", _FILES)
 def test_without_gpu(name, running):
     check(name, running[name].result() if name in running else without_gpu(name))
 
