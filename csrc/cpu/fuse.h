@@ -40,10 +40,12 @@ static void copy_residual(const c2c_fuse_half &half, int threads) {
   }
 }
 
-// Tokens of a tile: 64, or fewer where these would leave threads without one, but 32 at least: beyond that, reading
-// the weights again costs more than sharing a tile's activations.
+// Tokens of a tile: 64, or fewer where these would leave threads without one. With 16 registers 32 at least: beyond
+// that, reading the weights again costs more than sharing a tile's activations. With 32, whose products take four
+// vectors of tokens at a time, always 64.
 static int64_t fuse_tile_tokens(int64_t tokens, int threads) {
-  return most<int64_t>(32, least<int64_t>(64, round_up(div_up(tokens, threads), LANES)));
+  const int64_t fewest = LANES == 16 ? 64 : 32;
+  return most(fewest, least<int64_t>(64, round_up(div_up(tokens, threads), LANES)));
 }
 
 // Walks the tiles of all open halves.
