@@ -69,7 +69,7 @@ def cuda_archs():
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}", arch) or int(arch) < 80:
             fail(f"C2C_CUDA_ARCHS={','.join(archs)!r} is not a list of compute capabilities from 80 on, such as 80,90")
-    return archs
+    return sorted(set(archs), key=int)  # PTX of the first serves all later ones
 
 
 def launching(source, archs):

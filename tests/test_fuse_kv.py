@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -196,6 +197,27 @@ def test_layers_are_those_of_single_calls(backend):
         wanted = run(call, backend)
         assert torch.equal(key, wanted[0]) and torch.equal(value, wanted[1])
     assert not outs[1][0].isnan().any() and outs[0][0].isnan().all()
+
+
+def test_layers_of_different_devices_are_launched_apart(monkeypatch):
+    """Each device's in one call, results in the order of the calls."""
+    backends = importlib.import_module("c2c_kernels.backends")  # the package; c2c_kernels.backends is the function
+    groups = []
+
+    def grouped(name, calls):
+        groups.append([call[0].device.type for call in calls])
+
+    on_both = dataclasses.replace(
+        next(record for record in c2c.backends() if record.name == "cpu"), devices=("cpu", "meta")
+    )
+    monkeypatch.setattr(backends, "_records", (on_both, *(r for r in c2c.backends() if r.name != "cpu")))
+    monkeypatch.setattr(backends, "_choices", {})
+    monkeypatch.setattr(backends.kernels("cpu"), "fuse_kv_layers", grouped)
+    here = build(FusePlan(), 1)
+    there = mapped(here, lambda tensor: tensor.to("meta"))
+    found = c2c.fuse_layers([here, there, here])
+    assert groups == [["cpu", "cpu"], ["meta"]]
+    assert [key.device.type for key, _ in found] == ["cpu", "meta", "cpu"]
 
 
 @pytest.mark.parametrize("gates", [False, True])

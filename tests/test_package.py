@@ -139,6 +139,15 @@ class TestBuildSwitches:
         assert result.returncode != 0
         assert re.fullmatch(rf"c2c-kernels: .*{re.escape(message)}.*\n", result.stderr)
 
+    def test_architectures_in_any_order(self, tmp_path):
+        """PTX is of the earliest, which all others run."""
+        nvcc, said = tmp_path / "nvcc", tmp_path / "said"
+        nvcc.write_text(f'#!/bin/sh\necho "$*" >> {said}; exit 1\n')
+        nvcc.chmod(0o755)
+        folders = ["--build-temp", tmp_path, "--build-lib", tmp_path]
+        setup_py("build_ext", *folders, C2C_CUDA="1", C2C_CUDA_ARCHS="100,80,90", NVCC=nvcc)
+        assert "arch=compute_80,code=[sm_80,sm_90,sm_100,compute_80]" in said.read_text()
+
     def test_cuda_asked_for_without_nvcc_is_one_clear_line(self, tmp_path):
         folders = ["--build-temp", tmp_path, "--build-lib", tmp_path]
         result = setup_py("build_ext", *folders, C2C_CUDA="1", NVCC=tmp_path / "nvcc")

@@ -147,7 +147,7 @@ def _choose(
     first_refusal = ""
     if first.name in _ASKED and first.available and device.type in first.devices:
         first_refusal = _refusal_of_call(first, operator, name, device, dtype, call)
-    request = (operator, name, device.type, dtype, first_refusal)
+    request = (operator, name, device, dtype, first_refusal)
     remembered = not native_refusal and not torch.compiler.is_compiling()
     if remembered and request in _choices:
         return _choices[request]

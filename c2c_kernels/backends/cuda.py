@@ -296,7 +296,7 @@ def _run(operator: str, subject: Tensor, size: int, launches, run, tensors: list
     if code == _CUDA_ERROR:
         raise RuntimeError(f"{operator} on cuda: {_cuda.error()}; tensor {tuple(subject.shape)} on {device}")
     if code:
-        reason = _cuda.error() if code == _UNSUPPORTED else ""
+        reason = _cuda.error() if code == _UNSUPPORTED and taken is None else ""
         what = reason or native.status_text(code)
         raise ValueError(f"{operator} on cuda: {what}; tensor {tuple(subject.shape)} on {device}")
 

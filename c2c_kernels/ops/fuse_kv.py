@@ -159,6 +159,14 @@ def touched(calls: Sequence[FuseCall]) -> tuple[list[Tensor | None], list[Tensor
 
 
 def _run(calls: Sequence[FuseCall], described: list[FuseTensors], records: list[Backend]) -> list[Pair]:
+    devices = dict.fromkeys(call.receiver_key.device for call in described)
+    if len(devices) > 1:  # a launch has one
+        pairs: dict[int, Pair] = {}
+        for device in devices:
+            there = [number for number, call in enumerate(described) if call.receiver_key.device == device]
+            parts = ([given[number] for number in there] for given in (calls, described, records))
+            pairs.update(zip(there, _run(*parts), strict=True))
+        return [pairs[number] for number in range(len(calls))]
     names = {record.name for record in records}
     if len(names) == 1 and "reference" not in names:
         grouped = getattr(kernels(records[0].name), "fuse_kv_layers", None)

@@ -36,6 +36,7 @@ c2c_status_code own_run(const c2c_attention_params &p, Run &run) {
 // What a segment's tokens are, in receiver space or raw.
 c2c_status_code segment_run(const c2c_segment &s, const c2c_attention_params &p, Run &run) {
   if (s.len < 0 || s.raw_len < 0 || s.len > MOST || s.raw_len > MOST) return C2C_BAD_SHAPE;
+  if (!s.index.data && s.len > s.raw_len) return C2C_BAD_SHAPE;
   if (!readable(s.key, s.value, p.query.dtype)) return C2C_BAD_DTYPE;
   for (const c2c_tensor *t : {&s.lengths, &s.positions, &s.index})
     if (!absent_or(*t, is_integer)) return C2C_BAD_DTYPE;

@@ -116,7 +116,7 @@ __device__ __forceinline__ float additive(float mask) {
 }
 
 // log2 of a gate; one that is not above 0 closes its token.
-__device__ __forceinline__ float log_gate(float gate) { return gate > 0.0f ? log2_approx(gate) : -INF; }
+__device__ __forceinline__ float log_gate(float gate) { return log2_approx(fmaxf(gate, 0.0f)); }  // NaN: 0
 
 // A row of a tile: one query of one query head.
 struct Row {

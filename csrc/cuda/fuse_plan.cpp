@@ -34,6 +34,7 @@ c2c_status_code check(const c2c_fuse_half &h) {
     if (n < 0 || n > MOST) return C2C_BAD_SHAPE;
   for (int64_t n : {h.kv_heads, h.dim, h.sharer_heads, h.sharer_dim, h.hidden, int64_t{h.project_count}})
     if (n <= 0 || n > MOST) return C2C_BAD_SHAPE;
+  if (!h.index.data && h.len > h.sharer_len) return C2C_BAD_SHAPE;
   if (blocks_of(h) > MAX_FUSE_BLOCKS) return C2C_UNSUPPORTED;
   if (h.batch * h.len > MOST || sharer_width(h) + receiver_width(h) > MOST) return C2C_UNSUPPORTED;
   const int32_t type = h.receiver.dtype;

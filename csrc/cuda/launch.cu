@@ -53,6 +53,7 @@ c2c_status_code run_on_stream(const Launch &launch, void *stream) {
 
 c2c_status_code current_capability(int &capability) {
   int device = 0, major = 0, minor = 0;
+  last_error.clear();
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);

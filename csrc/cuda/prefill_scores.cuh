@@ -241,7 +241,7 @@ __device__ __forceinline__ void gate_scores(const Attention &p, const PrefillRun
       data += place.head(p, place.template lane_row<Tile>(0)) * gates.h;
       float gate = 0.0f;
       each_score(scores, token, [&](float &z, int r, int at) {
-        if (r == 0) gate = log2_approx(static_cast<float>(data[min(at, end - 1) * gates.n]));
+        if (r == 0) gate = log_gate(static_cast<float>(data[min(at, end - 1) * gates.n]));
         z += gate;
       });
     } else {
@@ -249,7 +249,7 @@ __device__ __forceinline__ void gate_scores(const Attention &p, const PrefillRun
 #pragma unroll
       for (int r = 0; r < Tile::LANE_ROWS; ++r) heads[r] = place.head(p, place.template lane_row<Tile>(r)) * gates.h;
       each_score(scores, token, [&](float &z, int r, int at) {
-        z += log2_approx(static_cast<float>(data[heads[r] + min(at, end - 1) * gates.n]));
+        z += log_gate(static_cast<float>(data[heads[r] + min(at, end - 1) * gates.n]));
       });
     }
   });

@@ -50,6 +50,7 @@ c2c_status_code check(const c2c_project_params &p, const Source &s) {
   const c2c_segment &segment = p.segment;
   for (int64_t n : {p.batch, p.kv_heads, s.out_dim, segment.heads, s.dim, segment.len, segment.raw_len, s.rank})
     if (n < 0 || n > MOST) return C2C_BAD_SHAPE;
+  if (!segment.index.data && segment.len > segment.raw_len) return C2C_BAD_SHAPE;
   if (segment.heads * s.dim > MOST || p.kv_heads * round_up(s.out_dim, 16) > MOST) return C2C_UNSUPPORTED;
   // Rows of weights are counted in 32 bits.
   if (s.proj.data && (p.kv_heads - 1) * s.proj.stride[0] + (s.out_dim - 1) * s.proj.stride[1] >= UINT32_MAX)

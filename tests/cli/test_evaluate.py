@@ -60,11 +60,11 @@ def test_the_identity_is_worth_as_much_as_the_text(identity: Path, documents: Pa
         "--most-questions",
         "4",
     ]
-    command += ["--context", "100", "--continuation", "40", "--pieces", "2", "--json", str(out), "--plot", str(picture)]
+    command += ["--context", "100", "--continuation", "40", "--pieces", "4", "--json", str(out), "--plot", str(picture)]
     assert main(command) == 0
     found = json.loads(out.read_text())
     [loss], [questions] = found["loss"], found["questions"]
-    assert (loss["documents"], loss["pieces"], loss["tokens"]) == (2, 2, 2 * 39)
+    assert (loss["documents"], loss["pieces"], loss["tokens"]) == (2, 4, 4 * 39)
     # The prefix of a fit is missing here, so that nothing but rounding differs.
     assert loss["recovered"]["projected"]["value"] == pytest.approx(1, abs=2e-3)
     assert loss["recovered"]["noise"]["value"] < 0.9 and loss["recovered"]["mismatched"]["value"] < 0.9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import logging
 import sys
 from types import SimpleNamespace
@@ -71,6 +72,21 @@ def test_a_device_that_is_too_old_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     found = dataclasses.replace(record(), available=True).refusal(torch.device("cuda:1"), BF16)
     assert found == "needs compute capability 8.0 or later; cuda:1 has 7.5"
+
+
+def test_the_choice_is_remembered_for_each_device(monkeypatch):
+    backends = importlib.import_module("c2c_kernels.backends")  # the package; c2c_kernels.backends is the function
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8 - device.index, 0))
+    monkeypatch.setattr(cuda, "refusal", lambda *_: "")
+    found = [each for each in c2c.backends() if each.name in ("cuda", "reference")]
+    found = tuple(dataclasses.replace(each, available=True, reason="") for each in found)
+    monkeypatch.setattr(backends, "_records", found)
+    for order in ((0, 1, 0), (1, 0, 1)):
+        monkeypatch.setattr(backends, "_choices", {})
+        names = [
+            backends.choose("merged_attention", None, torch.device("cuda", index), BF16, "", ()).name for index in order
+        ]
+        assert names == [("cuda", "reference")[index] for index in order]
 
 
 @built

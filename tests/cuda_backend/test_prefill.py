@@ -106,6 +106,22 @@ def test_e4m3_is_widened_exactly(aligned, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_a_gate_that_is_not_above_0_closes_its_token(q_len, per_head, arch):
+    query, key, value = (torch.randn(1, heads, n, 64).to(BF16) for heads, n in ((6, q_len), (2, 40), (2, 40)))
+    wide = [torch.randn(1, 2, 70, 64).to(BF16) for _ in range(2)]
+    gate = torch.rand(1, 6 if per_head else 1, 70) + 0.1
+    closed = gate.clone()
+    gate[..., 3], gate[..., 40], gate[..., 69] = -1.0, torch.nan, -0.0
+    closed[..., [3, 40, 69]] = 0.0
+    call = {"query": query, "key": key, "value": value, "is_causal": True}
+    ours, wanted = (attend({**call, "segments": [c2c.SharerSegment(*wide, gate=g)]}, arch)[0] for g in (gate, closed))
+    for mine, theirs in zip(ours, wanted, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_rising_scores_raise_the_maximum(arch):
     """Scores that grow with every token, far beyond what float16 holds as weights of the first tile's maximum."""
     plan = Plan(F16, 1, 1, 1, 40, 300, 64, 64)
