@@ -164,8 +164,8 @@ def _run(calls: Sequence[FuseCall], described: list[FuseTensors], records: list[
         pairs: dict[int, Pair] = {}
         for device in devices:
             there = [number for number, call in enumerate(described) if call.receiver_key.device == device]
-            parts = ([given[number] for number in there] for given in (calls, described, records))
-            pairs.update(zip(there, _run(*parts), strict=True))
+            done = _run([calls[n] for n in there], [described[n] for n in there], [records[n] for n in there])
+            pairs.update(zip(there, done, strict=True))
         return [pairs[number] for number in range(len(calls))]
     names = {record.name for record in records}
     if len(names) == 1 and "reference" not in names:
