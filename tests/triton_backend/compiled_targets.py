@@ -245,7 +245,7 @@ STATIC = (
 )  # fmt: skip
 
 
-# Every kernel is compiled for all targets by other lines; these are further shapes of them.
+# Further shapes of kernels that other lines compile as well.
 FURTHER = (
     "absorbed 256 64 rows", "absorbed 512 32 rows", "absorbed float32", "absorbed float32 projectors",
     "absorbed head dim 128 float32 16 rows", "absorbed head dim 256 float32", "absorbed head dim 64 float32 32 rows",
@@ -258,11 +258,12 @@ FURTHER = (
 def targets_of(name: str, number: int) -> list[Target]:
     """All of them where the environment variable C2C_EVERY_TARGET asks for it, which takes minutes; else sm_90, which
     spills first, and for the lines that are not FURTHER ones the others in turn."""
-    targets = TARGETS
-    if "C2C_EVERY_TARGET" not in os.environ:
-        turn = [] if name in FURTHER else [(TARGETS[0], *TARGETS[2:])[number % 3]]
-        targets = [TARGETS[1], *turn]
-    return [target for target in targets if not (name in STATIC and target in TARGETS[:2])]
+    wanted = [target for target in TARGETS if not (name in STATIC and target in TARGETS[:2])]
+    if "C2C_EVERY_TARGET" in os.environ:
+        return wanted
+    others = [] if name in FURTHER else [target for target in wanted if target != TARGETS[1]]
+    turn = others[number % len(others)] if others else None
+    return [target for target in wanted if target in (TARGETS[1], turn)]
 
 
 CASES = [(name, target) for number, name in enumerate(CALLS) for target in targets_of(name, number)]
